@@ -1,0 +1,1 @@
+//! Sharded training checkpoints: format, commit, verification, resharding, export.

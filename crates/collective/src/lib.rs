@@ -1,0 +1,1 @@
+//! All-reduce, reduce-scatter, all-gather and broadcast over flat buffers.

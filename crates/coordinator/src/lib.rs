@@ -1,0 +1,1 @@
+//! Schedules a job's workers: gRPC services, launchers, journal, run directory; the coordinator program.

@@ -1,0 +1,1 @@
+//! Preference rows in, token ids, order and packs out: formats, chat templates, truncation, plans.

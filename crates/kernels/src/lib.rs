@@ -1,0 +1,1 @@
+//! The operations of a decoder, each as a forward that saves and a backward that accumulates.

@@ -1,0 +1,1 @@
+//! Decoder families as data over the kernels: packs in, sequence log-probs out.

@@ -1,0 +1,1 @@
+//! Cal-DPO and its relatives as functions of sequence log-probs, with their derivatives.

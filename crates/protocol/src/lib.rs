@@ -1,0 +1,1 @@
+//! Pure state machines of a training job: generations, step commits, checkpoints. No clock, no sockets.

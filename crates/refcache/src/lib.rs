@@ -1,0 +1,1 @@
+//! The reference log-prob store: content-addressed, checksummed, shared between runs.

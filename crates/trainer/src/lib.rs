@@ -1,0 +1,1 @@
+//! One process's training: step, flat parameters, sharded optimizer, evaluation, reference pass.

@@ -1,0 +1,1 @@
+//! The gRPC messages of caldpo.v1 and their validated conversions.

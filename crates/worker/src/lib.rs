@@ -1,0 +1,1 @@
+//! A session with the coordinator around a trainer; the worker program.

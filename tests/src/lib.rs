@@ -1,0 +1,1 @@
+//! What crosses crates: real processes on loopback, golden files, tidy rules.
