@@ -1,1 +1,54 @@
 //! The operations of a decoder, each as a forward that saves and a backward that accumulates.
+//!
+//! There is no autodiff tape here. A forward returns its output and, where its backward needs more than the inputs, a
+//! `…Saved` value; a backward returns the gradients of its inputs and adds the gradient of its weight straight into the
+//! flat [`Gradients`].
+//!
+//! Every operation has two forms with one signature:
+//! - the **reference composition** ([`composition`]) over burn tensors, for any device, and the oracle of the tests;
+//! - the **fused host form** on the slices of burn's flex backend, taken whenever all operands live there.
+//!
+//! # Shapes
+//! `Tensor<2>` is always `[rows, columns]`, f32, one row per token; weights are `[out, in]` as Hugging Face stores them.
+//!
+//! # What the host forms promise
+//! - A row of a forward result has the same bits whichever other rows share the call (the `gemm` module says how).
+//! - All results have the same bits with any number of rayon threads: work is cut by outputs, never by summands.
+//!
+//! Shapes that do not fit are a bug of the caller, so they panic with both values.
+//!
+//! Not here: decoder families and packs (`model`), losses (`objective`), files.
+
+mod attention;
+pub mod composition;
+mod embedding;
+mod flat;
+mod gemm;
+mod gradients;
+mod head;
+mod host;
+mod linear;
+mod math;
+mod norm;
+mod parallel;
+mod residual;
+mod rotary;
+mod rows;
+mod swiglu;
+
+pub use attention::{
+    AttentionPlan, AttentionSaved, AttentionSegment, segment_attention, segment_attention_backward,
+};
+pub use embedding::{embedding, embedding_backward};
+pub use flat::{Flat, Slot};
+pub use gradients::Gradients;
+pub use head::{HeadSaved, logprob_head, logprob_head_backward};
+pub use linear::{add_bias, bias_backward, linear, linear_backward};
+pub use norm::{RmsSaved, rms_norm, rms_norm_backward};
+pub use residual::add;
+pub use rotary::{RotaryTable, rotary, rotary_backward};
+pub use rows::{gather_rows, scatter_add_rows};
+pub use swiglu::{swiglu, swiglu_backward};
+
+/// Changes whenever the bits of a forward result may change, so that values computed by another version are not reused.
+pub const KERNEL_VERSION: u32 = 1;

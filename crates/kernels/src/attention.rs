@@ -1,0 +1,171 @@
+//! Attention over packs with shared prompts: what a query may see, and the two operations. The host form is in
+//! `attention/host_form.rs`, the reference in `composition`.
+//!
+//! A segment is a prompt and up to two completions of it. Prompt tokens attend causally to the prompt; a completion
+//! attends to the whole prompt and causally to itself, never to its sibling. Positions restart with every segment and
+//! both completions continue the prompt's, so a sliding window (`query position − key position < window`, as in
+//! Hugging Face) counts over prompt and completion as if they stood alone.
+
+mod host_form;
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+
+use crate::composition;
+use crate::host::{self, Host};
+
+/// Rows of a pack that belong to one pair.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttentionSegment {
+    /// The shared prompt; may be empty.
+    pub prompt: Range<usize>,
+    /// Chosen and rejected; either may be empty.
+    pub completions: [Range<usize>; 2],
+}
+
+/// The shape of an attention layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionPlan {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; query head h uses key head h / (heads / kv_heads).
+    pub kv_heads: usize,
+    /// Columns of one head.
+    pub head_dim: usize,
+    /// Factor on the scores, usually 1 / √head_dim.
+    pub scale: f64,
+    /// Sliding window in positions, `None` for full attention.
+    pub window: Option<usize>,
+}
+
+/// What [`segment_attention_backward`] needs beside inputs and output: the log-sum-exp of the scores of every token and
+/// head on the host; nothing elsewhere, where the reference recomputes it.
+pub struct AttentionSaved(Option<Vec<f32>>);
+
+/// Attention of `q`, `[n, heads · head_dim]`, over `k` and `v`, `[n, kv_heads · head_dim]`. Rows in no segment give 0, and
+/// so does a query that may see nothing.
+///
+/// # Panics
+/// If shapes or segments do not fit.
+pub fn segment_attention(
+    q: &Tensor<2>,
+    k: &Tensor<2>,
+    v: &Tensor<2>,
+    segments: &[AttentionSegment],
+    plan: &AttentionPlan,
+) -> (Tensor<2>, AttentionSaved) {
+    let rows = check(q, k, v, segments, plan);
+    let (Some(q), Some(k), Some(v)) = (Host::read(q), Host::read(k), Host::read(v)) else {
+        return (
+            composition::segment_attention(q, k, v, segments, plan),
+            AttentionSaved(None),
+        );
+    };
+    let (out, lse) = host_form::forward(&q, &k, &v, rows, segments, plan);
+    (
+        host::tensor(out, [rows, plan.heads * plan.head_dim]),
+        AttentionSaved(Some(lse)),
+    )
+}
+
+/// The gradients of `q`, `k` and `v`; `out` and `saved` are what the forward returned.
+pub fn segment_attention_backward(
+    dy: &Tensor<2>,
+    q: &Tensor<2>,
+    k: &Tensor<2>,
+    v: &Tensor<2>,
+    out: &Tensor<2>,
+    saved: &AttentionSaved,
+    segments: &[AttentionSegment],
+    plan: &AttentionPlan,
+) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+    let rows = check(q, k, v, segments, plan);
+    assert_eq!(dy.dims(), q.dims(), "dy and q");
+    assert_eq!(out.dims(), q.dims(), "out and q");
+    let (Some(lse), Some(dy), Some(q), Some(k), Some(v), Some(out)) = (
+        &saved.0,
+        Host::read(dy),
+        Host::read(q),
+        Host::read(k),
+        Host::read(v),
+        Host::read(out),
+    ) else {
+        return composition::segment_attention_backward(dy, q, k, v, segments, plan);
+    };
+    let operands = host_form::Operands {
+        q: &q,
+        k: &k,
+        v: &v,
+        out: &out,
+        dy: &dy,
+        lse,
+    };
+    let (dq, dk, dv) = host_form::backward(&operands, rows, segments, plan);
+    let (wide, narrow) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
+    (
+        host::tensor(dq, [rows, wide]),
+        host::tensor(dk, [rows, narrow]),
+        host::tensor(dv, [rows, narrow]),
+    )
+}
+
+impl AttentionPlan {
+    /// Positions that a query at `position` may see. Empty only with a window of 0.
+    #[inline(always)]
+    pub(crate) fn visible(&self, position: usize) -> Range<usize> {
+        let start = self
+            .window
+            .map_or(0, |window| (position + 1).saturating_sub(window));
+        start..position + 1
+    }
+}
+
+impl AttentionSegment {
+    /// The parts in order: prompt, chosen, rejected; each with the position of its first token.
+    pub(crate) fn parts(&self) -> [(Range<usize>, usize); 3] {
+        let [chosen, rejected] = &self.completions;
+        [
+            (self.prompt.clone(), 0),
+            (chosen.clone(), self.prompt.len()),
+            (rejected.clone(), self.prompt.len()),
+        ]
+    }
+}
+
+/// The number of rows, after checking that everything fits.
+fn check(
+    q: &Tensor<2>,
+    k: &Tensor<2>,
+    v: &Tensor<2>,
+    segments: &[AttentionSegment],
+    plan: &AttentionPlan,
+) -> usize {
+    let [rows, _] = q.dims();
+    assert!(
+        plan.kv_heads > 0 && plan.heads.is_multiple_of(plan.kv_heads),
+        "{} heads over {} key heads",
+        plan.heads,
+        plan.kv_heads
+    );
+    assert_eq!(q.dims(), [rows, plan.heads * plan.head_dim], "queries");
+    assert_eq!(k.dims(), [rows, plan.kv_heads * plan.head_dim], "keys");
+    assert_eq!(v.dims(), [rows, plan.kv_heads * plan.head_dim], "values");
+    let mut owned = vec![false; rows];
+    for segment in segments {
+        for (part, _) in segment.parts() {
+            assert!(
+                part.start <= part.end && part.end <= rows,
+                "{segment:?} in a pack of {rows} rows"
+            );
+            for row in part {
+                assert!(
+                    !owned[row],
+                    "row {row} is in two parts, again in {segment:?}"
+                );
+                owned[row] = true;
+            }
+        }
+    }
+    rows
+}

@@ -1,0 +1,261 @@
+//! The log-prob head: log softmax(hidden Wᵀ) at one target per row, without ever holding rows × vocabulary.
+//!
+//! The host form walks tiles of at most [`ROWS`] × [`TILE`] logits and keeps a running maximum and sum of every row, so
+//! each part of the weight is read once for many rows. The backward computes every tile again from the saved
+//! log-sum-exp. Tile borders lie at fixed multiples, so a row's bits do not depend on its neighbours.
+//! Log-sum-exp in f32 with the sum carried from tile to tile in f64.
+
+use burn::tensor::Tensor;
+
+use crate::gemm::{Matrix, Threads, Write, multiply};
+use crate::host::{self, Host};
+use crate::math::{exp, exp_shifted, max, simd};
+use crate::{Gradients, Slot, composition, parallel};
+
+/// Most rows whose logits are held at once.
+const ROWS: usize = 512;
+/// Most columns of logits held at once.
+const TILE: usize = 1024;
+
+/// What [`logprob_head_backward`] needs beside the inputs: the log-sum-exp of every row.
+pub struct HeadSaved {
+    pub(crate) lse: Vec<f32>,
+}
+
+/// The log-probability of `targets[i]` under softmax(`hidden[i]` Wᵀ); `hidden` is `[n, d]`, `weight` `[vocabulary, d]`.
+///
+/// # Panics
+/// If a target is not below the vocabulary size.
+pub fn logprob_head(
+    hidden: &Tensor<2>,
+    weight: &Tensor<2>,
+    targets: &[u32],
+) -> (Vec<f32>, HeadSaved) {
+    let shape = check(hidden, weight, targets);
+    let (Some(hidden), Some(weight)) = (Host::read(hidden), Host::read(weight)) else {
+        let (logps, lse) = composition::logprob_head(hidden, weight, targets);
+        return (logps, HeadSaved { lse });
+    };
+    let mut running = vec![
+        Running {
+            max: f32::NEG_INFINITY,
+            sum: 0.0,
+            target: 0.0
+        };
+        shape.rows
+    ];
+    let mut logits = scratch(&shape);
+    for tile in tiles(&shape) {
+        tile.logits(&hidden, &weight, &shape, &mut logits);
+        let running = &mut running[tile.row..tile.row + tile.rows];
+        absorb(
+            &mut logits[..tile.rows * tile.columns],
+            running,
+            &targets[tile.row..],
+            &tile,
+        );
+    }
+    let lse = |running: &Running| f64::from(running.max) + running.sum.ln();
+    let logps = running
+        .iter()
+        .map(|row| (f64::from(row.target) - lse(row)) as f32)
+        .collect();
+    let lse = running.iter().map(|row| lse(row) as f32).collect();
+    (logps, HeadSaved { lse })
+}
+
+/// The gradient of `hidden` for dL/d(log-prob) `dlogps` of every row; adds the gradient of the weight at `slot`.
+pub fn logprob_head_backward(
+    dlogps: &[f32],
+    hidden: &Tensor<2>,
+    weight: &Tensor<2>,
+    targets: &[u32],
+    saved: &HeadSaved,
+    gradients: &mut Gradients,
+    slot: &Slot,
+) -> Tensor<2> {
+    let shape = check(hidden, weight, targets);
+    assert_eq!(dlogps.len(), shape.rows, "derivatives and rows");
+    assert_eq!(saved.lse.len(), shape.rows, "saved rows and rows");
+    assert_eq!(
+        slot.len,
+        shape.vocabulary * shape.width,
+        "gradient of the head's weight"
+    );
+    let (Some(hidden), Some(weight), Some(sums)) =
+        (Host::read(hidden), Host::read(weight), gradients.host(slot))
+    else {
+        return composition::logprob_head_backward(
+            dlogps, hidden, weight, targets, &saved.lse, gradients, slot,
+        );
+    };
+    let width = shape.width;
+    let mut dhidden = vec![0.0; shape.rows * width];
+    let mut logits = scratch(&shape);
+    for tile in tiles(&shape) {
+        tile.logits(&hidden, &weight, &shape, &mut logits);
+        let dlogits = &mut logits[..tile.rows * tile.columns];
+        let rows = tile.row..tile.row + tile.rows;
+        differentiate(
+            dlogits,
+            &saved.lse[rows.clone()],
+            &dlogps[rows.clone()],
+            &targets[rows],
+            &tile,
+        );
+        let dlogits = Matrix::new(dlogits, tile.rows, tile.columns);
+        let weight = Matrix::new(&weight[tile.column * width..], tile.columns, width);
+        let hidden = Matrix::new(&hidden[tile.row * width..], tile.rows, width);
+        multiply(
+            &mut dhidden[tile.row * width..],
+            width,
+            Write::Add,
+            1.0,
+            dlogits,
+            weight,
+            Threads::All,
+        );
+        multiply(
+            &mut sums[tile.column * width..],
+            width,
+            Write::Add,
+            1.0,
+            dlogits.transposed(),
+            hidden,
+            Threads::All,
+        );
+    }
+    host::tensor(dhidden, [shape.rows, width])
+}
+
+struct Shape {
+    rows: usize,
+    width: usize,
+    vocabulary: usize,
+}
+
+fn check(hidden: &Tensor<2>, weight: &Tensor<2>, targets: &[u32]) -> Shape {
+    let ([rows, width], [vocabulary, weight_width]) = (hidden.dims(), weight.dims());
+    assert_eq!(
+        width, weight_width,
+        "columns of hidden and of the head's weight"
+    );
+    assert_eq!(rows, targets.len(), "rows and targets");
+    if let Some(id) = targets.iter().find(|&&id| id as usize >= vocabulary) {
+        panic!("target {id} in a vocabulary of {vocabulary}");
+    }
+    Shape {
+        rows,
+        width,
+        vocabulary,
+    }
+}
+
+/// Room for the logits of one tile: never more than [`ROWS`] × [`TILE`].
+fn scratch(shape: &Shape) -> Vec<f32> {
+    vec![0.0; shape.rows.min(ROWS) * shape.vocabulary.min(TILE)]
+}
+
+/// A rectangle of logits.
+struct Tile {
+    row: usize,
+    rows: usize,
+    column: usize,
+    columns: usize,
+}
+
+fn tiles(shape: &Shape) -> impl Iterator<Item = Tile> + use<> {
+    let (rows, vocabulary) = (shape.rows, shape.vocabulary);
+    (0..rows).step_by(ROWS).flat_map(move |row| {
+        (0..vocabulary).step_by(TILE).map(move |column| Tile {
+            row,
+            rows: ROWS.min(rows - row),
+            column,
+            columns: TILE.min(vocabulary - column),
+        })
+    })
+}
+
+impl Tile {
+    fn logits(&self, hidden: &[f32], weight: &[f32], shape: &Shape, logits: &mut [f32]) {
+        let hidden = Matrix::new(&hidden[self.row * shape.width..], self.rows, shape.width);
+        let weight = Matrix::new(
+            &weight[self.column * shape.width..],
+            self.columns,
+            shape.width,
+        );
+        multiply(
+            logits,
+            self.columns,
+            Write::Set,
+            1.0,
+            hidden,
+            weight.transposed(),
+            Threads::All,
+        );
+    }
+
+    /// The place of `target` within the tile's columns, if it is in them.
+    #[inline(always)]
+    fn place(&self, target: u32) -> Option<usize> {
+        (target as usize)
+            .checked_sub(self.column)
+            .filter(|&place| place < self.columns)
+    }
+}
+
+/// A row's log-sum-exp so far, as max + ln(sum), and its target's logit once seen.
+#[derive(Clone, Copy)]
+struct Running {
+    max: f32,
+    sum: f64,
+    target: f32,
+}
+
+/// Takes a tile of logits into the running sums. The logits are spent.
+fn absorb(logits: &mut [f32], running: &mut [Running], targets: &[u32], tile: &Tile) {
+    let columns = tile.columns;
+    let mut states: Vec<_> = logits
+        .chunks_exact_mut(columns)
+        .zip(running)
+        .zip(targets)
+        .collect();
+    let one = |((logits, running), target): &mut ((&mut [f32], &mut Running), &u32)| {
+        simd(|| {
+            if let Some(place) = tile.place(**target) {
+                running.target = logits[place];
+            }
+            let largest = max(logits);
+            let new_max = if largest > running.max {
+                largest
+            } else {
+                running.max
+            };
+            let sum = f64::from(exp_shifted(logits, new_max));
+            running.sum = if running.sum > 0.0 {
+                running.sum * f64::from(exp(running.max - new_max))
+            } else {
+                0.0
+            } + sum;
+            running.max = new_max;
+        });
+    };
+    parallel::each(&mut states, one);
+}
+
+/// Turns a tile of logits into dL/dlogits = dlogp · (1 at the target − softmax).
+fn differentiate(logits: &mut [f32], lse: &[f32], dlogps: &[f32], targets: &[u32], tile: &Tile) {
+    parallel::row_blocks(logits, tile.columns, |first, block| {
+        simd(|| {
+            for (index, row) in block.chunks_exact_mut(tile.columns).enumerate() {
+                let (lse, dlogp) = (lse[first + index], dlogps[first + index]);
+                for logit in row.iter_mut() {
+                    *logit = -dlogp * exp(*logit - lse);
+                }
+                if let Some(place) = tile.place(targets[first + index]) {
+                    row[place] += dlogp;
+                }
+            }
+        });
+    });
+}

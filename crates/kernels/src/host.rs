@@ -1,0 +1,68 @@
+//! The border between burn tensors and host slices: how a fused form sees the memory of a flex tensor, and how its
+//! result becomes a tensor again. Nothing here computes.
+
+use std::ops::Deref;
+
+use burn::backend::Flex;
+use burn::backend::flex::FlexTensor;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+
+/// A flex tensor held for reading as one contiguous f32 slice, row-major.
+pub(crate) struct Host(FlexTensor);
+
+impl Host {
+    /// The tensor's memory (shared, not copied, when it is contiguous), or `None` when it lives on another backend, is
+    /// tracked by autodiff, or is not f32.
+    pub(crate) fn read<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
+        let primitive = tensor.clone().try_into_primitive::<Flex>().ok()?;
+        if primitive.dtype() != DType::F32 {
+            return None;
+        }
+        Some(Self(if primitive.is_contiguous() {
+            primitive
+        } else {
+            primitive.to_contiguous()
+        }))
+    }
+}
+
+impl Deref for Host {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        self.0
+            .as_slice()
+            .expect("`read` keeps contiguous f32 tensors only")
+    }
+}
+
+/// Whether tensors of `device` have fused host forms.
+pub(crate) fn is_host(device: &Device) -> bool {
+    Host::read(&Tensor::<1>::zeros([1], device)).is_some()
+}
+
+/// A flex tensor that takes over `data`.
+pub(crate) fn tensor<const D: usize>(data: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
+    Tensor::from_primitive::<Flex>(FlexTensor::from_data(TensorData::new(data, shape)))
+}
+
+/// The elements of a tensor on any device, row-major; without a copy when a flex tensor is the only one to its memory.
+///
+/// # Panics
+/// If the tensor is not f32 or the device fails.
+pub(crate) fn into_vec<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor
+        .into_data()
+        .try_into_vec()
+        .expect("tensors of this crate are f32")
+}
+
+/// `tensor`'s elements for writing in place when it is a flex tensor; the tensor itself otherwise.
+pub(crate) fn take<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, Tensor<D>> {
+    let host = Host::read(&tensor).is_some();
+    if host {
+        Ok(into_vec(tensor))
+    } else {
+        Err(tensor)
+    }
+}

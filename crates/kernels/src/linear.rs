@@ -1,0 +1,109 @@
+//! The linear map x Wᵀ and, for the families that have one, its bias.
+
+use burn::tensor::Tensor;
+
+use crate::gemm::{Matrix, Threads, Write, multiply};
+use crate::host::{self, Host};
+use crate::math::simd;
+use crate::{Gradients, Slot, composition, parallel};
+
+/// x Wᵀ: `[n, in]` by `[out, in]` → `[n, out]`.
+pub fn linear(x: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
+    let ([rows, depth], [out, weight_depth]) = (x.dims(), weight.dims());
+    assert_eq!(depth, weight_depth, "columns of x and of the weight");
+    let (Some(x), Some(weight)) = (Host::read(x), Host::read(weight)) else {
+        return composition::linear(x, weight);
+    };
+    let mut y = vec![0.0; rows * out];
+    let (lhs, rhs) = (
+        Matrix::new(&x, rows, depth),
+        Matrix::new(&weight, out, depth).transposed(),
+    );
+    multiply(&mut y, out, Write::Set, 1.0, lhs, rhs, Threads::All);
+    host::tensor(y, [rows, out])
+}
+
+/// The gradient of `x`, dy W; adds dyᵀ x to the gradient of the weight at `slot`.
+pub fn linear_backward(
+    dy: &Tensor<2>,
+    x: &Tensor<2>,
+    weight: &Tensor<2>,
+    gradients: &mut Gradients,
+    slot: &Slot,
+) -> Tensor<2> {
+    let ([rows, depth], [out, weight_depth]) = (x.dims(), weight.dims());
+    assert_eq!(depth, weight_depth, "columns of x and of the weight");
+    assert_eq!(dy.dims(), [rows, out], "dy for {rows} rows of {out}");
+    assert_eq!(
+        slot.len,
+        out * depth,
+        "gradient of a {out} × {depth} weight"
+    );
+    let (Some(dy), Some(x), Some(weight), Some(sums)) = (
+        Host::read(dy),
+        Host::read(x),
+        Host::read(weight),
+        gradients.host(slot),
+    ) else {
+        return composition::linear_backward(dy, x, weight, gradients, slot);
+    };
+    let (dy, x) = (Matrix::new(&dy, rows, out), Matrix::new(&x, rows, depth));
+    multiply(
+        sums,
+        depth,
+        Write::Add,
+        1.0,
+        dy.transposed(),
+        x,
+        Threads::All,
+    );
+    let mut dx = vec![0.0; rows * depth];
+    multiply(
+        &mut dx,
+        depth,
+        Write::Set,
+        1.0,
+        dy,
+        Matrix::new(&weight, out, depth),
+        Threads::All,
+    );
+    host::tensor(dx, [rows, depth])
+}
+
+/// Adds `bias`, `[d]`, to every row of `x`, `[n, d]`; in place when nothing else holds `x`.
+pub fn add_bias(x: Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {
+    let [rows, width] = x.dims();
+    assert_eq!(bias.dims(), [width], "bias for rows of {width}");
+    let Some(bias_host) = Host::read(bias) else {
+        return composition::add_bias(x, bias);
+    };
+    let bias_slice: &[f32] = &bias_host;
+    let mut out = match host::take(x) {
+        Ok(out) => out,
+        Err(x) => return composition::add_bias(x, bias),
+    };
+    parallel::row_blocks(&mut out, width, |_, block| {
+        simd(|| {
+            for row in block.chunks_exact_mut(width) {
+                for (value, &bias) in row.iter_mut().zip(bias_slice) {
+                    *value += bias;
+                }
+            }
+        });
+    });
+    host::tensor(out, [rows, width])
+}
+
+/// Adds the column sums of `dy`, `[n, d]`, to the gradient of the bias at `slot`.
+pub fn bias_backward(dy: &Tensor<2>, gradients: &mut Gradients, slot: &Slot) {
+    let [_, width] = dy.dims();
+    assert_eq!(slot.len, width, "gradient of a bias");
+    let (Some(dy), Some(sums)) = (Host::read(dy), gradients.host(slot)) else {
+        return composition::bias_backward(dy, gradients, slot);
+    };
+    for row in dy.chunks_exact(width) {
+        for (sum, &value) in sums.iter_mut().zip(row) {
+            *sum += value;
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Scalar functions and reductions that vectorise: plain loops over a fixed number of lanes, compiled for the best
+//! instruction set of the machine through [`simd`]. The order of every sum is written here, not left to the compiler.
+
+/// Lanes of a reduction: two AVX2 registers, so that additions overlap.
+const LANES: usize = 16;
+
+/// Runs `work` compiled for the best instruction set that this machine has.
+#[inline(always)]
+pub(crate) fn simd<R>(work: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(work)
+}
+
+/// e^x to about 2 ulp; 0 below −87.3, infinity above 88.7 (Cody–Waite reduction, degree 6 as in Cephes `expf`).
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    /// 1.5 · 2²³: adding it rounds to the nearest integer and leaves that integer in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = if x > 88.0 { 88.0 } else { x };
+    let clamped = if clamped < -87.3 { -87.3 } else { clamped };
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_2e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 5e-1;
+    let value = p * r * r + r + 1.0;
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    let value = value * power;
+    let value = if x < -87.3 { 0.0 } else { value };
+    if x > 88.7 {
+        f32::INFINITY
+    } else if x > 88.0 {
+        value * (1.0 + (x - 88.0) * (1.0 + 0.5 * (x - 88.0)))
+    } else {
+        value
+    }
+}
+
+/// 1 / (1 + e^(−x)).
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// Σ `term(a, b)` over two slices of equal length, in a fixed order.
+#[inline(always)]
+pub(crate) fn sum_of(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let (a_rest, b_rest) = (a_blocks.remainder(), b_blocks.remainder());
+    for (a, b) in a_blocks.zip(b_blocks) {
+        for lane in 0..LANES {
+            lanes[lane] += term(a[lane], b[lane]);
+        }
+    }
+    let mut rest = 0.0;
+    for (&a, &b) in a_rest.iter().zip(b_rest) {
+        rest += term(a, b);
+    }
+    fold(lanes) + rest
+}
+
+/// Σ a·b.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    sum_of(a, b, |a, b| a * b)
+}
+
+/// The largest element; −∞ for none. A NaN is skipped: the caller sees it in the sum.
+#[inline(always)]
+pub(crate) fn max(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let blocks = values.chunks_exact(LANES);
+    let rest = blocks.remainder();
+    for block in blocks {
+        for lane in 0..LANES {
+            lanes[lane] = if block[lane] > lanes[lane] {
+                block[lane]
+            } else {
+                lanes[lane]
+            };
+        }
+    }
+    let mut largest = f32::NEG_INFINITY;
+    for &value in lanes.iter().chain(rest) {
+        largest = if value > largest { value } else { largest };
+    }
+    largest
+}
+
+/// Replaces every value v by e^(v − shift) and returns their sum.
+#[inline(always)]
+pub(crate) fn exp_shifted(values: &mut [f32], shift: f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let mut blocks = values.chunks_exact_mut(LANES);
+    for block in &mut blocks {
+        for lane in 0..LANES {
+            let value = exp(block[lane] - shift);
+            block[lane] = value;
+            lanes[lane] += value;
+        }
+    }
+    let mut rest = 0.0;
+    for value in blocks.into_remainder() {
+        *value = exp(*value - shift);
+        rest += *value;
+    }
+    fold(lanes) + rest
+}
+
+/// Pairwise sum of the lanes.
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+    }
+    lanes[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_agrees_with_the_standard_library_over_its_range() {
+        let mut x = -87.0f32;
+        while x < 88.6 {
+            let (ours, exact) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!(
+                (ours - exact).abs() <= 4e-7 * exact,
+                "exp({x}) = {ours}, expected {exact}"
+            );
+            x += 0.0137;
+        }
+    }
+
+    #[test]
+    fn exp_saturates_and_passes_nan() {
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-200.0), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn reductions_agree_with_plain_loops() {
+        let values: Vec<f32> = (0..53)
+            .map(|i| ((i * 37) % 29) as f32 / 7.0 - 2.0)
+            .collect();
+        let exact: f64 = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+        assert!((f64::from(dot(&values, &values)) - exact).abs() < 1e-4);
+        assert_eq!(
+            max(&values),
+            values.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+        );
+        assert_eq!(max(&[]), f32::NEG_INFINITY);
+    }
+}
