@@ -1,0 +1,175 @@
+//! Flat weights and gradients: views and round trips without copies, sums that add up, refusals.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use kernels::{Flat, Gradients, Slot};
+use support::{host, values, whole};
+
+#[test]
+fn views_show_the_slot_in_the_asked_shape() {
+    let flat = Flat::from_host(
+        vec![vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], vec![7.0]],
+        &Device::flex(),
+    );
+    let view = flat.view(
+        &Slot {
+            bucket: 0,
+            offset: 1,
+            len: 6,
+        },
+        [2, 3],
+    );
+    assert_eq!(view.dims(), [2, 3]);
+    assert_eq!(host(&view), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    assert_eq!(
+        host(&flat.view(
+            &Slot {
+                bucket: 1,
+                offset: 0,
+                len: 1
+            },
+            [1]
+        )),
+        [7.0]
+    );
+}
+
+#[test]
+fn weights_travel_to_the_host_and_back_without_a_copy() {
+    let weights = vec![values(5000, 1), values(300, 2)];
+    let places = |buckets: &[Vec<f32>]| {
+        buckets
+            .iter()
+            .map(|bucket| bucket.as_ptr())
+            .collect::<Vec<_>>()
+    };
+    let (before, expected) = (places(&weights), weights.clone());
+    let mut flat = Flat::from_host(weights, &Device::flex());
+    drop(flat.view(
+        &Slot {
+            bucket: 0,
+            offset: 8,
+            len: 16,
+        },
+        [4, 4],
+    ));
+    for _ in 0..2 {
+        let taken = flat.take_host();
+        assert_eq!(places(&taken), before);
+        assert_eq!(taken, expected);
+        flat.put_host(taken);
+    }
+}
+
+#[test]
+fn a_view_outlives_taking_the_weights() {
+    let mut flat = Flat::from_host(vec![values(64, 3)], &Device::flex());
+    let view = flat.view(&whole(64), [8, 8]);
+    let taken = flat.take_host();
+    assert_eq!(host(&view), taken[0]);
+}
+
+#[test]
+fn gradients_add_up_inside_their_slot_only() {
+    let mut sums = Gradients::zeros(&[6, 2], &Device::flex());
+    let slot = Slot {
+        bucket: 0,
+        offset: 2,
+        len: 3,
+    };
+    for _ in 0..2 {
+        sums.accumulate(
+            &slot,
+            Tensor::from_data(
+                TensorData::new(vec![1.0f32, 2.0, 3.0], [3]),
+                &Device::flex(),
+            ),
+        );
+    }
+    let taken = sums.take_host();
+    assert_eq!(taken, [vec![0.0, 0.0, 2.0, 4.0, 6.0, 0.0], vec![0.0, 0.0]]);
+    sums.put_host(taken);
+    sums.zero();
+    assert_eq!(sums.take_host(), [vec![0.0; 6], vec![0.0; 2]]);
+}
+
+#[test]
+fn gradients_on_another_device_add_up_the_same() {
+    let mut sums = Gradients::zeros(&[6], &Device::flex().autodiff());
+    let slot = Slot {
+        bucket: 0,
+        offset: 1,
+        len: 2,
+    };
+    for _ in 0..3 {
+        let gradient = Tensor::from_data(
+            TensorData::new(vec![1.0f32, -1.0], [2]),
+            &Device::flex().autodiff(),
+        );
+        sums.accumulate(&slot, gradient);
+    }
+    let taken = sums.take_host();
+    assert_eq!(taken, [vec![0.0, 3.0, -3.0, 0.0, 0.0, 0.0]]);
+    sums.put_host(taken);
+    sums.zero();
+    assert_eq!(sums.take_host(), [vec![0.0; 6]]);
+}
+
+#[test]
+fn a_backward_adds_to_what_is_there() {
+    let (dy, x, weight) = (
+        support::matrix(4, 3, 1),
+        support::matrix(4, 5, 2),
+        support::matrix(3, 5, 3),
+    );
+    let slot = Slot {
+        bucket: 0,
+        offset: 7,
+        len: 15,
+    };
+    let once = |times: usize| {
+        let mut sums = Gradients::zeros(&[30], &Device::flex());
+        for _ in 0..times {
+            kernels::linear_backward(&dy, &x, &weight, &mut sums, &slot);
+        }
+        sums.take_host().remove(0)
+    };
+    let (one, two) = (once(1), once(2));
+    support::close(
+        "sums",
+        &two,
+        &one.iter().map(|value| 2.0 * value).collect::<Vec<_>>(),
+        1e-6,
+    );
+    assert!(one[..7].iter().chain(&one[22..]).all(|&value| value == 0.0));
+}
+
+#[test]
+#[should_panic(expected = "in a bucket of 4")]
+fn a_slot_beyond_its_bucket_is_refused() {
+    Flat::from_host(vec![vec![0.0; 4]], &Device::flex()).view(
+        &Slot {
+            bucket: 0,
+            offset: 3,
+            len: 2,
+        },
+        [2],
+    );
+}
+
+#[test]
+#[should_panic(expected = "taken and not put back")]
+fn adding_to_taken_gradients_is_refused() {
+    let mut sums = Gradients::zeros(&[4], &Device::flex());
+    sums.take_host();
+    sums.accumulate(&whole(4), Tensor::zeros([4], &Device::flex()));
+}
+
+#[test]
+#[should_panic(expected = "lengths of the gradient buckets")]
+fn buckets_of_other_lengths_are_refused() {
+    Gradients::zeros(&[4], &Device::flex()).put_host(vec![vec![0.0; 5]]);
+}

@@ -1,0 +1,314 @@
+//! Every operation: the fused form against the reference composition, every backward against burn's autodiff over it.
+//! The tolerances are for sums of at most a few hundred f32 products of numbers below 1.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use burn::tensor::{Device, Tensor};
+use kernels::{RotaryTable, composition};
+use support::{close, gradients, host, leaf, matrix, on, values, vector, whole};
+
+#[test]
+fn linear_agrees_with_its_composition_and_autodiff() {
+    for (rows, depth, out) in [
+        (1, 8, 8),
+        (1, 64, 200),
+        (3, 5, 2),
+        (37, 48, 96),
+        (130, 600, 20),
+    ] {
+        let (x, weight, dy) = (
+            matrix(rows, depth, 1),
+            matrix(out, depth, 2),
+            matrix(rows, out, 3),
+        );
+        let y = kernels::linear(&x, &weight);
+        close(
+            "linear",
+            &host(&y),
+            &host(&composition::linear(&x, &weight)),
+            1e-4,
+        );
+        let mut sums = gradients(out * depth);
+        let dx = kernels::linear_backward(&dy, &x, &weight, &mut sums, &whole(out * depth));
+        let (x, weight) = (leaf(&x), leaf(&weight));
+        let y = composition::linear(&x, &weight);
+        let grads = (y * on_autodiff(&dy)).sum().backward();
+        close("dx", &host(&dx), &host(&x.grad(&grads).unwrap()), 1e-4);
+        close(
+            "dw",
+            &sums.take_host()[0],
+            &host(&weight.grad(&grads).unwrap()),
+            1e-4,
+        );
+    }
+}
+
+#[test]
+fn bias_agrees_with_autodiff() {
+    let (x, bias, dy) = (matrix(7, 12, 1), vector(12, 2), matrix(7, 12, 3));
+    let y = kernels::add_bias(x.clone(), &bias);
+    close(
+        "bias",
+        &host(&y),
+        &host(&composition::add_bias(x.clone(), &bias)),
+        1e-6,
+    );
+    let mut sums = gradients(12);
+    kernels::bias_backward(&dy, &mut sums, &whole(12));
+    let bias = leaf(&bias);
+    let grads = (composition::add_bias(on_autodiff(&x), &bias) * on_autodiff(&dy))
+        .sum()
+        .backward();
+    close(
+        "dbias",
+        &sums.take_host()[0],
+        &host(&bias.grad(&grads).unwrap()),
+        1e-5,
+    );
+}
+
+#[test]
+fn rms_norm_agrees_with_its_composition_and_autodiff() {
+    for (rows, width) in [(1, 16), (9, 50), (40, 576)] {
+        let (x, weight, dy) = (
+            matrix(rows, width, 4),
+            vector(width, 5),
+            matrix(rows, width, 6),
+        );
+        let (y, saved) = kernels::rms_norm(&x, &weight, 1e-5);
+        close(
+            "norm",
+            &host(&y),
+            &host(&composition::rms_norm(&x, &weight, 1e-5).0),
+            1e-5,
+        );
+        let mut sums = gradients(width);
+        let dx = kernels::rms_norm_backward(&dy, &x, &weight, &saved, &mut sums, &whole(width));
+        let (x, weight) = (leaf(&x), leaf(&weight));
+        let grads = (composition::rms_norm(&x, &weight, 1e-5).0 * on_autodiff(&dy))
+            .sum()
+            .backward();
+        close("dx", &host(&dx), &host(&x.grad(&grads).unwrap()), 1e-5);
+        close(
+            "dw",
+            &sums.take_host()[0],
+            &host(&weight.grad(&grads).unwrap()),
+            1e-4,
+        );
+    }
+}
+
+#[test]
+fn a_row_of_zeros_is_normalised_to_zeros() {
+    let (y, _) = kernels::rms_norm(&Tensor::zeros([2, 8], &Device::flex()), &vector(8, 1), 1e-6);
+    assert_eq!(host(&y), vec![0.0; 16]);
+}
+
+#[test]
+fn embedding_agrees_with_its_composition_and_autodiff() {
+    let (weight, ids) = (matrix(11, 6, 7), [3, 0, 10, 3, 3]);
+    let y = kernels::embedding(&weight, &ids);
+    assert_eq!(host(&y), host(&composition::embedding(&weight, &ids)));
+    let dy = matrix(5, 6, 8);
+    let mut sums = gradients(66);
+    kernels::embedding_backward(&dy, &ids, &mut sums, &whole(66));
+    let weight = leaf(&weight);
+    let grads = (composition::embedding(&weight, &ids) * on_autodiff(&dy))
+        .sum()
+        .backward();
+    close(
+        "dtable",
+        &sums.take_host()[0],
+        &host(&weight.grad(&grads).unwrap()),
+        1e-6,
+    );
+}
+
+#[test]
+fn rotary_agrees_with_its_composition_and_autodiff() {
+    for (heads, head_dim, half) in [(1, 8, 4), (3, 64, 32), (2, 12, 3)] {
+        let (positions, frequencies) = (
+            [0, 1, 2, 900, 1],
+            values(half, 9).iter().map(|f| f.abs()).collect::<Vec<_>>(),
+        );
+        let table = RotaryTable::new(&positions, &frequencies, &Device::flex());
+        let tracked = RotaryTable::new(&positions, &frequencies, &Device::flex().autodiff());
+        let (x, dy) = (
+            matrix(5, heads * head_dim, 10),
+            matrix(5, heads * head_dim, 11),
+        );
+        let y = kernels::rotary(x.clone(), &table, heads);
+        close(
+            "rotary",
+            &host(&y),
+            &host(&composition::rotary(x.clone(), &table, heads)),
+            1e-6,
+        );
+        let back = kernels::rotary_backward(y, &table, heads);
+        close("turned back", &host(&back), &host(&x), 1e-5);
+        let x = leaf(&x);
+        let grads = (composition::rotary(x.clone(), &tracked, heads) * on_autodiff(&dy))
+            .sum()
+            .backward();
+        let dx = kernels::rotary_backward(dy, &table, heads);
+        close("dx", &host(&dx), &host(&x.grad(&grads).unwrap()), 1e-5);
+    }
+}
+
+#[test]
+fn rotary_turns_halves_and_not_neighbours() {
+    let table = RotaryTable::new(&[1], &[std::f32::consts::FRAC_PI_2, 0.0], &Device::flex());
+    let y = kernels::rotary(on(&Device::flex(), 1, 4, &[1.0, 2.0, 3.0, 4.0]), &table, 1);
+    close("quarter turn", &host(&y), &[-3.0, 2.0, 1.0, 4.0], 1e-6);
+}
+
+#[test]
+fn swiglu_agrees_with_its_composition_and_autodiff() {
+    let scaled = |seed| matrix(9, 33, seed).mul_scalar(8.0);
+    let (gate, up, dy) = (scaled(12), scaled(13), matrix(9, 33, 14));
+    let y = kernels::swiglu(&gate, &up);
+    close(
+        "swiglu",
+        &host(&y),
+        &host(&composition::swiglu(&gate, &up)),
+        1e-5,
+    );
+    let (dgate, dup) = kernels::swiglu_backward(&dy, &gate, &up);
+    let (gate, up) = (leaf(&gate), leaf(&up));
+    let grads = (composition::swiglu(&gate, &up) * on_autodiff(&dy))
+        .sum()
+        .backward();
+    close(
+        "dgate",
+        &host(&dgate),
+        &host(&gate.grad(&grads).unwrap()),
+        1e-5,
+    );
+    close("dup", &host(&dup), &host(&up.grad(&grads).unwrap()), 1e-5);
+}
+
+#[test]
+fn swiglu_agrees_with_finite_differences() {
+    let (gate, up, dy) = (values(6, 15), values(6, 16), values(6, 17));
+    let loss = |gate: &[f32]| -> f64 {
+        let silu = |g: f64| g / (1.0 + (-g).exp());
+        (0..6)
+            .map(|i| f64::from(dy[i]) * silu(f64::from(gate[i])) * f64::from(up[i]))
+            .sum()
+    };
+    let row = |values: &[f32]| on(&Device::flex(), 1, 6, values);
+    let (dgate, _) = kernels::swiglu_backward(&row(&dy), &row(&gate), &row(&up));
+    for (i, &got) in host(&dgate).iter().enumerate() {
+        let (mut more, mut less) = (gate.clone(), gate.clone());
+        more[i] += 1e-3;
+        less[i] -= 1e-3;
+        let slope = (loss(&more) - loss(&less)) / f64::from(more[i] - less[i]);
+        assert!(
+            (f64::from(got) - slope).abs() < 1e-5,
+            "{i}: {got}, expected {slope}"
+        );
+    }
+}
+
+#[test]
+fn residual_sum_leaves_a_shared_operand_alone() {
+    let (a, b) = (matrix(4, 5, 18), matrix(4, 5, 19));
+    let before = host(&a);
+    let sum = kernels::add(a.clone(), &b);
+    assert_eq!(host(&a), before);
+    assert_eq!(host(&sum), host(&(a.clone() + b.clone())));
+    assert_eq!(host(&kernels::add(a, &b)), host(&sum));
+}
+
+#[test]
+fn gathered_rows_scatter_back() {
+    let (x, rows) = (matrix(6, 4, 20), [5, 1, 1, 0]);
+    let picked = kernels::gather_rows(&x, &rows);
+    assert_eq!(host(&picked), host(&composition::gather_rows(&x, &rows)));
+    let back = kernels::scatter_add_rows(&picked, &rows, 6);
+    close(
+        "scatter",
+        &host(&back),
+        &host(&composition::scatter_add_rows(&picked, &rows, 6)),
+        1e-6,
+    );
+    assert_eq!(kernels::gather_rows(&x, &[]).dims(), [0, 4]);
+}
+
+#[test]
+fn the_composed_backwards_agree_with_the_fused_ones() {
+    let (x, weight, dy) = (matrix(9, 20, 1), matrix(14, 20, 2), matrix(9, 14, 3));
+    let (mut fused, mut composed) = (gradients(280), gradients(280));
+    let dx = kernels::linear_backward(&dy, &x, &weight, &mut fused, &whole(280));
+    let dx_composed = composition::linear_backward(&dy, &x, &weight, &mut composed, &whole(280));
+    close("linear dx", &host(&dx), &host(&dx_composed), 1e-5);
+    close(
+        "linear dw",
+        &fused.take_host()[0],
+        &composed.take_host()[0],
+        1e-5,
+    );
+
+    let (norm, dy) = (vector(20, 4), matrix(9, 20, 5));
+    let (_, saved) = kernels::rms_norm(&x, &norm, 1e-5);
+    let (_, inverse) = composition::rms_norm(&x, &norm, 1e-5);
+    let (mut fused, mut composed) = (gradients(20), gradients(20));
+    let dx = kernels::rms_norm_backward(&dy, &x, &norm, &saved, &mut fused, &whole(20));
+    let dx_composed =
+        composition::rms_norm_backward(&dy, &x, &norm, &inverse, &mut composed, &whole(20));
+    close("norm dx", &host(&dx), &host(&dx_composed), 1e-5);
+    close(
+        "norm dw",
+        &fused.take_host()[0],
+        &composed.take_host()[0],
+        1e-5,
+    );
+
+    let (dgate, dup) = kernels::swiglu_backward(&dy, &x, &dx);
+    let (dgate_composed, dup_composed) = composition::swiglu_backward(&dy, &x, &dx);
+    close("dgate", &host(&dgate), &host(&dgate_composed), 1e-5);
+    close("dup", &host(&dup), &host(&dup_composed), 1e-5);
+
+    let ids = [1, 2, 1, 0, 6, 6, 3, 2, 1];
+    let (mut fused, mut composed) = (gradients(140), gradients(140));
+    kernels::embedding_backward(&dy, &ids, &mut fused, &whole(140));
+    composition::embedding_backward(&dy, &ids, &mut composed, &whole(140));
+    close(
+        "dtable",
+        &fused.take_host()[0],
+        &composed.take_host()[0],
+        1e-5,
+    );
+}
+
+#[test]
+fn operations_on_an_autodiff_device_take_the_composition() {
+    let (x, weight) = (leaf(&matrix(3, 4, 1)), leaf(&matrix(5, 4, 2)));
+    let y = kernels::swiglu(&kernels::linear(&x, &weight), &kernels::linear(&x, &weight));
+    let grads = y.sum().backward();
+    assert!(x.grad(&grads).is_some() && weight.grad(&grads).is_some());
+}
+
+#[test]
+#[should_panic(expected = "columns of x and of the weight")]
+fn a_weight_of_another_width_is_refused() {
+    kernels::linear(&matrix(2, 3, 1), &matrix(4, 5, 2));
+}
+
+#[test]
+#[should_panic(expected = "token id 11 in a vocabulary of 11")]
+fn an_id_beyond_the_vocabulary_is_refused() {
+    kernels::embedding(&matrix(11, 2, 1), &[11]);
+}
+
+#[test]
+#[should_panic(expected = "row 6 of 6")]
+fn a_row_beyond_the_pack_is_refused() {
+    kernels::gather_rows(&matrix(6, 2, 1), &[0, 6]);
+}
+
+fn on_autodiff(tensor: &Tensor<2>) -> Tensor<2> {
+    Tensor::from_data(tensor.to_data(), &Device::flex().autodiff())
+}
