@@ -1,1 +1,13 @@
 //! What crosses crates: real processes on loopback, golden files, tidy rules.
+//!
+//! The tests live in `tests/tests`; this library holds only what several of them need.
+
+use std::path::PathBuf;
+
+/// The workspace root.
+pub fn workspace_root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the tests crate lies below the workspace root")
+        .to_owned()
+}
