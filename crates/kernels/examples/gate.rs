@@ -86,7 +86,7 @@ fn products() {
         let forward = best(9, || drop(linear(&x, &weight)));
         report(&format!("linear {depth} -> {out}"), forward, operations);
         let backward = best(9, || {
-            drop(linear_backward(&dy, &x, &weight, &mut gradients, &slot))
+            drop(linear_backward(&dy, &x, &weight, &mut gradients, &slot));
         });
         report("  backward", backward, 2.0 * operations);
     }
@@ -292,7 +292,7 @@ fn head() {
             &saved,
             &mut gradients,
             &slot,
-        ))
+        ));
     });
     report("  backward (recomputing)", backward, 3.0 * operations);
 }

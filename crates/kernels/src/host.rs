@@ -58,6 +58,10 @@ pub(crate) fn into_vec<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 }
 
 /// `tensor`'s elements for writing in place when it is a flex tensor; the tensor itself otherwise.
+#[allow(
+    clippy::result_large_err,
+    reason = "the error is the operand, handed back"
+)]
 pub(crate) fn take<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, Tensor<D>> {
     let host = Host::read(&tensor).is_some();
     if host {

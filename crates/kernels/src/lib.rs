@@ -19,6 +19,9 @@
 //!
 //! Not here: decoder families and packs (`model`), losses (`objective`), files.
 
+// Loops vectorise only where they are inlined into a function compiled for the machine's instruction set (`math::simd`).
+#![allow(clippy::inline_always)]
+
 mod attention;
 pub mod composition;
 mod embedding;

@@ -10,6 +10,7 @@ use crate::{Gradients, Slot, composition, parallel};
 /// What [`rms_norm_backward`] needs beside the inputs: 1 / √(mean(x²) + ε) of every row.
 pub struct RmsSaved(Inverse);
 
+#[allow(clippy::large_enum_variant, reason = "a handful live at a time")]
 enum Inverse {
     Host(Vec<f32>),
     Device(Tensor<2>),

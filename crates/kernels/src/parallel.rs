@@ -50,9 +50,9 @@ pub(crate) fn row_blocks_of_two(
 /// Runs `work` on every item.
 pub(crate) fn each<T: Send>(items: &mut [T], work: impl Fn(&mut T) + Sync + Send) {
     if is_parallel() {
-        items.par_iter_mut().for_each(work)
+        items.par_iter_mut().for_each(work);
     } else {
-        items.iter_mut().for_each(work)
+        items.iter_mut().for_each(work);
     }
 }
 

@@ -304,7 +304,9 @@ fn forward_task(task: &Task<'_>, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, 
                 Threads::One,
             );
             for (out, inverse) in out.chunks_exact_mut(width).zip(inverse.iter()) {
-                out.iter_mut().for_each(|value| *value *= inverse);
+                for value in out {
+                    *value *= inverse;
+                }
             }
         }
     }
