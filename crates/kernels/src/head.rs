@@ -221,24 +221,27 @@ fn absorb(logits: &mut [f32], running: &mut [Running], targets: &[u32], tile: &T
         .zip(targets)
         .collect();
     let one = |((logits, running), target): &mut ((&mut [f32], &mut Running), &u32)| {
-        simd(|| {
-            if let Some(place) = tile.place(**target) {
-                running.target = logits[place];
-            }
-            let largest = max(logits);
-            let new_max = if largest > running.max {
-                largest
-            } else {
-                running.max
-            };
-            let sum = f64::from(exp_shifted(logits, new_max));
-            running.sum = if running.sum > 0.0 {
-                running.sum * f64::from(exp(running.max - new_max))
-            } else {
-                0.0
-            } + sum;
-            running.max = new_max;
-        });
+        simd(
+            #[inline(always)]
+            || {
+                if let Some(place) = tile.place(**target) {
+                    running.target = logits[place];
+                }
+                let largest = max(logits);
+                let new_max = if largest > running.max {
+                    largest
+                } else {
+                    running.max
+                };
+                let sum = f64::from(exp_shifted(logits, new_max));
+                running.sum = if running.sum > 0.0 {
+                    running.sum * f64::from(exp(running.max - new_max))
+                } else {
+                    0.0
+                } + sum;
+                running.max = new_max;
+            },
+        );
     };
     parallel::each(&mut states, one);
 }
@@ -246,16 +249,19 @@ fn absorb(logits: &mut [f32], running: &mut [Running], targets: &[u32], tile: &T
 /// Turns a tile of logits into dL/dlogits = dlogp · (1 at the target − softmax).
 fn differentiate(logits: &mut [f32], lse: &[f32], dlogps: &[f32], targets: &[u32], tile: &Tile) {
     parallel::row_blocks(logits, tile.columns, |first, block| {
-        simd(|| {
-            for (index, row) in block.chunks_exact_mut(tile.columns).enumerate() {
-                let (lse, dlogp) = (lse[first + index], dlogps[first + index]);
-                for logit in row.iter_mut() {
-                    *logit = -dlogp * exp(*logit - lse);
+        simd(
+            #[inline(always)]
+            || {
+                for (index, row) in block.chunks_exact_mut(tile.columns).enumerate() {
+                    let (lse, dlogp) = (lse[first + index], dlogps[first + index]);
+                    for logit in row.iter_mut() {
+                        *logit = -dlogp * exp(*logit - lse);
+                    }
+                    if let Some(place) = tile.place(targets[first + index]) {
+                        row[place] += dlogp;
+                    }
                 }
-                if let Some(place) = tile.place(targets[first + index]) {
-                    row[place] += dlogp;
-                }
-            }
-        });
+            },
+        );
     });
 }

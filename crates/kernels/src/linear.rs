@@ -83,13 +83,16 @@ pub fn add_bias(x: Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {
         Err(x) => return composition::add_bias(x, bias),
     };
     parallel::row_blocks(&mut out, width, |_, block| {
-        simd(|| {
-            for row in block.chunks_exact_mut(width) {
-                for (value, &bias) in row.iter_mut().zip(bias_slice) {
-                    *value += bias;
+        simd(
+            #[inline(always)]
+            || {
+                for row in block.chunks_exact_mut(width) {
+                    for (value, &bias) in row.iter_mut().zip(bias_slice) {
+                        *value += bias;
+                    }
                 }
-            }
-        });
+            },
+        );
     });
     host::tensor(out, [rows, width])
 }

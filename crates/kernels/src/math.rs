@@ -4,7 +4,8 @@
 /// Lanes of a reduction: two AVX2 registers, so that additions overlap.
 const LANES: usize = 16;
 
-/// Runs `work` compiled for the best instruction set that this machine has.
+/// Runs `work` compiled for the best instruction set that this machine has. Only what is inlined is compiled so: the
+/// closure itself needs `#[inline(always)]`, or it stays with the target's least common instructions.
 #[inline(always)]
 pub(crate) fn simd<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)

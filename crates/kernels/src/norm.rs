@@ -27,24 +27,30 @@ pub fn rms_norm(x: &Tensor<2>, weight: &Tensor<1>, epsilon: f64) -> (Tensor<2>, 
     let (x, weight): (&[f32], &[f32]) = (&x_host, &weight_host);
     let mut inverse = vec![0.0; rows];
     parallel::row_blocks(&mut inverse, 1, |first, block| {
-        simd(|| {
-            for (inverse, x) in block.iter_mut().zip(x[first * width..].chunks_exact(width)) {
-                *inverse = 1.0 / (dot(x, x) / width as f32 + epsilon as f32).sqrt();
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for (inverse, x) in block.iter_mut().zip(x[first * width..].chunks_exact(width)) {
+                    *inverse = 1.0 / (dot(x, x) / width as f32 + epsilon as f32).sqrt();
+                }
+            },
+        );
     });
     let mut out = vec![0.0; rows * width];
     parallel::row_blocks(&mut out, width, |first, block| {
-        simd(|| {
-            let rows = block
-                .chunks_exact_mut(width)
-                .zip(x[first * width..].chunks_exact(width));
-            for ((y, x), inverse) in rows.zip(&inverse[first..]) {
-                for ((y, &x), &weight) in y.iter_mut().zip(x).zip(weight) {
-                    *y = weight * (x * inverse);
+        simd(
+            #[inline(always)]
+            || {
+                let rows = block
+                    .chunks_exact_mut(width)
+                    .zip(x[first * width..].chunks_exact(width));
+                for ((y, x), inverse) in rows.zip(&inverse[first..]) {
+                    for ((y, &x), &weight) in y.iter_mut().zip(x).zip(weight) {
+                        *y = weight * (x * inverse);
+                    }
                 }
-            }
-        });
+            },
+        );
     });
     (
         host::tensor(out, [rows, width]),
@@ -83,38 +89,44 @@ pub fn rms_norm_backward(
         return composition::rms_norm_backward(dy, x, weight, &inverse, gradients, slot);
     };
     let (dy, x, weight): (&[f32], &[f32], &[f32]) = (&dy_host, &x_host, &weight_host);
-    simd(|| {
-        for ((dy, x), inverse) in dy
-            .chunks_exact(width)
-            .zip(x.chunks_exact(width))
-            .zip(inverse)
-        {
-            for ((sum, &dy), &x) in sums.iter_mut().zip(dy).zip(x) {
-                *sum += dy * (x * inverse);
+    simd(
+        #[inline(always)]
+        || {
+            for ((dy, x), inverse) in dy
+                .chunks_exact(width)
+                .zip(x.chunks_exact(width))
+                .zip(inverse)
+            {
+                for ((sum, &dy), &x) in sums.iter_mut().zip(dy).zip(x) {
+                    *sum += dy * (x * inverse);
+                }
             }
-        }
-    });
+        },
+    );
     let mut out = vec![0.0; rows * width];
     parallel::row_blocks(&mut out, width, |first, block| {
-        simd(|| {
-            let operands = dy[first * width..]
-                .chunks_exact(width)
-                .zip(x[first * width..].chunks_exact(width));
-            for ((dx, (dy, x)), &inverse) in block
-                .chunks_exact_mut(width)
-                .zip(operands)
-                .zip(&inverse[first..])
-            {
-                // dx = inverse · (weight·dy − x · inverse² · mean(weight·dy·x))
-                for ((dx, &dy), &weight) in dx.iter_mut().zip(dy).zip(weight) {
-                    *dx = weight * dy;
+        simd(
+            #[inline(always)]
+            || {
+                let operands = dy[first * width..]
+                    .chunks_exact(width)
+                    .zip(x[first * width..].chunks_exact(width));
+                for ((dx, (dy, x)), &inverse) in block
+                    .chunks_exact_mut(width)
+                    .zip(operands)
+                    .zip(&inverse[first..])
+                {
+                    // dx = inverse · (weight·dy − x · inverse² · mean(weight·dy·x))
+                    for ((dx, &dy), &weight) in dx.iter_mut().zip(dy).zip(weight) {
+                        *dx = weight * dy;
+                    }
+                    let shared = dot(dx, x) / width as f32 * inverse * inverse;
+                    for (dx, &x) in dx.iter_mut().zip(x) {
+                        *dx = inverse * (*dx - x * shared);
+                    }
                 }
-                let shared = dot(dx, x) / width as f32 * inverse * inverse;
-                for (dx, &x) in dx.iter_mut().zip(x) {
-                    *dx = inverse * (*dx - x * shared);
-                }
-            }
-        });
+            },
+        );
     });
     host::tensor(out, [rows, width])
 }

@@ -20,11 +20,14 @@ pub fn add(a: Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
     };
     parallel::row_blocks(&mut out, width, |first, block| {
         let b = &b_slice[first * width..];
-        simd(|| {
-            for (sum, &value) in block.iter_mut().zip(b) {
-                *sum += value;
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for (sum, &value) in block.iter_mut().zip(b) {
+                    *sum += value;
+                }
+            },
+        );
     });
     host::tensor(out, [rows, width])
 }

@@ -77,20 +77,23 @@ fn turn(x: Tensor<2>, table: &RotaryTable, heads: usize, sign: f32) -> Tensor<2>
     };
     let (cos, sin): (&[f32], &[f32]) = (&cos, &sin);
     parallel::row_blocks(&mut out, width, |first, block| {
-        simd(|| {
-            for (row, values) in block.chunks_exact_mut(width).enumerate() {
-                let cos = &cos[(first + row) * half..][..half];
-                let sin = &sin[(first + row) * half..][..half];
-                for head in values.chunks_exact_mut(head_dim) {
-                    let (low, high) = head[..2 * half].split_at_mut(half);
-                    for i in 0..half {
-                        let (a, b, turn) = (low[i], high[i], sign * sin[i]);
-                        low[i] = a * cos[i] - b * turn;
-                        high[i] = b * cos[i] + a * turn;
+        simd(
+            #[inline(always)]
+            || {
+                for (row, values) in block.chunks_exact_mut(width).enumerate() {
+                    let cos = &cos[(first + row) * half..][..half];
+                    let sin = &sin[(first + row) * half..][..half];
+                    for head in values.chunks_exact_mut(head_dim) {
+                        let (low, high) = head[..2 * half].split_at_mut(half);
+                        for i in 0..half {
+                            let (a, b, turn) = (low[i], high[i], sign * sin[i]);
+                            low[i] = a * cos[i] - b * turn;
+                            high[i] = b * cos[i] + a * turn;
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
     });
     host::tensor(out, [rows, width])
 }

@@ -17,11 +17,14 @@ pub fn swiglu(gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
     let mut out = vec![0.0; rows * width];
     parallel::row_blocks(&mut out, width, |first, block| {
         let (gate, up) = (&gate[first * width..], &up[first * width..]);
-        simd(|| {
-            for ((out, &gate), &up) in block.iter_mut().zip(gate).zip(up) {
-                *out = gate * sigmoid(gate) * up;
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for ((out, &gate), &up) in block.iter_mut().zip(gate).zip(up) {
+                    *out = gate * sigmoid(gate) * up;
+                }
+            },
+        );
     });
     host::tensor(out, [rows, width])
 }
@@ -43,15 +46,18 @@ pub fn swiglu_backward(dy: &Tensor<2>, gate: &Tensor<2>, up: &Tensor<2>) -> (Ten
             &gate[first * width..],
             &up[first * width..],
         );
-        simd(|| {
-            for ((((dgate, dup), &dy), &gate), &up) in
-                dgate.iter_mut().zip(dup).zip(dy).zip(gate).zip(up)
-            {
-                let sigmoid = sigmoid(gate);
-                *dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
-                *dup = dy * gate * sigmoid;
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for ((((dgate, dup), &dy), &gate), &up) in
+                    dgate.iter_mut().zip(dup).zip(dy).zip(gate).zip(up)
+                {
+                    let sigmoid = sigmoid(gate);
+                    *dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
+                    *dup = dy * gate * sigmoid;
+                }
+            },
+        );
     });
     (
         host::tensor(dgate, [rows, width]),

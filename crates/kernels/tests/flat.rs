@@ -40,12 +40,7 @@ fn views_show_the_slot_in_the_asked_shape() {
 #[test]
 fn weights_travel_to_the_host_and_back_without_a_copy() {
     let weights = vec![values(5000, 1), values(300, 2)];
-    let places = |buckets: &[Vec<f32>]| {
-        buckets
-            .iter()
-            .map(|bucket| bucket.as_ptr())
-            .collect::<Vec<_>>()
-    };
+    let places = |buckets: &[Vec<f32>]| buckets.iter().map(Vec::as_ptr).collect::<Vec<_>>();
     let (before, expected) = (places(&weights), weights.clone());
     let mut flat = Flat::from_host(weights, &Device::flex());
     drop(flat.view(

@@ -286,11 +286,14 @@ fn forward_task(task: &Task<'_>, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, 
             task.scores(scores, queries, &keys.data, &block, plan.scale as f32);
             let inverse = &mut inverse[..rows];
             let lse = &mut lse[block.token * group..][..rows];
-            simd(|| {
-                for (row, scores) in scores.chunks_exact_mut(block.keys).enumerate() {
-                    (lse[row], inverse[row]) = softmax(scores, block.visible(row, group, plan));
-                }
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    for (row, scores) in scores.chunks_exact_mut(block.keys).enumerate() {
+                        (lse[row], inverse[row]) = softmax(scores, block.visible(row, group, plan));
+                    }
+                },
+            );
             let out = &mut out[block.token * group * width..][..rows * width];
             let probabilities = Matrix::new(scores, rows, block.keys);
             let values = Matrix::new(&values.data[block.key_start * width..], block.keys, width);
@@ -371,27 +374,31 @@ fn backward_task(task: &Task<'_>, operands: &Operands<'_>) -> (Vec<f32>, Vec<f32
             );
             task.scores(scores, queries, &keys.data, &block, scale);
             task.scores(dscores, dys, &values.data, &block, 1.0);
-            simd(|| {
-                let operands = outs
-                    .chunks_exact(width)
-                    .zip(dys.chunks_exact(width))
-                    .zip(lse.iter());
-                let grids = scores
-                    .chunks_exact_mut(block.keys)
-                    .zip(dscores.chunks_exact_mut(block.keys));
-                for (row, ((scores, dscores), ((out, dy), &lse))) in grids.zip(operands).enumerate()
-                {
-                    let shift = dot(out, dy);
-                    differentiate(
-                        scores,
-                        dscores,
-                        block.visible(row, group, plan),
-                        lse,
-                        shift,
-                        scale,
-                    );
-                }
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    let operands = outs
+                        .chunks_exact(width)
+                        .zip(dys.chunks_exact(width))
+                        .zip(lse.iter());
+                    let grids = scores
+                        .chunks_exact_mut(block.keys)
+                        .zip(dscores.chunks_exact_mut(block.keys));
+                    for (row, ((scores, dscores), ((out, dy), &lse))) in
+                        grids.zip(operands).enumerate()
+                    {
+                        let shift = dot(out, dy);
+                        differentiate(
+                            scores,
+                            dscores,
+                            block.visible(row, group, plan),
+                            lse,
+                            shift,
+                            scale,
+                        );
+                    }
+                },
+            );
             let (probabilities, dscores) = (
                 Matrix::new(scores, rows, block.keys),
                 Matrix::new(dscores, rows, block.keys),
