@@ -1,0 +1,213 @@
+//! An append-only log of records, checksummed and chained.
+//!
+//! ```text
+//! header  0   8  magic  "CALDPLOG"
+//!         8   4  format version, u32 little endian, 1
+//!         12  4  crc32c of bytes 0..12, u32 little endian
+//! frame   0   4  payload length n, u32 little endian, at most 16 MiB
+//!         4   4  crc32c of length and chain, u32 little endian
+//!         8   32 chain: BLAKE3(previous chain ‖ payload); before the first frame the previous chain is BLAKE3(header)
+//!         40  n  payload
+//! ```
+//! The chain covers the payload and makes a frame that was removed, repeated, reordered or brought from another log
+//! visible. The checksum vouches for the length before it is believed, so that a flipped length in the middle cannot pass
+//! for a torn tail and take the records behind it along. Only a frame that the end of the file cuts short is a torn tail.
+
+use std::{
+    fs::File,
+    io::{self, Read, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
+
+use crate::files::{FileError, at, atomic_write};
+
+/// Largest payload of one record, so that a damaged length is caught before anything is allocated.
+pub const RECORD_BYTES_MAX: usize = 16 << 20;
+
+const MAGIC: &[u8; 8] = b"CALDPLOG";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 16;
+const FRAME_BYTES: usize = 40;
+
+/// A log open for appending. One writer: its owner holds a [`crate::Lock`] beside it.
+#[derive(Debug)]
+pub struct Log {
+    file: File,
+    path: PathBuf,
+    chain: [u8; 32],
+    /// End of the last whole frame; an append that failed half-way is cut back to it.
+    end: u64,
+}
+
+/// What [`Log::open`] found.
+#[derive(Debug)]
+pub struct Opened {
+    /// The log, ready for the next record.
+    pub log: Log,
+    /// Payloads of all records, oldest first.
+    pub records: Vec<Vec<u8>>,
+    /// Bytes of a torn tail that were cut off.
+    pub torn_bytes: u64,
+}
+
+/// Why a log cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// Bytes that no crash explains. The log is left as it is.
+    #[error(
+        "{path} is damaged at byte {offset}: {reason}; restore the file, or move it away to start anew"
+    )]
+    Damaged {
+        /// The log.
+        path: PathBuf,
+        /// First byte of the frame (or header) that does not hold.
+        offset: u64,
+        /// Which check failed.
+        reason: &'static str,
+    },
+    /// A record larger than [`RECORD_BYTES_MAX`].
+    #[error("a record of {bytes} bytes is larger than the limit of {RECORD_BYTES_MAX}")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+    },
+    /// The file could not be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+impl Log {
+    /// Opens the log at `path`, creating it when absent, and checks every byte.
+    ///
+    /// # Errors
+    /// [`LogError::Damaged`] for anything but a torn tail, which is cut off and counted.
+    pub fn open(path: &Path) -> Result<Opened, LogError> {
+        if !path.try_exists().map_err(at("look for", path))? {
+            atomic_write(path, &header())?;
+        }
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(at("open", path))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(at("read", path))?;
+        let damaged = |offset: usize, reason| LogError::Damaged {
+            path: path.to_owned(),
+            offset: offset as u64,
+            reason,
+        };
+        // The header is written atomically, so a short one is damage and not a torn tail.
+        if bytes.get(..HEADER_BYTES) != Some(&header()[..]) {
+            return Err(damaged(0, "not a log of this format and version"));
+        }
+        let mut chain = *blake3::hash(&bytes[..HEADER_BYTES]).as_bytes();
+        let mut records = Vec::new();
+        let mut offset = HEADER_BYTES;
+        while let Some(head) = bytes.get(offset..offset + FRAME_BYTES) {
+            let length = [head[0], head[1], head[2], head[3]];
+            let checksum = [head[4], head[5], head[6], head[7]];
+            if u32::from_le_bytes(checksum) != head_checksum(length, &head[8..]) {
+                return Err(damaged(
+                    offset,
+                    "the checksum of a record's head does not hold",
+                ));
+            }
+            let length = u32::from_le_bytes(length) as usize;
+            if length > RECORD_BYTES_MAX {
+                return Err(damaged(offset, "the length of a record is impossible"));
+            }
+            let start = offset + FRAME_BYTES;
+            let Some(payload) = bytes.get(start..start + length) else {
+                break;
+            };
+            let next = link(&chain, payload);
+            if head[8..] != next {
+                return Err(damaged(
+                    offset,
+                    "a record was changed, or does not follow from the one before it",
+                ));
+            }
+            records.push(payload.to_vec());
+            chain = next;
+            offset = start + length;
+        }
+        let end = offset as u64;
+        let torn_bytes = bytes.len() as u64 - end;
+        if torn_bytes > 0 {
+            file.set_len(end)
+                .and_then(|()| file.sync_all())
+                .map_err(at("cut the torn tail of", path))?;
+        }
+        file.seek(SeekFrom::Start(end)).map_err(at("seek", path))?;
+        Ok(Opened {
+            log: Self {
+                file,
+                path: path.to_owned(),
+                chain,
+                end,
+            },
+            records,
+            torn_bytes,
+        })
+    }
+
+    /// Appends one record; it is durable when this returns.
+    ///
+    /// # Errors
+    /// After an error the record is not in the log, unless cutting back failed too, and then the error says so.
+    pub fn append(&mut self, payload: &[u8]) -> Result<(), LogError> {
+        if payload.len() > RECORD_BYTES_MAX {
+            return Err(LogError::TooLarge {
+                bytes: payload.len(),
+            });
+        }
+        let chain = link(&self.chain, payload);
+        let frame = frame(&chain, payload);
+        if let Err(error) = self.write(&frame) {
+            self.file
+                .set_len(self.end)
+                .and_then(|()| self.file.seek(SeekFrom::Start(self.end)))
+                .map_err(at("cut a failed record off", &self.path))?;
+            return Err(at("append to", &self.path)(error).into());
+        }
+        self.chain = chain;
+        self.end += frame.len() as u64;
+        Ok(())
+    }
+
+    fn write(&mut self, frame: &[u8]) -> io::Result<()> {
+        self.file.write_all(frame)?;
+        self.file.sync_data()
+    }
+}
+
+fn header() -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    header[..8].copy_from_slice(MAGIC);
+    header[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    let checksum = crc32c::crc32c(&header[..12]);
+    header[12..].copy_from_slice(&checksum.to_le_bytes());
+    header
+}
+
+fn link(previous: &[u8; 32], payload: &[u8]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(previous).update(payload);
+    *hasher.finalize().as_bytes()
+}
+
+fn frame(chain: &[u8; 32], payload: &[u8]) -> Vec<u8> {
+    let length = (payload.len() as u32).to_le_bytes();
+    let checksum = head_checksum(length, chain);
+    let mut frame = Vec::with_capacity(FRAME_BYTES + payload.len());
+    frame.extend_from_slice(&length);
+    frame.extend_from_slice(&checksum.to_le_bytes());
+    frame.extend_from_slice(chain);
+    frame.extend_from_slice(payload);
+    frame
+}
+
+fn head_checksum(length: [u8; 4], chain: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&length), chain)
+}
