@@ -1,0 +1,296 @@
+//! Collectives over TCP: a full mesh of connections among the ranks of one generation, for CPU workers.
+//!
+//! ```text
+//! Rendezvous::bind ──► address (announced before the generation is formed)
+//! Rendezvous::connect: rank r dials every lower rank and accepts every higher one; both sides prove the secret
+//! Tcp: one engine thread runs the operations in order; per peer and phase one writer thread, the engine reads
+//! ```
+//!
+//! Writing never waits for reading, so two ranks may send each other more than the kernel buffers.
+//!
+//! The handshake proves that both sides hold the generation's secret (S1). It does not encrypt, and data after it carries no
+//! tag: the network between workers must be one where nobody rewrites packets.
+
+mod engine;
+mod exchange;
+mod frame;
+mod handshake;
+mod state;
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    sync::{Arc, mpsc},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use crate::{Aborter, Collective, CollectiveError, Op, Peer, Region, Ticket, single::check_start};
+use engine::Job;
+use state::State;
+
+/// A caller that has connected must say who it is within this time, so that a stranger cannot hold the door.
+const HELLO_MS_MAX: u64 = 2_000;
+
+/// The accept loop looks at its deadline this often.
+const ACCEPT_POLL_MS: u64 = 2;
+
+/// The bound listener of a rank that is not connected yet. One rendezvous serves one generation.
+pub struct Rendezvous {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+impl Rendezvous {
+    /// Listens on a free port of `ip`.
+    ///
+    /// # Errors
+    /// If the address cannot be bound.
+    pub fn bind(ip: IpAddr) -> Result<Self, CollectiveError> {
+        let local = |cause: io::Error| CollectiveError::Local {
+            what: format!("listen on {ip}"),
+            cause: cause.to_string(),
+        };
+        let listener = TcpListener::bind((ip, 0)).map_err(local)?;
+        let address = listener.local_addr().map_err(local)?;
+        Ok(Self { listener, address })
+    }
+
+    /// Where peers reach this rank, `ip:port`.
+    pub fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    /// Connects all ranks of `generation`. `addresses[r]` is rank r's; `secret` is the generation's and equal everywhere.
+    /// Strangers who cannot prove the secret are turned away without harm to the group.
+    ///
+    /// # Errors
+    /// A peer that cannot be reached or does not come within the deadline, a wrong secret, another generation.
+    pub fn connect(
+        self,
+        rank: usize,
+        addresses: &[String],
+        generation: u64,
+        secret: [u8; 32],
+        deadline: Instant,
+    ) -> Result<Tcp, CollectiveError> {
+        let world = addresses.len();
+        if rank >= world {
+            return Err(CollectiveError::Local {
+                what: "connect".into(),
+                cause: format!("rank {rank} is not below the {world} addresses"),
+            });
+        }
+        let group = handshake::Group {
+            generation,
+            world,
+            rank,
+            secret,
+        };
+        let peer = |rank: usize| Peer {
+            rank,
+            address: addresses[rank].clone(),
+        };
+        let mut streams: Vec<Option<TcpStream>> = (0..world).map(|_| None).collect();
+        for other in 0..rank {
+            streams[other] = Some(dial(&group, &peer(other), deadline)?);
+        }
+        self.accept_higher(&group, &mut streams, deadline)
+            .map_err(|refused| CollectiveError::Missing {
+                missing: (rank + 1..world)
+                    .filter(|&other| streams[other].is_none())
+                    .map(peer)
+                    .collect(),
+                refused,
+            })?;
+        Tcp::start(&group, (0..world).map(peer).collect(), streams)
+    }
+
+    /// Accepts every rank above the own one; the reasons of refusals if the deadline passes first.
+    fn accept_higher(
+        &self,
+        group: &handshake::Group,
+        streams: &mut [Option<TcpStream>],
+        deadline: Instant,
+    ) -> Result<(), Vec<String>> {
+        let mut refused = Vec::new();
+        if let Err(error) = self.listener.set_nonblocking(true) {
+            return Err(vec![format!("the own listener: {error}")]);
+        }
+        while streams[group.rank + 1..].iter().any(Option::is_none) {
+            let (stream, address) = match self.listener.accept() {
+                Ok(accepted) => accepted,
+                Err(_) if Instant::now() >= deadline => return Err(refused),
+                Err(_) => {
+                    std::thread::sleep(Duration::from_millis(ACCEPT_POLL_MS));
+                    continue;
+                }
+            };
+            let patience = Instant::now() + Duration::from_millis(HELLO_MS_MAX);
+            match accept(group, stream, patience.min(deadline)) {
+                Ok((other, stream)) if streams[other].is_none() => streams[other] = Some(stream),
+                Ok((other, _)) => refused.push(format!("{address} (a second rank {other})")),
+                Err(reason) => {
+                    tracing::warn!(%address, %reason, "connection turned away");
+                    refused.push(format!("{address} ({reason})"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn dial(
+    group: &handshake::Group,
+    peer: &Peer,
+    deadline: Instant,
+) -> Result<TcpStream, CollectiveError> {
+    let unreachable = |cause: String| CollectiveError::Unreachable {
+        peer: peer.clone(),
+        cause,
+    };
+    let address: SocketAddr = peer
+        .address
+        .parse()
+        .map_err(|_| unreachable("not an address of the form ip:port".into()))?;
+    let left = deadline.saturating_duration_since(Instant::now());
+    // Listeners are bound before their addresses are given out, so a refusal is final and not worth a retry.
+    let stream = TcpStream::connect_timeout(&address, left.max(Duration::from_millis(1)))
+        .map_err(|error| unreachable(error.to_string()))?;
+    handshake::dial(group, peer.rank, &stream, deadline)
+        .and_then(|()| plain(&stream).map_err(|error| error.to_string()))
+        .map_err(|reason| CollectiveError::Refused {
+            peer: peer.clone(),
+            reason,
+        })?;
+    Ok(stream)
+}
+
+fn accept(
+    group: &handshake::Group,
+    stream: TcpStream,
+    deadline: Instant,
+) -> Result<(usize, TcpStream), String> {
+    // Some systems hand the listener's mode down to the accepted socket.
+    stream
+        .set_nonblocking(false)
+        .map_err(|error| error.to_string())?;
+    let other = handshake::accept(group, &stream, deadline)?;
+    plain(&stream).map_err(|error| error.to_string())?;
+    Ok((other, stream))
+}
+
+/// Handshake timeouts off: from here on deadlines are `wait`'s.
+fn plain(stream: &TcpStream) -> io::Result<()> {
+    stream.set_read_timeout(None)?;
+    stream.set_write_timeout(None)?;
+    stream.set_nodelay(true)
+}
+
+/// A connected rank.
+pub struct Tcp {
+    rank: usize,
+    world: usize,
+    generation: u64,
+    started: u64,
+    state: Arc<State>,
+    jobs: Option<mpsc::Sender<Job>>,
+    engine: Option<JoinHandle<()>>,
+}
+
+impl Tcp {
+    fn start(
+        group: &handshake::Group,
+        peers: Vec<Peer>,
+        streams: Vec<Option<TcpStream>>,
+    ) -> Result<Self, CollectiveError> {
+        let (rank, world, generation) = (group.rank, group.world, group.generation);
+        let state = Arc::new(State::new(generation, peers, streams));
+        let (jobs, queue) = mpsc::channel();
+        let engine = engine::spawn(rank, Arc::clone(&state), queue).map_err(|error| {
+            CollectiveError::Local {
+                what: "start the engine thread".into(),
+                cause: error.to_string(),
+            }
+        })?;
+        Ok(Self {
+            rank,
+            world,
+            generation,
+            started: 0,
+            state,
+            jobs: Some(jobs),
+            engine: Some(engine),
+        })
+    }
+}
+
+impl Collective for Tcp {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world(&self) -> usize {
+        self.world
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn start(
+        &mut self,
+        op: Op,
+        region: Region,
+        generation: u64,
+    ) -> Result<Ticket, CollectiveError> {
+        check_start(op, &region, self.world, generation, self.generation)?;
+        let sequence = self.started;
+        self.state.begin(sequence)?;
+        self.started += 1;
+        let job = Job {
+            sequence,
+            op,
+            region,
+        };
+        let jobs = self.jobs.as_ref().expect("the queue lives until drop");
+        if jobs.send(job).is_err() {
+            return Err(self.state.failure());
+        }
+        Ok(Ticket { sequence })
+    }
+
+    fn wait(&mut self, ticket: Ticket, deadline: Instant) -> Result<Region, CollectiveError> {
+        self.state.wait(ticket.sequence, deadline)
+    }
+
+    fn abort(&mut self, generation: u64) {
+        self.aborter().abort(generation, "by this rank");
+    }
+
+    fn aborter(&self) -> Aborter {
+        let (own, state) = (self.generation, Arc::clone(&self.state));
+        Aborter::new(move |generation, reason| {
+            if generation == own {
+                state.fail(CollectiveError::Aborted {
+                    generation,
+                    reason: reason.to_owned(),
+                });
+            }
+        })
+    }
+}
+
+impl Drop for Tcp {
+    fn drop(&mut self) {
+        // Closing the connections wakes an engine that still waits for a peer; finished operations are not harmed.
+        self.state.fail(CollectiveError::Aborted {
+            generation: self.generation,
+            reason: "this rank left".into(),
+        });
+        self.jobs = None;
+        if let Some(engine) = self.engine.take() {
+            let _ = engine.join();
+        }
+    }
+}

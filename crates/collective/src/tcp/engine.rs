@@ -1,0 +1,64 @@
+//! The engine: one thread that runs a rank's operations in the order of their starts until the first failure.
+
+use std::{
+    io,
+    sync::{Arc, mpsc},
+    thread::{Builder, JoinHandle},
+};
+
+use super::{exchange::Exchange, state::State};
+use crate::{CollectiveError, Op, Region};
+
+/// A started operation.
+pub(super) struct Job {
+    pub(super) sequence: u64,
+    pub(super) op: Op,
+    pub(super) region: Region,
+}
+
+pub(super) fn spawn(
+    rank: usize,
+    state: Arc<State>,
+    queue: mpsc::Receiver<Job>,
+) -> io::Result<JoinHandle<()>> {
+    Builder::new()
+        .name(format!("collective-{rank}"))
+        .spawn(move || {
+            // A panic in here is a bug, but waiters must learn of it before their deadline.
+            let _guard = FailOnPanic(&state);
+            while let Ok(job) = queue.recv() {
+                let Some(region) = run(rank, &state, job.op, job.region, job.sequence) else {
+                    return;
+                };
+                state.finish(job.sequence, region);
+            }
+        })
+}
+
+/// The finished region, or `None` after a failure, which `state` holds.
+fn run(rank: usize, state: &State, op: Op, region: Region, sequence: u64) -> Option<Region> {
+    let exchange = Exchange {
+        rank,
+        state,
+        op,
+        sequence,
+    };
+    match region {
+        Region::HostF32(values) => exchange.run(values).map(Region::HostF32),
+        Region::HostF64(values) => exchange.run(values).map(Region::HostF64),
+        Region::HostBytes(bytes) => exchange.broadcast_bytes(bytes).map(Region::HostBytes),
+    }
+}
+
+struct FailOnPanic<'a>(&'a State);
+
+impl Drop for FailOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail(CollectiveError::Local {
+                what: "run an operation".into(),
+                cause: "the engine thread panicked".into(),
+            });
+        }
+    }
+}

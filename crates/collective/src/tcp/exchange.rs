@@ -1,0 +1,320 @@
+//! One operation: what goes to whom, what comes from whom, and the order of addition. No threads of its own life, no queue.
+//!
+//! A phase is one round of the mesh: a writer thread per peer sends while this thread reads the peers one after another, so
+//! that no write waits for a read. Sums are made where a shard is owned, chunk by chunk in the order of ranks:
+//! `((x₀ + x₁) + x₂) + …`, the same on every run.
+
+use std::{
+    collections::BTreeSet,
+    io::{self, Read, Write},
+    net::TcpStream,
+    ops::{AddAssign, Range},
+};
+
+use bytemuck::Pod;
+
+use super::{
+    frame::{FRAME_BYTES, Frame},
+    state::State,
+};
+use crate::{CollectiveError, Op, shard_range};
+
+/// Elements added at a time: a chunk of every rank fits a core's cache.
+const CHUNK_ELEMENTS: usize = 32 * 1024;
+
+/// Bytes read between two notes of progress, and the most that is allocated ahead of what has arrived.
+const STRIDE_BYTES: usize = 1024 * 1024;
+
+pub(super) struct Exchange<'a> {
+    pub(super) rank: usize,
+    pub(super) state: &'a State,
+    pub(super) op: Op,
+    pub(super) sequence: u64,
+}
+
+/// The failure is in the state; the engine only has to stop.
+struct Stopped;
+
+impl Exchange<'_> {
+    /// Runs an operation on numbers; `None` after a failure.
+    pub(super) fn run<T: Pod + AddAssign + Send + Sync>(
+        &self,
+        mut region: Vec<T>,
+    ) -> Option<Vec<T>> {
+        let done = match self.op {
+            Op::ReduceScatterSum => self.reduce_scatter(&mut region),
+            Op::AllGather => self.all_gather(&mut region),
+            Op::AllReduceSum => self
+                .reduce_scatter(&mut region)
+                .and_then(|()| self.all_gather(&mut region)),
+            Op::Broadcast { root } => self.broadcast(root, &mut region),
+        };
+        done.ok().map(|()| region)
+    }
+
+    /// Every peer gets its shard of this rank's region; the own shard becomes the sum over ranks.
+    fn reduce_scatter<T: Pod + AddAssign + Send + Sync>(
+        &self,
+        region: &mut [T],
+    ) -> Result<(), Stopped> {
+        let elements = region.len();
+        let shard = |rank: usize| shard_range(elements, self.world(), rank);
+        let own = shard(self.rank);
+        let mut sums = vec![T::zeroed(); own.len()];
+        let whole = &*region;
+        self.phase(
+            "sums of parts",
+            |peer| Some(bytemuck::cast_slice(&whole[shard(peer)])),
+            self.frame::<T>(elements, 0),
+            || {
+                for peer in self.peers() {
+                    self.expect_frame(
+                        peer,
+                        &self.frame::<T>(elements, 0),
+                        own.len() * size_of::<T>(),
+                    )?;
+                }
+                self.add_in_order(&whole[own.clone()], &mut sums)
+            },
+        )?;
+        region[own].copy_from_slice(&sums);
+        Ok(())
+    }
+
+    fn add_in_order<T: Pod + AddAssign>(&self, own: &[T], sums: &mut [T]) -> Result<(), Stopped> {
+        let all = size_of_val(own) as u64;
+        let mut arrived = vec![T::zeroed(); CHUNK_ELEMENTS.min(own.len())];
+        for start in (0..own.len()).step_by(CHUNK_ELEMENTS) {
+            let chunk = start..own.len().min(start + CHUNK_ELEMENTS);
+            for rank in 0..self.world() {
+                let sum = &mut sums[chunk.clone()];
+                let values: &[T] = if rank == self.rank {
+                    &own[chunk.clone()]
+                } else {
+                    let got = (start * size_of::<T>()) as u64;
+                    let arrived = &mut arrived[..chunk.len()];
+                    self.read(rank, bytemuck::cast_slice_mut(arrived), got, all)?;
+                    arrived
+                };
+                if rank == 0 {
+                    sum.copy_from_slice(values);
+                } else {
+                    for (sum, value) in sum.iter_mut().zip(values) {
+                        *sum += *value;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every peer gets this rank's shard; the others' shards are filled in.
+    fn all_gather<T: Pod + Send + Sync>(&self, region: &mut [T]) -> Result<(), Stopped> {
+        let elements = region.len();
+        let shard = |rank: usize| shard_range(elements, self.world(), rank);
+        let own: Range<usize> = shard(self.rank);
+        let (lower, rest) = region.split_at_mut(own.start);
+        let (mine, upper) = rest.split_at_mut(own.len());
+        let mine = bytemuck::cast_slice(mine);
+        self.phase(
+            "shards",
+            |_| Some(mine),
+            self.frame::<T>(elements, 1),
+            || {
+                for peer in self.peers() {
+                    let range = shard(peer);
+                    let theirs = if peer < self.rank {
+                        &mut lower[range]
+                    } else {
+                        &mut upper[range.start - own.end..range.end - own.end]
+                    };
+                    let theirs: &mut [u8] = bytemuck::cast_slice_mut(theirs);
+                    self.expect_frame(peer, &self.frame::<T>(elements, 1), theirs.len())?;
+                    self.read_all(peer, theirs)?;
+                }
+                Ok(())
+            },
+        )
+    }
+
+    fn broadcast<T: Pod + Send + Sync>(
+        &self,
+        root: usize,
+        region: &mut [T],
+    ) -> Result<(), Stopped> {
+        let frame = self.frame::<T>(region.len(), 1);
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(region);
+        if root == self.rank {
+            let bytes = &*bytes;
+            return self.phase("a broadcast", |_| Some(bytes), frame, || Ok(()));
+        }
+        self.phase(
+            "a broadcast",
+            |_| None,
+            frame,
+            || {
+                self.expect_frame(root, &frame, bytes.len())?;
+                self.read_all(root, bytes)
+            },
+        )
+    }
+
+    /// Broadcast of bytes: the root's length counts, whatever the others brought. `None` after a failure.
+    pub(super) fn broadcast_bytes(&self, bytes: Vec<u8>) -> Option<Vec<u8>> {
+        let Op::Broadcast { root } = self.op else {
+            unreachable!("start refuses {:?} of bytes", self.op)
+        };
+        if root == self.rank {
+            let frame = self.frame::<u8>(bytes.len(), 1);
+            let sent = self.phase("a broadcast", |_| Some(&bytes), frame, || Ok(()));
+            return sent.ok().map(|()| bytes);
+        }
+        let mut received = Vec::new();
+        let frame = self.frame::<u8>(0, 1);
+        let done = self.phase(
+            "a broadcast",
+            |_| None,
+            frame,
+            || {
+                let got = self.read_frame(root)?;
+                let expected = Frame {
+                    elements: got.elements,
+                    payload_bytes: got.elements,
+                    ..frame
+                };
+                self.check_frame(root, &expected, &got)?;
+                // Grows with what has arrived, so that a wrong length cannot ask for memory.
+                while (received.len() as u64) < got.elements {
+                    let start = received.len();
+                    let more = (got.elements - start as u64).min(STRIDE_BYTES as u64) as usize;
+                    received.resize(start + more, 0);
+                    self.read(root, &mut received[start..], start as u64, got.elements)?;
+                }
+                Ok(())
+            },
+        );
+        done.ok().map(|()| received)
+    }
+
+    /// Sends what `payload` names for each peer, each from its own thread, while `receive` runs on this one.
+    fn phase<'b>(
+        &self,
+        what: &str,
+        payload: impl Fn(usize) -> Option<&'b [u8]>,
+        frame: Frame,
+        receive: impl FnOnce() -> Result<(), Stopped>,
+    ) -> Result<(), Stopped> {
+        let outgoing: Vec<(usize, &[u8])> = self
+            .peers()
+            .filter_map(|peer| payload(peer).map(|bytes| (peer, bytes)))
+            .collect();
+        let sending: BTreeSet<usize> = outgoing.iter().map(|&(peer, _)| peer).collect();
+        self.state.enter(
+            format!(
+                "exchanging {what} ({:?}, operation {})",
+                self.op, self.sequence
+            ),
+            sending,
+        );
+        let received = std::thread::scope(|scope| {
+            for (peer, bytes) in outgoing {
+                let header = Frame {
+                    payload_bytes: bytes.len() as u64,
+                    ..frame
+                }
+                .encode();
+                scope.spawn(
+                    move || match send(self.state.stream(peer), &header, bytes) {
+                        Ok(()) => self.state.sent(peer),
+                        Err(error) => self.state.lost(peer, &error),
+                    },
+                );
+            }
+            let received = receive();
+            self.state.reading(None);
+            received
+        });
+        received?;
+        // A writer's failure reaches this thread only through the state.
+        if self.state.has_failed() {
+            return Err(Stopped);
+        }
+        Ok(())
+    }
+
+    fn frame<T>(&self, elements: usize, phase: u8) -> Frame {
+        Frame {
+            generation: self.state.generation(),
+            sequence: self.sequence,
+            elements: elements as u64,
+            payload_bytes: 0,
+            op: self.op,
+            phase,
+            element_bytes: size_of::<T>() as u8,
+        }
+    }
+
+    fn expect_frame(&self, peer: usize, frame: &Frame, bytes: usize) -> Result<(), Stopped> {
+        let expected = Frame {
+            payload_bytes: bytes as u64,
+            ..*frame
+        };
+        let got = self.read_frame(peer)?;
+        self.check_frame(peer, &expected, &got)
+    }
+
+    fn read_frame(&self, peer: usize) -> Result<Frame, Stopped> {
+        let mut header = [0; FRAME_BYTES];
+        self.read(peer, &mut header, 0, FRAME_BYTES as u64)?;
+        Frame::decode(&header).map_err(|got| self.disagree(peer, "a frame".into(), got))
+    }
+
+    fn check_frame(&self, peer: usize, expected: &Frame, got: &Frame) -> Result<(), Stopped> {
+        if expected == got {
+            return Ok(());
+        }
+        Err(self.disagree(peer, expected.to_string(), got.to_string()))
+    }
+
+    fn disagree(&self, peer: usize, expected: String, got: String) -> Stopped {
+        self.state.fail(CollectiveError::Disagreement {
+            peer: self.state.peers[peer].clone(),
+            expected,
+            got,
+        });
+        Stopped
+    }
+
+    fn read_all(&self, peer: usize, bytes: &mut [u8]) -> Result<(), Stopped> {
+        let all = bytes.len() as u64;
+        let mut got = 0;
+        for piece in bytes.chunks_mut(STRIDE_BYTES) {
+            self.read(peer, piece, got, all)?;
+            got += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Fills `bytes` from `peer`; `got` of `all` bytes of the payload came before.
+    fn read(&self, peer: usize, bytes: &mut [u8], got: u64, all: u64) -> Result<(), Stopped> {
+        self.state.reading(Some((peer, got, all)));
+        let mut stream = self.state.stream(peer);
+        stream.read_exact(bytes).map_err(|error| {
+            self.state.lost(peer, &error);
+            Stopped
+        })
+    }
+
+    fn world(&self) -> usize {
+        self.state.peers.len()
+    }
+
+    fn peers(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.world()).filter(|&rank| rank != self.rank)
+    }
+}
+
+fn send(mut stream: &TcpStream, header: &[u8], bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(header)?;
+    stream.write_all(bytes)
+}

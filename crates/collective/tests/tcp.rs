@@ -1,0 +1,382 @@
+//! Ranks as threads on loopback: sums against naive ones, order of addition, and every refusal.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::{
+    net::{IpAddr, Ipv4Addr, TcpStream},
+    time::{Duration, Instant},
+};
+
+use collective::{
+    Collective, CollectiveError, Op, Region, shard_range, single,
+    tcp::{Rendezvous, Tcp},
+};
+
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const SECRET: [u8; 32] = [7; 32];
+
+fn soon() -> Instant {
+    within(60_000)
+}
+
+fn within(milliseconds: u64) -> Instant {
+    Instant::now() + Duration::from_millis(milliseconds)
+}
+
+/// Runs `body` once per rank, each on its thread, connected to the others; the results in order of ranks.
+fn group<R: Send>(world: usize, body: impl Fn(Tcp) -> R + Sync) -> Vec<R> {
+    let listeners: Vec<Rendezvous> = (0..world)
+        .map(|_| Rendezvous::bind(LOOPBACK).unwrap())
+        .collect();
+    let addresses: Vec<String> = listeners.iter().map(Rendezvous::address).collect();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = listeners
+            .into_iter()
+            .enumerate()
+            .map(|(rank, listener)| {
+                let (addresses, body) = (&addresses, &body);
+                scope.spawn(move || {
+                    body(
+                        listener
+                            .connect(rank, addresses, 3, SECRET, soon())
+                            .unwrap(),
+                    )
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    })
+}
+
+/// Values whose sums depend on the order of addition.
+fn values(rank: usize, len: usize) -> Vec<f32> {
+    let mut state = rank as u64 * 7919 + 17;
+    (0..len)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            ((state >> 40) as f32 / 1e3 - 8e3) * 10f32.powi((state % 7) as i32 - 3)
+        })
+        .collect()
+}
+
+/// `((x₀ + x₁) + x₂) + …` over `ranks` in their order.
+fn naive_sum(ranks: &[usize], len: usize) -> Vec<f32> {
+    let mut sum = values(ranks[0], len);
+    for &rank in &ranks[1..] {
+        for (sum, value) in sum.iter_mut().zip(values(rank, len)) {
+            *sum += value;
+        }
+    }
+    sum
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn the_values_of_these_tests_tell_orders_of_addition_apart() {
+    assert_ne!(
+        bits(&naive_sum(&[0, 1, 2], 1000)),
+        bits(&naive_sum(&[2, 1, 0], 1000))
+    );
+}
+
+#[test]
+fn sums_have_the_bits_of_adding_in_the_order_of_ranks() {
+    for world in 1..=4 {
+        for len in [0, 1, 3, 7, 1000, 100_003] {
+            let expected = bits(&naive_sum(&[0, 1, 2, 3][..world], len));
+            let results = group(world, |mut tcp| {
+                let region = Region::HostF32(values(tcp.rank(), len));
+                let all = tcp.run(Op::AllReduceSum, region.clone(), soon()).unwrap();
+                let own = tcp.run(Op::ReduceScatterSum, region, soon()).unwrap();
+                let (rank, all, own) = (tcp.rank(), all.into_f32(), own.into_f32());
+                let shard = shard_range(len, world, rank);
+                assert_eq!(bits(&own[shard.clone()]), bits(&all[shard]));
+                bits(&all)
+            });
+            for result in results {
+                assert!(result == expected, "world {world}, {len} elements");
+            }
+        }
+    }
+}
+
+#[test]
+fn doubles_are_summed_exactly_where_only_one_rank_filled_a_slot() {
+    let results = group(3, |mut tcp| {
+        let mut slots = vec![0.0; 10];
+        for slot in shard_range(10, 3, tcp.rank()) {
+            slots[slot] = -(slot as f64) / 3.0;
+        }
+        tcp.run(Op::AllReduceSum, Region::HostF64(slots), soon())
+            .unwrap()
+            .into_f64()
+    });
+    for result in results {
+        let expected: Vec<f64> = (0..10).map(|slot| -f64::from(slot) / 3.0).collect();
+        assert_eq!(result, expected);
+    }
+}
+
+#[test]
+fn a_gather_brings_every_shard_to_every_rank() {
+    for world in 1..=4 {
+        for len in [0, 2, 5, 70_001] {
+            let results = group(world, |mut tcp| {
+                let mut region = vec![f32::NAN; len];
+                let own = shard_range(len, world, tcp.rank());
+                region[own.clone()].copy_from_slice(&values(9, len)[own]);
+                tcp.run(Op::AllGather, Region::HostF32(region), soon())
+                    .unwrap()
+                    .into_f32()
+            });
+            assert!(results.iter().all(|result| *result == values(9, len)));
+        }
+    }
+}
+
+#[test]
+fn a_broadcast_of_bytes_has_the_roots_length_everywhere() {
+    let message = vec![42u8; 3_000_001];
+    let results = group(3, |mut tcp| {
+        let own = if tcp.rank() == 1 {
+            message.clone()
+        } else {
+            Vec::new()
+        };
+        let op = Op::Broadcast { root: 1 };
+        tcp.run(op, Region::HostBytes(own), soon())
+            .unwrap()
+            .into_bytes()
+    });
+    assert!(results.iter().all(|result| *result == message));
+}
+
+#[test]
+fn started_operations_run_in_order_and_are_waited_for_in_any() {
+    let results = group(2, |mut tcp| {
+        let region = |value: f64| Region::HostF64(vec![value; 5]);
+        let first = tcp.start(Op::AllReduceSum, region(1.0), 3).unwrap();
+        let second = tcp.start(Op::AllReduceSum, region(10.0), 3).unwrap();
+        let second = tcp.wait(second, soon()).unwrap().into_f64();
+        let first = tcp.wait(first, soon()).unwrap().into_f64();
+        (first[0], second[4])
+    });
+    assert_eq!(results, [(2.0, 20.0), (2.0, 20.0)]);
+}
+
+#[test]
+fn two_ranks_send_each_other_a_quarter_of_a_gigabyte_at_once() {
+    // Far more than any socket buffer: a write that waited for the own read would never end.
+    let len = 125_000_000;
+    group(2, |mut tcp| {
+        let mut region = vec![0f32; len];
+        let own = shard_range(len, 2, tcp.rank());
+        region[own].fill(1.0 + tcp.rank() as f32);
+        let all = tcp
+            .run(Op::AllGather, Region::HostF32(region), soon())
+            .unwrap()
+            .into_f32();
+        assert!(all[0] == 1.0 && all[len - 1] == 2.0);
+        let all = tcp
+            .run(Op::ReduceScatterSum, Region::HostF32(all), soon())
+            .unwrap()
+            .into_f32();
+        let own = shard_range(len, 2, tcp.rank());
+        assert!(
+            all[own]
+                .iter()
+                .all(|&sum| sum == 2.0 + 2.0 * tcp.rank() as f32)
+        );
+    });
+}
+
+#[test]
+fn a_lost_peer_is_named_long_before_the_deadline() {
+    let started = Instant::now();
+    let results = group(3, |mut tcp| {
+        if tcp.rank() == 2 {
+            return None; // Gone: the connections close as when a process is killed.
+        }
+        let region = Region::HostF32(vec![1.0; 1_000_000]);
+        Some(tcp.run(Op::AllReduceSum, region, soon()).unwrap_err())
+    });
+    assert!(started.elapsed() < Duration::from_secs(20));
+    for error in results.into_iter().flatten() {
+        assert!(matches!(error, CollectiveError::Lost { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("rank 2 (127.0.0.1:"), "{text}");
+        assert!(text.contains("AllReduceSum"), "{text}");
+    }
+}
+
+#[test]
+fn a_silent_peer_is_named_when_the_deadline_passes_and_the_group_is_over() {
+    let gate = std::sync::Barrier::new(2);
+    group(2, |mut tcp| {
+        if tcp.rank() == 1 {
+            gate.wait();
+            return;
+        }
+        let region = Region::HostF32(vec![1.0; 100]);
+        let error = tcp
+            .run(Op::AllGather, region.clone(), within(50))
+            .unwrap_err();
+        gate.wait();
+        let text = error.to_string();
+        assert!(matches!(error, CollectiveError::Deadline { .. }), "{text}");
+        assert!(text.contains("rank 1 (127.0.0.1:") && text.contains("AllGather"));
+        let again = tcp.start(Op::AllGather, region, 3).unwrap_err();
+        assert_eq!(again, error);
+    });
+}
+
+#[test]
+fn an_abort_wakes_a_waiter_with_its_reason_and_a_stale_abort_does_not() {
+    let gate = std::sync::Barrier::new(2);
+    group(2, |mut tcp| {
+        let region = || Region::HostF32(vec![0.0; 10]);
+        tcp.run(Op::AllGather, region(), soon()).unwrap();
+        if tcp.rank() == 1 {
+            // The other rank starts nothing yet, so this wait can only end by the abort.
+            let ticket = tcp.start(Op::AllReduceSum, region(), 3).unwrap();
+            let aborter = tcp.aborter();
+            aborter.abort(2, "stale");
+            std::thread::scope(|scope| {
+                scope.spawn(move || aborter.abort(3, "rank 1 is drained"));
+                let error = tcp.wait(ticket, soon()).unwrap_err();
+                assert!(error.to_string().contains("rank 1 is drained"), "{error}");
+            });
+            gate.wait();
+            return;
+        }
+        gate.wait();
+        let error = tcp.run(Op::AllReduceSum, region(), soon()).unwrap_err();
+        assert!(matches!(error, CollectiveError::Lost { .. }), "{error}");
+    });
+}
+
+#[test]
+fn ranks_that_run_different_operations_find_out() {
+    let results = group(2, |mut tcp| {
+        let len = 10 + tcp.rank();
+        tcp.run(Op::AllReduceSum, Region::HostF32(vec![0.0; len]), soon())
+            .unwrap_err()
+    });
+    let texts: Vec<String> = results.iter().map(ToString::to_string).collect();
+    assert!(
+        texts.iter().any(|text| text.contains("of 11 elements")),
+        "{texts:?}"
+    );
+}
+
+#[test]
+fn impossible_starts_are_refused_without_harm_to_the_group() {
+    group(2, |mut tcp| {
+        let stale = tcp.start(Op::AllGather, Region::HostF32(vec![]), 2);
+        assert_eq!(
+            stale,
+            Err(CollectiveError::Stale {
+                asked: 2,
+                current: 3
+            })
+        );
+        let bytes = tcp.start(Op::AllReduceSum, Region::HostBytes(vec![1]), 3);
+        assert!(matches!(bytes, Err(CollectiveError::Unsupported { .. })));
+        let root = tcp.start(Op::Broadcast { root: 2 }, Region::HostF32(vec![]), 3);
+        assert!(matches!(root, Err(CollectiveError::Unsupported { .. })));
+        let region = Region::HostF64(vec![1.0]);
+        let sum = tcp.run(Op::AllReduceSum, region, soon()).unwrap();
+        assert_eq!(sum.into_f64(), [2.0]);
+    });
+}
+
+/// Both ends of a rendezvous of two where they differ in one thing; (rank 0's error, rank 1's error).
+fn failed_rendezvous(
+    secrets: [[u8; 32]; 2],
+    generations: [u64; 2],
+) -> (CollectiveError, CollectiveError) {
+    let [zero, one] = [(); 2].map(|()| Rendezvous::bind(LOOPBACK).unwrap());
+    let addresses = [zero.address(), one.address()];
+    std::thread::scope(|scope| {
+        let addresses = &addresses;
+        let zero = scope.spawn(move || {
+            zero.connect(0, addresses, generations[0], secrets[0], within(300))
+                .err()
+        });
+        let one = one.connect(1, addresses, generations[1], secrets[1], soon());
+        (zero.join().unwrap().unwrap(), one.err().unwrap())
+    })
+}
+
+#[test]
+fn a_wrong_secret_is_refused_on_both_sides() {
+    let (acceptor, dialer) = failed_rendezvous([SECRET, [8; 32]], [3, 3]);
+    assert!(dialer.to_string().contains("secret"), "{dialer}");
+    assert!(matches!(dialer, CollectiveError::Refused { .. }));
+    let text = acceptor.to_string();
+    assert!(text.contains("no connection from rank 1"), "{text}");
+}
+
+#[test]
+fn a_rank_of_another_generation_is_turned_away_and_told() {
+    let (acceptor, dialer) = failed_rendezvous([SECRET; 2], [4, 3]);
+    assert!(
+        dialer.to_string().contains("generation 4"),
+        "the dialer is told: {dialer}"
+    );
+    assert!(acceptor.to_string().contains("generation 3"), "{acceptor}");
+}
+
+#[test]
+fn strangers_at_the_door_do_not_keep_the_ranks_apart() {
+    let [zero, one] = [(); 2].map(|()| Rendezvous::bind(LOOPBACK).unwrap());
+    let addresses = [zero.address(), one.address()];
+    // One says nothing and hangs up, one talks another language and hangs up.
+    drop(TcpStream::connect(&addresses[0]).unwrap());
+    let mut loud = TcpStream::connect(&addresses[0]).unwrap();
+    std::io::Write::write_all(&mut loud, &[b'x'; 100]).unwrap();
+    std::thread::scope(|scope| {
+        let addresses = &addresses;
+        let zero = scope.spawn(move || zero.connect(0, addresses, 1, SECRET, soon()).map(drop));
+        let one = one.connect(1, addresses, 1, SECRET, soon());
+        assert!(zero.join().unwrap().is_ok() && one.is_ok());
+    });
+}
+
+#[test]
+fn a_rank_that_never_comes_is_named() {
+    let zero = Rendezvous::bind(LOOPBACK).unwrap();
+    let addresses = [zero.address(), "127.0.0.1:1".into()];
+    let error = zero.connect(0, &addresses, 1, SECRET, within(50)).err();
+    let text = error.unwrap().to_string();
+    assert!(
+        text.starts_with("no connection from rank 1 (127.0.0.1:1)"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_world_of_one_keeps_the_same_rules() {
+    let mut single = single(5);
+    let region = Region::HostF32(vec![1.0, 2.0]);
+    assert_eq!(
+        single.run(Op::AllReduceSum, region.clone(), soon()),
+        Ok(region.clone())
+    );
+    assert!(matches!(
+        single.start(Op::AllGather, region.clone(), 4),
+        Err(CollectiveError::Stale { .. })
+    ));
+    single.abort(4);
+    let ticket = single.start(Op::AllGather, region.clone(), 5).unwrap();
+    single.abort(5);
+    assert!(single.wait(ticket, soon()).is_err());
+    assert!(single.start(Op::AllGather, region, 5).is_err());
+}
