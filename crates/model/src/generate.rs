@@ -1,0 +1,190 @@
+//! Continuing a text token by token, for looking at a model. Keys and values of past tokens are cached on the host and
+//! attention of the one new token is a plain loop; training and scoring never come through here.
+
+use burn::tensor::Tensor;
+use kernels::{AttentionPlan, gather_rows, linear};
+
+use crate::Model;
+use crate::block::Rows;
+use crate::model::text;
+use crate::random::Random;
+
+/// How the next token is chosen.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    temperature: f64,
+    random: Random,
+}
+
+impl Sampler {
+    /// Draws from softmax(logits / `temperature`); at 0 takes the most likely token, the first of equals.
+    ///
+    /// # Panics
+    /// If the temperature is negative or not finite.
+    pub fn new(temperature: f64, seed: u64) -> Self {
+        assert!(
+            temperature.is_finite() && temperature >= 0.0,
+            "temperature {temperature}"
+        );
+        Self {
+            temperature,
+            random: Random::new(seed),
+        }
+    }
+
+    /// Always the most likely token.
+    pub fn greedy() -> Self {
+        Self::new(0.0, 0)
+    }
+
+    fn pick(&mut self, logits: &[f32]) -> u32 {
+        let mut best = 0;
+        for (id, logit) in logits.iter().enumerate() {
+            if *logit > logits[best] {
+                best = id;
+            }
+        }
+        if self.temperature == 0.0 {
+            return best as u32;
+        }
+        let largest = f64::from(logits[best]);
+        let weight = |logit: &f32| ((f64::from(*logit) - largest) / self.temperature).exp();
+        let mut left = self.random.uniform() * logits.iter().map(weight).sum::<f64>();
+        for (id, logit) in logits.iter().enumerate() {
+            left -= weight(logit);
+            if left < 0.0 {
+                return id as u32;
+            }
+        }
+        best as u32
+    }
+}
+
+impl Model {
+    /// Up to `max_new` tokens after `prompt`, ending with the first that is in `stop` (which is returned too).
+    ///
+    /// # Panics
+    /// If the prompt is empty: nothing predicts a first token.
+    pub fn generate(
+        &self,
+        prompt: &[u32],
+        max_new: usize,
+        sampler: &mut Sampler,
+        stop: &[u32],
+    ) -> Vec<u32> {
+        assert!(!prompt.is_empty(), "a prompt needs at least one token");
+        let mut new = Vec::new();
+        if max_new == 0 {
+            return new;
+        }
+        let (mut past, mut logits) = self.read(prompt);
+        loop {
+            let token = sampler.pick(&logits);
+            new.push(token);
+            if new.len() == max_new || stop.contains(&token) {
+                return new;
+            }
+            logits = self.advance(&mut past, token, prompt.len() + new.len() - 1);
+        }
+    }
+
+    /// Keys and values of all blocks over `prompt`, and the logits after it.
+    fn read(&self, prompt: &[u32]) -> (Vec<Past>, Vec<f32>) {
+        let pack = text(prompt);
+        let table = self.rotary_table(&pack.positions);
+        let rows = Rows {
+            table: &table,
+            segments: &pack.segments,
+        };
+        let mut x = self.embed(prompt);
+        let mut past = Vec::new();
+        for index in 0..self.config().blocks() {
+            let (y, saved) = self.block(index).forward(x, &rows);
+            past.push(Past {
+                keys: host(saved.keys),
+                values: host(saved.values),
+            });
+            x = y;
+        }
+        (past, self.logits(&gather_rows(&x, &[prompt.len() - 1])))
+    }
+
+    /// Logits after one more token, which stands at `position`.
+    fn advance(&self, past: &mut [Past], token: u32, position: usize) -> Vec<f32> {
+        let table = self.rotary_table(&[position as u32]);
+        let mut x = self.embed(&[token]);
+        for (index, past) in past.iter_mut().enumerate() {
+            let block = self.block(index);
+            let [queries, keys, values] = block.project(&x, &table);
+            past.keys.extend(host(keys));
+            past.values.extend(host(values));
+            let attended = past.attend(&host(queries), block.plan);
+            let attended =
+                Tensor::<1>::from_floats(attended.as_slice(), self.device()).unsqueeze::<2>();
+            x = block.finish(x, &attended).y;
+        }
+        self.logits(&x)
+    }
+
+    /// Logits of the only row of `x`.
+    fn logits(&self, x: &Tensor<2>) -> Vec<f32> {
+        host(linear(&self.final_norm(x).0, &self.head()))
+    }
+}
+
+/// One block's keys and values, `[tokens, kv_heads · head_dim]`.
+struct Past {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl Past {
+    /// Attention of the newest token, `[heads · head_dim]`.
+    fn attend(&self, queries: &[f32], plan: &AttentionPlan) -> Vec<f32> {
+        let AttentionPlan {
+            heads,
+            kv_heads,
+            head_dim,
+            scale,
+            window,
+        } = *plan;
+        let columns = kv_heads * head_dim;
+        let tokens = self.keys.len() / columns;
+        let first = window.map_or(0, |window| tokens.saturating_sub(window));
+        let mut out = Vec::with_capacity(queries.len());
+        for (head, query) in queries.chunks_exact(head_dim).enumerate() {
+            let column = head / (heads / kv_heads) * head_dim;
+            let row = |rows: &'_ [f32], token: usize| {
+                rows[token * columns + column..][..head_dim].to_vec()
+            };
+            let score = |token| {
+                let key = row(&self.keys, token);
+                query
+                    .iter()
+                    .zip(key)
+                    .map(|(q, k)| f64::from(*q) * f64::from(k))
+                    .sum::<f64>()
+                    * scale
+            };
+            let scores: Vec<f64> = (first..tokens).map(score).collect();
+            let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            let mut sum = vec![0.0; head_dim];
+            for (token, weight) in (first..tokens).zip(&weights) {
+                for (sum, value) in sum.iter_mut().zip(row(&self.values, token)) {
+                    *sum += weight / total * f64::from(value);
+                }
+            }
+            out.extend(sum.into_iter().map(|value| value as f32));
+        }
+        out
+    }
+}
+
+fn host(tensor: Tensor<2>) -> Vec<f32> {
+    tensor
+        .into_data()
+        .try_into_vec()
+        .expect("activations are f32")
+}

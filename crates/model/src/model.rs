@@ -1,0 +1,423 @@
+//! The model: a decoder's weights on a device, its forward over packs and its backward, block by block in reverse.
+//!
+//! Shapes: n tokens of the pack, h = hidden, p predictions (completion tokens that are scored).
+//! `x` is the residual stream, `[n, h]`; the head sees only the `[p, h]` rows that predict something.
+
+use std::path::Path;
+
+use burn::tensor::{Device, Tensor};
+use kernels::{
+    Flat, Gradients, HeadSaved, RmsSaved, RotaryTable, embedding, embedding_backward, gather_rows,
+    linear, logprob_head, logprob_head_backward, rms_norm, rms_norm_backward, scatter_add_rows,
+};
+
+use crate::block::{Block, BlockSaved, Rows};
+use crate::pack::{Pack, Predictions};
+use crate::slots::Slots;
+use crate::write::little_endian;
+use crate::{Layout, ModelConfig, ModelError, weights};
+
+/// A decoder with its weights, f32, on one device.
+pub struct Model {
+    config: ModelConfig,
+    layout: Layout,
+    slots: Slots,
+    weights: Flat,
+    inverse_frequencies: Vec<f32>,
+    saving: Saving,
+}
+
+/// Log-probs of a pack's completions, one entry per segment: `[chosen, rejected]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PackLogps {
+    /// Sum of the token log-probs, accumulated in f64; 0 for an empty completion.
+    pub logps: Vec<[f32; 2]>,
+    /// Number of tokens summed.
+    pub counts: Vec<[u32; 2]>,
+}
+
+/// What [`Model::forward_train`] keeps of every block for the backward. The bits of all results are the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Saving {
+    /// Whatever costs a matrix product or attention to make again.
+    #[default]
+    Operands,
+    /// Only the block's input; the backward runs the block forward once more (gradient checkpointing): a third more
+    /// time, and memory of one block instead of all.
+    BlockInputs,
+}
+
+/// What [`Model::backward`] needs of a forward. It keeps no view of the weights.
+pub struct Saved {
+    /// `None` when the pack predicts nothing.
+    tape: Option<Tape>,
+    segments: usize,
+}
+
+struct Tape {
+    pack: Pack,
+    table: RotaryTable,
+    blocks: Vec<Kept>,
+    predictions: Predictions,
+    /// Rows of the last block's output that predict, `[p, h]`.
+    picked: Tensor<2>,
+    norm: RmsSaved,
+    normed: Tensor<2>,
+    head: HeadSaved,
+}
+
+enum Kept {
+    Operands(Box<BlockSaved>),
+    Input(Tensor<2>),
+}
+
+/// Every hidden state of one text, for tests and tools.
+pub struct Trace {
+    /// As transformers' `output_hidden_states`: the embedding, the output of every block but the last, and the last
+    /// one's after the final norm; `[n, h]` each, blocks + 1 of them.
+    pub hidden: Vec<Tensor<2>>,
+    /// `[n, vocabulary]`.
+    pub logits: Tensor<2>,
+}
+
+impl Model {
+    /// Reads config.json and the safetensors files of a Hugging Face directory; every weight becomes f32.
+    pub fn load(dir: &Path, device: &Device) -> Result<Self, ModelError> {
+        let config = ModelConfig::load(dir)?;
+        let weights = weights::load(dir, &Layout::new(&config), config.tied)?;
+        Self::from_parts(config, weights, device)
+    }
+
+    /// A model from its description and its flat weights, bucket by bucket as in [`Layout::new`].
+    pub fn from_parts(
+        config: ModelConfig,
+        weights: Vec<Vec<f32>>,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
+        let layout = Layout::new(&config);
+        let (expected, found) = (layout.bucket_lens(), weights.iter().map(Vec::len).collect());
+        if expected != found {
+            return Err(ModelError::Buckets { expected, found });
+        }
+        Ok(Self {
+            slots: Slots::new(&layout, config.blocks(), config.tied),
+            weights: Flat::from_host(weights, device),
+            inverse_frequencies: config.rotary.inverse_frequencies(config.head_dim()),
+            saving: Saving::default(),
+            config,
+            layout,
+        })
+    }
+
+    /// A fresh model: weights normal with deviation 0.02, norms 1, the same for the same seed.
+    pub fn random(config: ModelConfig, seed: u64, device: &Device) -> Self {
+        let weights = crate::random_weights(&Layout::new(&config), seed);
+        Self::from_parts(config, weights, device).expect("random weights follow the layout")
+    }
+
+    /// The decoder as data.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where every parameter lies.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The device that computes.
+    pub fn device(&self) -> &Device {
+        self.weights.device()
+    }
+
+    /// BLAKE3 of the f32 weights in layout order with their names and shapes: equal digests compute the same function.
+    pub fn weights_digest(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"caldpo weights 1\0");
+        for parameter in &self.layout.parameters {
+            hasher.update(&(parameter.name.len() as u64).to_le_bytes());
+            hasher.update(parameter.name.as_bytes());
+            hasher.update(&(parameter.shape.len() as u64).to_le_bytes());
+            for &size in &parameter.shape {
+                hasher.update(&(size as u64).to_le_bytes());
+            }
+            let values = self
+                .weights
+                .view::<1>(&parameter.slot(), [parameter.elements()]);
+            let values: Vec<f32> = values.into_data().try_into_vec().expect("weights are f32");
+            let hashed = little_endian(&values, |bytes| {
+                hasher.update(bytes);
+                Ok::<(), std::convert::Infallible>(())
+            });
+            hashed.expect("hashing cannot fail");
+        }
+        *hasher.finalize().as_bytes()
+    }
+
+    /// Chooses what [`Model::forward_train`] keeps.
+    pub fn set_saving(&mut self, saving: Saving) {
+        self.saving = saving;
+    }
+
+    /// Log-probs of the completions of `pack`, keeping nothing.
+    ///
+    /// # Panics
+    /// If a token id is not below the vocabulary size.
+    pub fn forward(&self, pack: &Pack) -> PackLogps {
+        let (tokens, predictions, _) = self.run(pack, None);
+        sums(&tokens, &predictions)
+    }
+
+    /// As [`Model::forward`], to the bit, and what the backward needs.
+    pub fn forward_train(&self, pack: &Pack) -> (PackLogps, Saved) {
+        let (tokens, predictions, tape) = self.run(pack, Some(self.saving));
+        let logps = sums(&tokens, &predictions);
+        let tape = tape.map(|tape| tape.close(pack.clone(), predictions));
+        (
+            logps,
+            Saved {
+                tape,
+                segments: pack.segments.len(),
+            },
+        )
+    }
+
+    /// The log-prob of every scored completion token, one list per completion; [`Model::forward`] sums them.
+    pub fn token_logps(&self, pack: &Pack) -> Vec<[Vec<f32>; 2]> {
+        let (tokens, predictions, _) = self.run(pack, None);
+        predictions.split(&tokens)
+    }
+
+    /// Adds to `gradients` the gradient of Σ `dlogps[s][c]` · logps[s][c] over segments and completions.
+    pub fn backward(&self, saved: Saved, dlogps: &[[f32; 2]], gradients: &mut Gradients) {
+        assert_eq!(dlogps.len(), saved.segments, "derivatives and segments");
+        let Some(tape) = saved.tape else {
+            return;
+        };
+        let dx = self.head_backward(&tape, dlogps, gradients);
+        let rows = Rows {
+            table: &tape.table,
+            segments: &tape.pack.segments,
+        };
+        let blocks = tape.blocks.into_iter().enumerate().rev();
+        let dx = blocks.fold(dx, |dx, (index, kept)| {
+            let block = self.block(index);
+            let saved = match kept {
+                Kept::Operands(saved) => *saved,
+                Kept::Input(x) => block.forward(x, &rows).1,
+            };
+            block.backward(dx, saved, &rows, gradients)
+        });
+        embedding_backward(&dx, &tape.pack.tokens, gradients, &self.slots.embedding);
+    }
+
+    /// Zeros laid out like the weights.
+    pub fn zero_gradients(&self) -> Gradients {
+        Gradients::zeros(&self.layout.bucket_lens(), self.device())
+    }
+
+    /// The flat weights as host memory, without a copy on the CPU; the model computes nothing until
+    /// [`Model::put_weights`].
+    pub fn take_weights(&mut self) -> Vec<Vec<f32>> {
+        self.weights.take_host()
+    }
+
+    /// Puts the flat weights (back) in place.
+    ///
+    /// # Panics
+    /// If their lengths are not the layout's.
+    pub fn put_weights(&mut self, weights: Vec<Vec<f32>>) {
+        let lens: Vec<usize> = weights.iter().map(Vec::len).collect();
+        assert_eq!(
+            lens,
+            self.layout.bucket_lens(),
+            "lengths of the weight buckets"
+        );
+        self.weights.put_host(weights);
+    }
+
+    /// All hidden states and logits of one text.
+    pub fn trace(&self, tokens: &[u32]) -> Trace {
+        let pack = text(tokens);
+        let table = self.rotary_table(&pack.positions);
+        let rows = Rows {
+            table: &table,
+            segments: &pack.segments,
+        };
+        let mut x = self.embed(tokens);
+        let mut hidden = Vec::new();
+        for index in 0..self.config.blocks() {
+            hidden.push(x.clone());
+            x = self.block(index).forward(x, &rows).0;
+        }
+        let (normed, _) = self.final_norm(&x);
+        let logits = linear(&normed, &self.head());
+        hidden.push(normed);
+        Trace { hidden, logits }
+    }
+
+    /// Token log-probs in the order of the predictions, and the open tape if something is to be kept.
+    fn run(
+        &self,
+        pack: &Pack,
+        saving: Option<Saving>,
+    ) -> (Vec<f32>, Predictions, Option<OpenTape>) {
+        let predictions = pack.predictions();
+        if predictions.rows.is_empty() {
+            return (Vec::new(), predictions, None);
+        }
+        let table = self.rotary_table(&pack.positions);
+        let rows = Rows {
+            table: &table,
+            segments: &pack.segments,
+        };
+        let mut x = self.embed(&pack.tokens);
+        let mut blocks = Vec::new();
+        for index in 0..self.config.blocks() {
+            let block = self.block(index);
+            let input = (saving == Some(Saving::BlockInputs)).then(|| x.clone());
+            let (y, saved) = block.forward(x, &rows);
+            match (saving, input) {
+                (Some(_), Some(input)) => blocks.push(Kept::Input(input)),
+                (Some(_), None) => blocks.push(Kept::Operands(Box::new(saved))),
+                (None, _) => drop(saved),
+            }
+            x = y;
+        }
+        let picked = gather_rows(&x, &predictions.rows);
+        let (normed, norm) = self.final_norm(&picked);
+        let (tokens, head) = logprob_head(&normed, &self.head(), &predictions.targets);
+        let tape = saving.map(|_| OpenTape {
+            table,
+            blocks,
+            picked,
+            norm,
+            normed,
+            head,
+        });
+        (tokens, predictions, tape)
+    }
+
+    /// The gradient of the last block's output, `[n, h]`.
+    fn head_backward(
+        &self,
+        tape: &Tape,
+        dlogps: &[[f32; 2]],
+        gradients: &mut Gradients,
+    ) -> Tensor<2> {
+        let Predictions { rows, targets, .. } = &tape.predictions;
+        let dnormed = logprob_head_backward(
+            &tape.predictions.spread(dlogps),
+            &tape.normed,
+            &self.head(),
+            targets,
+            &tape.head,
+            gradients,
+            &self.slots.head,
+        );
+        let norm = self.weights.view(&self.slots.norm, [self.config.hidden]);
+        let dpicked = rms_norm_backward(
+            &dnormed,
+            &tape.picked,
+            &norm,
+            &tape.norm,
+            gradients,
+            &self.slots.norm,
+        );
+        scatter_add_rows(&dpicked, rows, tape.pack.len())
+    }
+
+    pub(crate) fn block(&self, index: usize) -> Block<'_> {
+        Block {
+            weights: &self.weights,
+            slots: &self.slots.blocks[index],
+            plan: &self.config.attention[index],
+            norm_epsilon: self.config.norm_epsilon,
+            hidden: self.config.hidden,
+            intermediate: self.config.intermediate,
+        }
+    }
+
+    pub(crate) fn embed(&self, tokens: &[u32]) -> Tensor<2> {
+        embedding(
+            &self.weights.view(
+                &self.slots.embedding,
+                [self.config.vocabulary, self.config.hidden],
+            ),
+            tokens,
+        )
+    }
+
+    pub(crate) fn rotary_table(&self, positions: &[u32]) -> RotaryTable {
+        RotaryTable::new(positions, &self.inverse_frequencies, self.device())
+    }
+
+    pub(crate) fn final_norm(&self, x: &Tensor<2>) -> (Tensor<2>, RmsSaved) {
+        rms_norm(
+            x,
+            &self.weights.view(&self.slots.norm, [self.config.hidden]),
+            self.config.norm_epsilon,
+        )
+    }
+
+    pub(crate) fn head(&self) -> Tensor<2> {
+        self.weights.view(
+            &self.slots.head,
+            [self.config.vocabulary, self.config.hidden],
+        )
+    }
+}
+
+/// A text as a pack that attends to all of itself and predicts nothing.
+pub(crate) fn text(tokens: &[u32]) -> Pack {
+    Pack::new([crate::PairTokens {
+        prompt: tokens,
+        chosen: &[],
+        rejected: &[],
+    }])
+}
+
+/// The tape before it owns the pack.
+struct OpenTape {
+    table: RotaryTable,
+    blocks: Vec<Kept>,
+    picked: Tensor<2>,
+    norm: RmsSaved,
+    normed: Tensor<2>,
+    head: HeadSaved,
+}
+
+impl OpenTape {
+    fn close(self, pack: Pack, predictions: Predictions) -> Tape {
+        let Self {
+            table,
+            blocks,
+            picked,
+            norm,
+            normed,
+            head,
+        } = self;
+        Tape {
+            pack,
+            table,
+            blocks,
+            predictions,
+            picked,
+            norm,
+            normed,
+            head,
+        }
+    }
+}
+
+fn sums(tokens: &[f32], predictions: &Predictions) -> PackLogps {
+    let sum = |tokens: Vec<f32>| tokens.into_iter().map(f64::from).sum::<f64>() as f32;
+    PackLogps {
+        logps: predictions
+            .split(tokens)
+            .into_iter()
+            .map(|pair| pair.map(sum))
+            .collect(),
+        counts: predictions.counts.clone(),
+    }
+}

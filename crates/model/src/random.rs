@@ -1,0 +1,54 @@
+//! Random numbers that are the same everywhere: fresh weights and sampling. Not for secrets.
+
+use std::f64::consts::TAU;
+
+use crate::Layout;
+
+/// Weights for a new model: normal with deviation 0.02, one-dimensional parameters (norms) 1; flat as in `layout`.
+pub fn random_weights(layout: &Layout, seed: u64) -> Vec<Vec<f32>> {
+    let mut random = Random::new(seed);
+    let mut buckets: Vec<Vec<f32>> = layout
+        .bucket_lens()
+        .into_iter()
+        .map(|len| vec![1.0; len])
+        .collect();
+    for parameter in layout
+        .parameters
+        .iter()
+        .filter(|parameter| parameter.shape.len() > 1)
+    {
+        for value in &mut buckets[parameter.bucket][parameter.range()] {
+            *value = (0.02 * random.normal()) as f32;
+        }
+    }
+    buckets
+}
+
+/// SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): one word of state, every seed is good.
+#[derive(Clone, Debug)]
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// Uniform in [0, 1).
+    pub fn uniform(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Standard normal (Box–Muller, one of the two).
+    fn normal(&mut self) -> f64 {
+        let radius = (-2.0 * (1.0 - self.uniform()).ln()).sqrt();
+        radius * (TAU * self.uniform()).cos()
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+}

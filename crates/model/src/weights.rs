@@ -1,0 +1,188 @@
+//! Weights in: model.safetensors, or model.safetensors.index.json with its shards, into flat f32 buckets.
+//!
+//! Every header is checked before a weight is read: each parameter of the layout is there once with its shape, nothing
+//! else is, and no file is shorter than its header says. Files are read in pieces, so loading needs the memory of the
+//! weights and little more. Not here: what the names mean (`layout`).
+
+mod file;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use crate::layout::{EMBEDDING, HEAD};
+use crate::{Layout, ModelError};
+use file::WeightFile;
+
+/// All weights of the model in `dir`, bucket by bucket.
+pub(crate) fn load(dir: &Path, layout: &Layout, tied: bool) -> Result<Vec<Vec<f32>>, ModelError> {
+    let source = Source::open(dir)?;
+    source.check(layout, tied)?;
+    let mut buckets: Vec<Vec<f32>> = layout
+        .bucket_lens()
+        .into_iter()
+        .map(|len| vec![0.0; len])
+        .collect();
+    for parameter in &layout.parameters {
+        let file = source.file(&parameter.name)?;
+        file.read(
+            &parameter.name,
+            &mut buckets[parameter.bucket][parameter.range()],
+        )?;
+    }
+    if tied {
+        source.check_tie(layout, &buckets)?;
+    }
+    Ok(buckets)
+}
+
+/// The weight files of a directory and which of them holds which tensor.
+struct Source {
+    /// The single file, or the index: where a missing tensor should have been.
+    root: PathBuf,
+    files: Vec<WeightFile>,
+    /// Tensor name → index into `files`.
+    holders: BTreeMap<String, usize>,
+}
+
+impl Source {
+    /// As transformers does, the single file goes before the index.
+    fn open(dir: &Path) -> Result<Self, ModelError> {
+        let single = dir.join("model.safetensors");
+        if single.exists() {
+            let file = WeightFile::open(&single)?;
+            let holders = file.names().map(|name| (name, 0)).collect();
+            return Ok(Self {
+                root: single,
+                files: vec![file],
+                holders,
+            });
+        }
+        let index = dir.join("model.safetensors.index.json");
+        match fs::read_to_string(&index) {
+            Ok(text) => Self::open_shards(dir, index, &text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ModelError::NoWeights {
+                dir: dir.to_owned(),
+            }),
+            Err(source) => Err(ModelError::Read {
+                path: index,
+                source,
+            }),
+        }
+    }
+
+    fn open_shards(dir: &Path, index: PathBuf, text: &str) -> Result<Self, ModelError> {
+        let bad = |reason: String| ModelError::Index {
+            path: index.clone(),
+            reason,
+        };
+        let parsed: Index = serde_json::from_str(text).map_err(|error| bad(error.to_string()))?;
+        let mut files: Vec<WeightFile> = Vec::new();
+        let mut numbers = BTreeMap::new();
+        let mut holders = BTreeMap::new();
+        for (tensor, shard) in parsed.weight_map {
+            // A shard lies beside its index; anything else would read files that the model does not own.
+            if Path::new(&shard)
+                .file_name()
+                .is_none_or(|name| name != shard.as_str())
+            {
+                return Err(bad(format!(
+                    "tensor `{tensor}` is said to be in `{shard}`, which is not a plain file name"
+                )));
+            }
+            let number = match numbers.get(&shard) {
+                Some(&number) => number,
+                None => {
+                    files.push(WeightFile::open(&dir.join(&shard))?);
+                    numbers.insert(shard, files.len() - 1);
+                    files.len() - 1
+                }
+            };
+            if !files[number].holds(&tensor) {
+                return Err(ModelError::Missing {
+                    path: files[number].path().to_owned(),
+                    tensor,
+                });
+            }
+            holders.insert(tensor, number);
+        }
+        for (number, file) in files.iter().enumerate() {
+            if let Some(name) = file.names().find(|name| holders.get(name) != Some(&number)) {
+                return Err(bad(format!(
+                    "{} holds `{name}`, which the index places elsewhere",
+                    file.path().display()
+                )));
+            }
+        }
+        Ok(Self {
+            root: index,
+            files,
+            holders,
+        })
+    }
+
+    /// The names and shapes of the files are those of the layout.
+    fn check(&self, layout: &Layout, tied: bool) -> Result<(), ModelError> {
+        for parameter in &layout.parameters {
+            self.file(&parameter.name)?
+                .check(&parameter.name, &parameter.shape)?;
+        }
+        let known: std::collections::BTreeSet<&str> = layout
+            .parameters
+            .iter()
+            .map(|parameter| parameter.name.as_str())
+            .collect();
+        for (name, &number) in &self.holders {
+            // Old Llama files carry the rotary frequencies as buffers; transformers ignores them too.
+            let derived = name.ends_with(".rotary_emb.inv_freq") || (tied && name == HEAD);
+            if !derived && !known.contains(name.as_str()) {
+                return Err(ModelError::Extra {
+                    path: self.files[number].path().to_owned(),
+                    tensor: name.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// A head stored beside a tied embedding must be its copy.
+    fn check_tie(&self, layout: &Layout, buckets: &[Vec<f32>]) -> Result<(), ModelError> {
+        let Some(&number) = self.holders.get(HEAD) else {
+            return Ok(());
+        };
+        let file = &self.files[number];
+        let embedding = layout
+            .find(EMBEDDING)
+            .expect("every layout has an embedding");
+        file.check(HEAD, &embedding.shape)?;
+        let mut head = vec![0.0; embedding.elements()];
+        file.read(HEAD, &mut head)?;
+        let equal = buckets[embedding.bucket][embedding.range()]
+            .iter()
+            .zip(&head)
+            .all(|(a, b)| a.to_bits() == b.to_bits());
+        if equal {
+            Ok(())
+        } else {
+            Err(ModelError::NotTied {
+                path: file.path().to_owned(),
+            })
+        }
+    }
+
+    fn file(&self, tensor: &str) -> Result<&WeightFile, ModelError> {
+        match self.holders.get(tensor) {
+            Some(&number) => Ok(&self.files[number]),
+            None => Err(ModelError::Missing {
+                path: self.root.clone(),
+                tensor: tensor.to_owned(),
+            }),
+        }
+    }
+}
+
+/// model.safetensors.index.json; its other keys are figures.
+#[derive(serde::Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
