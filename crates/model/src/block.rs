@@ -125,7 +125,7 @@ impl Block<'_> {
     /// The gradient of the block's input for that of its output; adds the gradients of its weights.
     pub fn backward(
         &self,
-        dy: Tensor<2>,
+        dy: &Tensor<2>,
         saved: BlockSaved,
         rows: &Rows<'_>,
         gradients: &mut Gradients,
@@ -179,14 +179,14 @@ impl Block<'_> {
 
     fn mlp_backward(
         &self,
-        dy: Tensor<2>,
+        dy: &Tensor<2>,
         middle: &Tensor<2>,
         gate: &Tensor<2>,
         up: &Tensor<2>,
         gradients: &mut Gradients,
     ) -> Tensor<2> {
         let gated = swiglu(gate, up);
-        let dgated = self.linear_backward(&dy, &gated, &self.slots.down, gradients);
+        let dgated = self.linear_backward(dy, &gated, &self.slots.down, gradients);
         let (dgate, dup) = swiglu_backward(&dgated, gate, up);
         let norm = self.vector(&self.slots.mlp_norm);
         let (normed, norm_saved) = rms_norm(middle, &norm, self.norm_epsilon);
@@ -203,7 +203,7 @@ impl Block<'_> {
             gradients,
             &self.slots.mlp_norm,
         );
-        add(dmiddle, &dy)
+        add(dmiddle, dy)
     }
 
     fn linear_backward(

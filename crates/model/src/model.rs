@@ -68,7 +68,7 @@ struct Tape {
 
 enum Kept {
     Operands(Box<BlockSaved>),
-    Input(Tensor<2>),
+    Input(Box<Tensor<2>>),
 }
 
 /// Every hidden state of one text, for tests and tools.
@@ -204,9 +204,9 @@ impl Model {
             let block = self.block(index);
             let saved = match kept {
                 Kept::Operands(saved) => *saved,
-                Kept::Input(x) => block.forward(x, &rows).1,
+                Kept::Input(x) => block.forward(*x, &rows).1,
             };
-            block.backward(dx, saved, &rows, gradients)
+            block.backward(&dx, saved, &rows, gradients)
         });
         embedding_backward(&dx, &tape.pack.tokens, gradients, &self.slots.embedding);
     }
@@ -278,7 +278,7 @@ impl Model {
             let input = (saving == Some(Saving::BlockInputs)).then(|| x.clone());
             let (y, saved) = block.forward(x, &rows);
             match (saving, input) {
-                (Some(_), Some(input)) => blocks.push(Kept::Input(input)),
+                (Some(_), Some(input)) => blocks.push(Kept::Input(Box::new(input))),
                 (Some(_), None) => blocks.push(Kept::Operands(Box::new(saved))),
                 (None, _) => drop(saved),
             }

@@ -90,13 +90,12 @@ impl Source {
                     "tensor `{tensor}` is said to be in `{shard}`, which is not a plain file name"
                 )));
             }
-            let number = match numbers.get(&shard) {
-                Some(&number) => number,
-                None => {
-                    files.push(WeightFile::open(&dir.join(&shard))?);
-                    numbers.insert(shard, files.len() - 1);
-                    files.len() - 1
-                }
+            let number = if let Some(&number) = numbers.get(&shard) {
+                number
+            } else {
+                files.push(WeightFile::open(&dir.join(&shard))?);
+                numbers.insert(shard, files.len() - 1);
+                files.len() - 1
             };
             if !files[number].holds(&tensor) {
                 return Err(ModelError::Missing {

@@ -174,13 +174,13 @@ type Decoder = (usize, fn(&[u8], &mut [f32]));
 fn decoder(dtype: Dtype) -> Option<Decoder> {
     match dtype {
         Dtype::F32 => Some((4, |bytes, values| {
-            convert(bytes, values, f32::from_le_bytes)
+            convert(bytes, values, f32::from_le_bytes);
         })),
         Dtype::F16 => Some((2, |bytes, values| {
-            convert(bytes, values, |pair| f16::from_le_bytes(pair).to_f32())
+            convert(bytes, values, |pair| f16::from_le_bytes(pair).to_f32());
         })),
         Dtype::BF16 => Some((2, |bytes, values| {
-            convert(bytes, values, |pair| bf16::from_le_bytes(pair).to_f32())
+            convert(bytes, values, |pair| bf16::from_le_bytes(pair).to_f32());
         })),
         _ => None,
     }
