@@ -4,8 +4,9 @@
 use std::{fs, path::Path};
 
 use storage::{
-    Lock, LockError, atomic_write,
+    DurableFile, LineFile, Lock, LockError, atomic_write, create_directory,
     log::{Log, LogError},
+    remove_directory, remove_file, rename,
 };
 
 fn records() -> Vec<Vec<u8>> {
@@ -111,4 +112,96 @@ fn a_second_holder_is_refused_and_told_who_has_the_lock() {
     }
     drop(lock);
     Lock::acquire(&path).unwrap();
+}
+
+#[test]
+fn a_durable_file_appears_whole_at_commit_and_not_before() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("shard");
+    fs::write(&path, b"old").unwrap();
+    let mut file = DurableFile::create(&path).unwrap();
+    file.append(b"new ").unwrap();
+    file.append(b"content").unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"old");
+    file.commit().unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"new content");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_durable_file_that_is_dropped_was_never_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("shard");
+    let mut file = DurableFile::create(&path).unwrap();
+    file.append(b"half").unwrap();
+    drop(file);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn temporary_files_of_a_dead_process_with_the_same_id_are_no_obstacle() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("shard");
+    for unique in 0..100 {
+        let name = format!("shard.{}-{unique}.tmp", std::process::id());
+        fs::write(directory.path().join(name), b"dead").unwrap();
+    }
+    atomic_write(&path, b"alive").unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"alive");
+}
+
+#[test]
+fn directories_are_made_with_parents_renamed_and_removed_twice_without_complaint() {
+    let directory = tempfile::tempdir().unwrap();
+    let made = directory.path().join("a/b/c");
+    create_directory(&made).unwrap();
+    create_directory(&made).unwrap();
+    fs::write(made.join("file"), b"x").unwrap();
+    let moved = directory.path().join("a/d");
+    rename(&made, &moved).unwrap();
+    assert!(!made.exists());
+    remove_file(&moved.join("file")).unwrap();
+    remove_file(&moved.join("file")).unwrap();
+    fs::write(moved.join("other"), b"x").unwrap();
+    remove_directory(&moved).unwrap();
+    remove_directory(&moved).unwrap();
+    assert!(!moved.exists());
+}
+
+#[test]
+fn a_directory_below_a_file_is_refused_with_its_path() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("file");
+    fs::write(&file, b"x").unwrap();
+    let error = create_directory(&file.join("inside")).unwrap_err();
+    assert!(error.to_string().contains("file/inside"), "{error}");
+}
+
+#[test]
+fn a_line_cut_at_every_byte_is_gone_at_the_next_open_and_the_others_stay() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("metrics.jsonl");
+    let whole = "{\"step\":1}\n{\"step\":2}\n";
+    for cut in 1..=11 {
+        fs::write(&path, &whole[..whole.len() - cut]).unwrap();
+        let mut lines = LineFile::open(&path).unwrap();
+        assert_eq!(lines.bytes(), 11, "cut {cut}");
+        lines.append("{\"step\":2}").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), whole, "cut {cut}");
+    }
+}
+
+#[test]
+fn lines_are_cut_back_to_a_remembered_end_and_go_on_from_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("metrics.jsonl");
+    let mut lines = LineFile::open(&path).unwrap();
+    lines.append("one").unwrap();
+    let end = lines.bytes();
+    lines.append("two").unwrap();
+    lines.append("three").unwrap();
+    lines.truncate_to(end).unwrap();
+    lines.append("four").unwrap();
+    lines.sync().unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "one\nfour\n");
 }
