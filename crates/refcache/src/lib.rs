@@ -1,1 +1,38 @@
-//! The reference log-prob store: content-addressed, checksummed, shared between runs.
+//! The reference log-prob store: what the frozen model says about a completion is computed once and used by every run.
+//!
+//! An entry is one f32, the summed log-prob of a completion after its prompt. It is found by its [`EntryKey`] (the token
+//! ids) inside one [`Scope`] (everything else that decides the value's bits), so that a value is never used for other
+//! weights, another truncation, dtype, backend, device class or kernel version (invariant R1). Entries are per prompt and
+//! completion, so that re-paired and unpaired data find them again.
+//!
+//! # On disk
+//! ```text
+//! <store>/
+//!   <scope digest, 64 hex digits>/
+//!     scope.json                     the scope in words, for people; checked against the folder's name
+//!     <random, 32 hex digits>.segment   one per writer, only ever appended to
+//!
+//! segment  a log of `storage::log` (16-byte header, then frames, each with a checksummed head and a chained BLAKE3)
+//!   frame 0      head record  0   8  magic "CALDPREF"
+//!                             8   4  format version, u32 little endian, 1
+//!                             12  32 scope digest
+//!   frame 1..    batch        n entries of 36 bytes, one frame per append (cut at 65536 entries)
+//!                             0   32 entry key
+//!                             32  4  value, f32 little endian, finite
+//! ```
+//! Writers of several processes never share a file, so they need no lock. A frame that the end of its file cuts short is
+//! the trace of a writer that died, or is still writing: it is reported and left out, and its entries are computed anew.
+//! Every other damage is refused with the file and the byte where it begins. Nothing is ever repaired in place: the cure
+//! is to delete the named segment, which costs its entries and nothing else.
+//!
+//! What this crate is not: it holds no model and computes nothing; which entries a run needs is the trainer's affair.
+
+mod entry;
+mod scope;
+mod segment;
+mod store;
+
+pub use entry::EntryKey;
+pub use scope::Scope;
+pub use segment::TornTail;
+pub use store::{AppendError, Store, StoreError, Writer};
