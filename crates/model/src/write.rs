@@ -1,10 +1,12 @@
 //! Flat weights as a Hugging Face safetensors file. Only the bytes; where they go durably is the caller's business, and
 //! exports of training checkpoints are `checkpoint`'s.
 //!
-//!     u64 LE   length of the header, a multiple of 8
-//!     header   JSON: {"__metadata__": {"format": "pt"}, NAME: {"dtype": "F32", "shape": [..], "data_offsets": [start, end]}, ..},
-//!              padded with spaces
-//!     data     f32 LE, tensors in layout order without gaps
+//! ```text
+//! u64 LE   length of the header, a multiple of 8
+//! header   JSON: {"__metadata__": {"format": "pt"}, NAME: {"dtype": "F32", "shape": [..], "data_offsets": [start, end]}, ..},
+//!          padded with spaces
+//! data     f32 LE, tensors in layout order without gaps
+//! ```
 
 use std::io::{self, Write};
 
