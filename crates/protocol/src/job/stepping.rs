@@ -1,0 +1,181 @@
+//! Stepping: votes on a step become its commit, which is journaled before anybody hears of it.
+
+use std::collections::BTreeMap;
+
+use super::phase::{Phase, Save};
+use super::{Action, Job, note};
+use crate::{
+    Cause, CommitRecord, CoordinatorMessage, EvaluationRow, Incarnation, MetricsRow, Outcome, Rank,
+    Record, Sample, Step, StepReport,
+};
+
+impl Job {
+    /// A vote. When all members have voted with the same bits, the step commits.
+    pub(super) fn prepared(
+        &mut self,
+        now_ms: u64,
+        incarnation: Incarnation,
+        report: StepReport,
+        actions: &mut Vec<Action>,
+    ) {
+        let step = Step(report.step);
+        let rank = self.members.get(&incarnation).and_then(|it| it.rank);
+        let Some(rank) = rank else { return };
+        if step == self.committed {
+            return self.repeat_verdict(incarnation, actions);
+        }
+        if step < self.committed {
+            let committed = self.committed;
+            return self.send(
+                incarnation,
+                CoordinatorMessage::Stale { committed },
+                actions,
+            );
+        }
+        let Phase::Stepping { prepared, .. } = &mut self.phase else {
+            let reason = format!(
+                "{} prepared step {step}, which nobody asked for; the last commit is {}",
+                self.name(incarnation),
+                self.committed
+            );
+            return self.fail(Cause::Fatal, reason, None, actions);
+        };
+        if step != self.committed.next() {
+            let reason = format!(
+                "{} prepared step {step}, but the last commit is {}",
+                self.name(incarnation),
+                self.committed
+            );
+            return self.fail(Cause::Fatal, reason, None, actions);
+        }
+        // A vote may be repeated, by its rank or another, but never with other bits.
+        let difference = prepared
+            .iter()
+            .find_map(|(other, theirs)| report.first_difference(theirs).map(|it| (*other, it)));
+        if let Some((other, (field, here, there))) = difference {
+            let reason = format!(
+                "rank {rank} prepared step {step} with {field} {here}, rank {other} with {there}: \
+                 reduced values must have the same bits on all ranks; the step was not committed"
+            );
+            return self.fail(Cause::Fatal, reason, None, actions);
+        }
+        prepared.insert(rank, report);
+        if prepared.len() == self.members.len() {
+            self.commit(now_ms, report, actions);
+        }
+    }
+
+    fn commit(&mut self, now_ms: u64, report: StepReport, actions: &mut Vec<Action>) {
+        let Phase::Stepping { since_ms, stop, .. } = &self.phase else {
+            return;
+        };
+        let seconds = now_ms.saturating_sub(*since_ms) as f64 / 1000.0;
+        let stop = stop.clone();
+        let step = Step(report.step);
+        let apply = report.finite;
+        self.skipped = if apply { 0 } else { self.skipped + 1 };
+        let last = self.last_outcome(step, stop.is_some());
+        let save = last.is_some() || self.spec.policy.saves_at(step.0);
+        let verdict = CoordinatorMessage::Commit {
+            step,
+            apply,
+            save,
+            // An interruption adds no evaluation, so that the resumed run has the rows of an uninterrupted one.
+            evaluate: self.spec.policy.evaluates_at(step.0) || self.is_final(step),
+            last: last.is_some(),
+        };
+        let row = MetricsRow {
+            report,
+            // A step within one tick of the clock has no rate; a metric must be a number.
+            tokens_per_second: if seconds > 0.0 {
+                report.tokens as f64 / seconds
+            } else {
+                0.0
+            },
+            world_size: self.spec.policy.world,
+            generation: self.generation.0,
+            seconds,
+        };
+        // This record is the commit: from here on all roll forward (invariants M2, M4).
+        actions.push(Action::Journal(Record::Commit(CommitRecord { apply, row })));
+        self.committed = step;
+        self.send_all(&verdict, actions);
+        self.verdict = Some(verdict);
+        for member in self.members.values_mut() {
+            member.progress = None;
+        }
+        actions.push(Action::RecordStep(row));
+        if !apply {
+            let text = format!(
+                "step {step} had a gradient that is not finite and was skipped ({} in a row, the job stops at {})",
+                self.skipped, self.spec.policy.skipped_steps_max
+            );
+            actions.push(note("skip", text));
+        }
+        if save {
+            self.saves.insert(step, Save::default());
+        }
+        self.phase = match last {
+            Some(outcome) => {
+                if let Some(reason) = stop {
+                    actions.push(note("stop", format!("step {step} is the last: {reason}")));
+                }
+                Phase::Draining {
+                    step,
+                    outcome,
+                    since_ms: now_ms,
+                }
+            }
+            None => Phase::Stepping {
+                prepared: BTreeMap::new(),
+                since_ms: now_ms,
+                stop,
+            },
+        };
+    }
+
+    /// How the job ends with this commit, if it does.
+    fn last_outcome(&self, step: Step, stop: bool) -> Option<Outcome> {
+        if !self.spec.policy.skips_allowed(self.skipped) {
+            return Some(Outcome::Failed {
+                cause: Cause::Fatal,
+                reason: format!(
+                    "{} steps in a row up to step {step} had gradients that are not finite; \
+                     lower the learning rate, or look for broken rows in the data",
+                    self.skipped
+                ),
+            });
+        }
+        if self.is_final(step) {
+            return Some(Outcome::Completed);
+        }
+        stop.then_some(Outcome::Interrupted { committed: step })
+    }
+
+    fn is_final(&self, step: Step) -> bool {
+        self.facts
+            .as_ref()
+            .is_some_and(|facts| step.0 >= facts.steps_total)
+    }
+
+    pub(super) fn repeat_verdict(&self, incarnation: Incarnation, actions: &mut Vec<Action>) {
+        if let Some(verdict) = &self.verdict {
+            self.send(incarnation, verdict.clone(), actions);
+        }
+    }
+
+    /// Rank 0's evaluation, recorded once a step.
+    pub(super) fn evaluated(
+        &mut self,
+        rank: Rank,
+        row: EvaluationRow,
+        samples: Vec<Sample>,
+        actions: &mut Vec<Action>,
+    ) {
+        let seen = self.evaluated.is_some_and(|step| row.step <= step);
+        if rank == Rank(0) && !seen && row.step <= self.committed.0 {
+            self.evaluated = Some(row.step);
+            actions.push(Action::RecordEvaluation { row, samples });
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! What workers and the coordinator say to each other.
+//!
+//! Every message is idempotent: saying it twice changes nothing. A worker that waits repeats what it waits for in its
+//! beats, and the coordinator repeats its answer, so that a lost message costs one heartbeat. (Where the transport may
+//! lose a worker's words too, the worker repeats them as well: Join until Welcome, then Ready, Prepared, Saved, Finished
+//! beside the beat that awaits their answer. A gRPC stream loses nothing short of its connection.)
+
+use serde::{Deserialize, Serialize};
+
+use crate::{EvaluationRow, Generation, Incarnation, JobId, Rank, Sample, Step, StepReport};
+
+/// Version of these messages. A worker that speaks another one is refused.
+pub const WIRE_VERSION: u32 = 1;
+
+/// A worker's message with its fences.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FromWorker {
+    /// The job it believes to work for.
+    pub job: JobId,
+    /// Its own incarnation.
+    pub incarnation: Incarnation,
+    /// The generation it believes in; 0 before its first.
+    pub generation: Generation,
+    /// What it says.
+    pub message: WorkerMessage,
+}
+
+/// A message to one worker.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ToWorker {
+    /// Receiver.
+    pub incarnation: Incarnation,
+    /// The generation that is true now.
+    pub generation: Generation,
+    /// What is said.
+    pub message: CoordinatorMessage,
+}
+
+/// What a worker says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum WorkerMessage {
+    /// Here I am.
+    Join {
+        /// Version of the program; all members must run the same.
+        build: String,
+        /// Version of these messages.
+        wire_version: u32,
+        /// `host:port` of its bound collective listener.
+        address: String,
+    },
+    /// Alive.
+    Beat {
+        /// The last commit it knows.
+        committed: Step,
+        /// What it waits for.
+        awaits: Awaits,
+    },
+    /// A long phase moves on.
+    Progress {
+        /// Such as `load model`, `reference pass`.
+        phase: String,
+        /// Units done.
+        done: u64,
+        /// Units in all.
+        total: u64,
+    },
+    /// Loaded, reference values durable, collective connected.
+    Ready {
+        /// What it found, which all members must agree on.
+        facts: RunFacts,
+        /// Reference values found in the store.
+        reference_reused: u64,
+        /// Reference values computed by this member.
+        reference_computed: u64,
+    },
+    /// Its vote on a step.
+    Prepared {
+        /// The reduced report.
+        report: StepReport,
+    },
+    /// An evaluation's result, sent by rank 0.
+    Evaluated {
+        /// The means.
+        row: EvaluationRow,
+        /// Greedy continuations with the same weights.
+        samples: Vec<Sample>,
+    },
+    /// Its part of a checkpoint is durable.
+    Saved {
+        /// The step whose state was saved.
+        step: Step,
+        /// The part's entry for the manifest, in the checkpoint crate's JSON.
+        shard: String,
+    },
+    /// Its part of a checkpoint could not be written. Training goes on, unless it was the last checkpoint.
+    SaveFailed {
+        /// The step whose state was to be saved.
+        step: Step,
+        /// What happened, where, and the cure.
+        reason: String,
+    },
+    /// It heard that the job is at its end and has nothing left to do.
+    Finished,
+    /// It cannot go on.
+    Failed {
+        /// Who is to act.
+        cause: Cause,
+        /// What happened, where, and the cure.
+        reason: String,
+    },
+}
+
+/// What a waiting worker waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Awaits {
+    /// Nothing: it is at work.
+    #[default]
+    Nothing,
+    /// A generation.
+    Form,
+    /// The first step of its generation.
+    Go,
+    /// The verdict on the step after its last commit.
+    Commit,
+    /// The end.
+    End,
+}
+
+/// Why a job failed, by what a supervisor should do about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// Configuration or input: the same attempt fails again.
+    Config,
+    /// A lost process or connection: trying again may help.
+    Temporary,
+    /// Anything else.
+    Fatal,
+}
+
+/// What all members of a generation must find alike before the first step.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunFacts {
+    /// Optimizer steps of the whole run.
+    pub steps_total: u64,
+    /// Training pairs after drops.
+    pub pairs: u64,
+    /// Held-out pairs.
+    pub eval_pairs: u64,
+    /// Parameters of the policy.
+    pub parameters: u64,
+    /// Digest of the starting weights, hexadecimal.
+    pub model_digest: String,
+    /// Digest of the tokenizer and chat template, hexadecimal.
+    pub tokenizer_digest: String,
+    /// Digest of the tokenized data, hexadecimal.
+    pub data_digest: String,
+    /// The commit its state is at.
+    pub committed: u64,
+}
+
+impl RunFacts {
+    /// Name and both values of the first fact that differs.
+    pub fn first_difference(&self, other: &Self) -> Option<(&'static str, String, String)> {
+        let list = |facts: &Self| {
+            [
+                ("steps_total", facts.steps_total.to_string()),
+                ("pairs", facts.pairs.to_string()),
+                ("eval_pairs", facts.eval_pairs.to_string()),
+                ("parameters", facts.parameters.to_string()),
+                ("model_digest", facts.model_digest.clone()),
+                ("tokenizer_digest", facts.tokenizer_digest.clone()),
+                ("data_digest", facts.data_digest.clone()),
+                ("committed", facts.committed.to_string()),
+            ]
+        };
+        let mut pairs = list(self).into_iter().zip(list(other));
+        pairs
+            .find(|(a, b)| a.1 != b.1)
+            .map(|(a, b)| (a.0, a.1, b.1))
+    }
+}
+
+/// What the coordinator says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum CoordinatorMessage {
+    /// Answer to Join.
+    Welcome {
+        /// The resolved configuration.
+        config_toml: String,
+        /// Where checkpoints go.
+        checkpoint_dir: String,
+    },
+    /// A generation: load, connect, score your part of the reference, then say Ready.
+    Form {
+        /// The receiver's rank.
+        rank: Rank,
+        /// Collective addresses of all members, by rank.
+        addresses: Vec<String>,
+        /// Key of this generation's collective handshake.
+        secret: [u8; 32],
+        /// The last commit.
+        committed: Step,
+        /// The checkpoint that holds its state; `None` at step 0.
+        resume: Option<String>,
+    },
+    /// Begin with this step.
+    Go {
+        /// The first step of the generation.
+        step: Step,
+        /// Evaluate before it.
+        evaluate: bool,
+    },
+    /// The verdict on a step, and what to do before the next.
+    Commit {
+        /// The step.
+        step: Step,
+        /// Apply the update; otherwise drop the gradients.
+        apply: bool,
+        /// Save the state after it.
+        save: bool,
+        /// Evaluate the weights after it.
+        evaluate: bool,
+        /// No step follows.
+        last: bool,
+    },
+    /// All is done and durable: say Finished. Follows the last Commit; or Form, when no step was left to do.
+    Finish,
+    /// Leave.
+    Stop {
+        /// Why.
+        reason: String,
+    },
+    /// What was said is of another time; this is true now.
+    Stale {
+        /// The last commit.
+        committed: Step,
+    },
+}
+
+/// Something worth a line in `events.jsonl`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// One word: `join`, `form`, `ready`, `go`, `skip`, `checkpoint`, `rewind`, `lost`, `stop`, `done`.
+    pub kind: &'static str,
+    /// A sentence for a person.
+    pub text: String,
+}

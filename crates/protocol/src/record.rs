@@ -1,0 +1,218 @@
+//! The journal's records, and what a restarted coordinator makes of them.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Cause, Generation, Incarnation, MetricsRow, RunFacts, Step};
+
+/// One record of the journal.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "snake_case")]
+pub enum Record {
+    /// A generation was formed.
+    Generation {
+        /// Its number, never used again.
+        generation: Generation,
+        /// Members by rank.
+        members: Vec<Incarnation>,
+    },
+    /// All members of a generation agreed on what they train.
+    Facts {
+        /// What they agreed on.
+        facts: RunFacts,
+    },
+    /// A step is committed: this record is the commit (invariant M2).
+    Commit(CommitRecord),
+    /// A checkpoint became visible.
+    Checkpoint {
+        /// Its step.
+        step: Step,
+    },
+    /// Commits after `to` no longer count.
+    Rewind {
+        /// The step whose state the run goes on from.
+        to: Step,
+        /// Why.
+        reason: String,
+    },
+    /// The run is complete.
+    Completed {
+        /// Its last step.
+        step: Step,
+    },
+}
+
+/// A committed step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CommitRecord {
+    /// Whether the update was applied or skipped.
+    pub apply: bool,
+    /// Its row in `metrics.jsonl`.
+    pub row: MetricsRow,
+}
+
+/// How a job ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are committed and saved.
+    Completed,
+    /// Somebody asked it to stop; the same command goes on.
+    Interrupted {
+        /// The last commit, which a checkpoint holds (or 0).
+        committed: Step,
+    },
+    /// It could not go on.
+    Failed {
+        /// Who is to act.
+        cause: Cause,
+        /// What happened.
+        reason: String,
+    },
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Completed => write!(f, "completed"),
+            Self::Interrupted { committed } => {
+                write!(
+                    f,
+                    "interrupted after step {committed}; the same command goes on from there"
+                )
+            }
+            Self::Failed { reason, .. } => write!(f, "failed: {reason}"),
+        }
+    }
+}
+
+/// What a restarted coordinator goes on from.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Recovery {
+    /// Highest generation ever journaled; the next one is above it.
+    pub generation: Generation,
+    /// The commit to go on from.
+    pub committed: Step,
+    /// Highest commit ever journaled, rewound ones included: no worker can honestly know a later one (invariant M2).
+    pub highest_committed: Step,
+    /// What was agreed on, once it was.
+    pub facts: Option<RunFacts>,
+    /// Consecutive skipped steps up to `committed`.
+    pub skipped: u64,
+    /// The run is complete.
+    pub completed: bool,
+    /// To be journaled before anything else: commits whose state no checkpoint holds.
+    pub rewind: Option<Record>,
+}
+
+/// A journal that contradicts itself or the checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RecoveryError {
+    /// Commits must follow each other.
+    #[error("the journal commits step {found} after step {committed}")]
+    Gap {
+        /// The commit before.
+        committed: Step,
+        /// The commit that does not follow.
+        found: Step,
+    },
+    /// A checkpoint knows a commit that the journal does not (invariant M2).
+    #[error(
+        "a checkpoint holds step {checkpoint}, but the journal ends at step {committed}: it is not this run's journal"
+    )]
+    CheckpointAhead {
+        /// The checkpoint's step.
+        checkpoint: Step,
+        /// The journal's last commit.
+        committed: Step,
+    },
+    /// A rewind must go back.
+    #[error("the journal rewinds to step {to} from step {committed}")]
+    RewindForward {
+        /// Its target.
+        to: Step,
+        /// The commit it starts from.
+        committed: Step,
+    },
+}
+
+/// The commits that count: the journal minus its rewinds, in order, one a step (invariant M3).
+pub fn surviving(records: &[Record]) -> Result<Vec<CommitRecord>, RecoveryError> {
+    let mut commits: Vec<CommitRecord> = Vec::new();
+    for record in records {
+        let committed = Step(commits.len() as u64);
+        match record {
+            Record::Commit(commit) => {
+                let found = Step(commit.row.report.step);
+                if found != committed.next() {
+                    return Err(RecoveryError::Gap { committed, found });
+                }
+                commits.push(*commit);
+            }
+            Record::Rewind { to, .. } => {
+                if *to > committed {
+                    return Err(RecoveryError::RewindForward { to: *to, committed });
+                }
+                commits.truncate(to.0 as usize);
+            }
+            _ => {}
+        }
+    }
+    Ok(commits)
+}
+
+/// What to go on from, given the journal and the newest checkpoint that verifies.
+///
+/// All workers are gone when a local coordinator starts, so commits beyond the checkpoint are rewound.
+pub fn recover(
+    records: &[Record],
+    newest_checkpoint: Option<Step>,
+) -> Result<Recovery, RecoveryError> {
+    let mut commits = surviving(records)?;
+    let journaled = Step(commits.len() as u64);
+    let to = newest_checkpoint.unwrap_or_default();
+    if to > journaled {
+        return Err(RecoveryError::CheckpointAhead {
+            checkpoint: to,
+            committed: journaled,
+        });
+    }
+    let mut recovery = Recovery {
+        committed: to,
+        ..Recovery::default()
+    };
+    for record in records {
+        match record {
+            Record::Generation { generation, .. } => {
+                recovery.generation = recovery.generation.max(*generation);
+            }
+            Record::Facts { facts } => recovery.facts = Some(facts.clone()),
+            Record::Completed { .. } => recovery.completed = true,
+            Record::Rewind { .. } => recovery.completed = false,
+            Record::Commit(commit) => {
+                let step = Step(commit.row.report.step);
+                recovery.highest_committed = recovery.highest_committed.max(step);
+            }
+            Record::Checkpoint { .. } => {}
+        }
+    }
+    if recovery.completed {
+        recovery.committed = journaled;
+        return Ok(recovery);
+    }
+    commits.truncate(to.0 as usize);
+    recovery.skipped = commits
+        .iter()
+        .rev()
+        .take_while(|commit| !commit.apply)
+        .count() as u64;
+    if to < journaled {
+        recovery.rewind = Some(Record::Rewind {
+            to,
+            reason: format!(
+                "the newest checkpoint holds step {to}; steps up to {journaled} are computed again"
+            ),
+        });
+    }
+    Ok(recovery)
+}
