@@ -1,1 +1,30 @@
 //! Preference rows in, token ids, order and packs out: formats, chat templates, truncation, plans.
+//!
+//! ```text
+//! files ─ rows ─► JSON objects ─ layout ─► prompt | chosen | rejected ─ chat ─► text ─ tokenizer ─► ids ─ dataset ─► pairs, digest, report
+//! (seed, step) ─ order ─► the step's pairs ─ pack ─► packs ─ deal ─► this rank's packs
+//! ```
+//!
+//! Absent: tensors, the network, the world size (but in [`deal`]), and any state between calls. The same files, tokenizer and
+//! configuration give the same [`Dataset::digest`] on every machine.
+
+mod chat;
+mod config;
+mod dataset;
+mod error;
+mod layout;
+mod order;
+mod pack;
+mod python_json;
+mod report;
+mod rows;
+mod tokenizer;
+
+pub use chat::{ChatTemplate, TemplateError};
+pub use config::{Columns, ConfigError, DataConfig, Format, Truncation};
+pub use dataset::{Dataset, Pair, load};
+pub use error::{DataError, Place};
+pub use order::{StepPairs, step_pairs, steps_per_epoch};
+pub use pack::{deal, pack_plan};
+pub use report::{Bucket, DropReason, Dropped, Example, Report};
+pub use tokenizer::{Tokenizer, TokenizerError};

@@ -1,0 +1,182 @@
+//! `[data]` of a configuration: which files, how their rows are laid out, how long a pair may get.
+//!
+//! Values only; nothing here opens a file.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Shortest `max_length` that leaves room for a prompt token and a scored one.
+const MAX_LENGTH_MIN: usize = 2;
+
+/// Input files and how to read them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// Training files, read as one list in this order. At least one; default empty, which `validate` refuses.
+    #[serde(default)]
+    pub train: Vec<PathBuf>,
+    /// Held-out files. Default none.
+    #[serde(default)]
+    pub eval: Vec<PathBuf>,
+    /// Row layout. Default `auto`.
+    #[serde(default = "default_format")]
+    pub format: Format,
+    /// Column names. Default `prompt`, `chosen`, `rejected`, `completion`.
+    #[serde(default = "default_columns")]
+    pub columns: Columns,
+    /// A Jinja chat template used instead of the model's own. Default none.
+    #[serde(default)]
+    pub chat_template: Option<PathBuf>,
+    /// Most tokens of prompt + completion, each completion counted on its own. Default 1024.
+    #[serde(default = "default_max_length")]
+    pub max_length: usize,
+    /// What a sequence over `max_length` loses. Default `keep_start`.
+    #[serde(default = "default_truncation")]
+    pub truncation: Truncation,
+    /// Whether every epoch visits the pairs in an order of its own. Default true.
+    #[serde(default = "default_shuffle")]
+    pub shuffle: bool,
+}
+
+/// How a row is laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// `preference`; under an objective that compares nothing (`sft`), `completion` if the first row has no `rejected`.
+    Auto,
+    /// `chosen` and `rejected`, with or without `prompt`.
+    Preference,
+    /// `prompt` with `completion` (or `chosen`); `rejected` is not read and stays empty.
+    Completion,
+}
+
+/// Names of the columns, for files that call them otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Columns {
+    /// The prompt. Default `prompt`.
+    #[serde(default = "default_prompt")]
+    pub prompt: String,
+    /// The preferred completion. Default `chosen`.
+    #[serde(default = "default_chosen")]
+    pub chosen: String,
+    /// The other completion. Default `rejected`.
+    #[serde(default = "default_rejected")]
+    pub rejected: String,
+    /// The completion of completion rows. Default `completion`.
+    #[serde(default = "default_completion")]
+    pub completion: String,
+}
+
+/// What a sequence over `max_length` loses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Truncation {
+    /// The end: the first `max_length` tokens of prompt + completion stay.
+    KeepStart,
+}
+
+/// A value that cannot work.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {reason}")]
+pub struct ConfigError {
+    /// Dotted path of the key.
+    pub key: String,
+    /// What is wrong and what would be right.
+    pub reason: String,
+}
+
+impl DataConfig {
+    /// Checks what can be checked without opening a file.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.train.is_empty() {
+            return refuse("data.train", "names no file; give at least one .jsonl file");
+        }
+        if self.max_length < MAX_LENGTH_MIN {
+            return refuse(
+                "data.max_length",
+                &format!(
+                    "must be at least {MAX_LENGTH_MIN}, a prompt token and a scored one, got {}",
+                    self.max_length
+                ),
+            );
+        }
+        self.columns.validate()
+    }
+}
+
+impl Columns {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let named = [
+            ("prompt", &self.prompt),
+            ("chosen", &self.chosen),
+            ("rejected", &self.rejected),
+            ("completion", &self.completion),
+        ];
+        for (position, (key, name)) in named.iter().enumerate() {
+            if name.is_empty() {
+                return refuse(&format!("data.columns.{key}"), "is empty; name a column");
+            }
+            // `chosen` and `completion` may share a column: they never mean different things in one row.
+            let twin = named[..position].iter().find(|(other, taken)| {
+                taken == name && !(*other == "chosen" && *key == "completion")
+            });
+            if let Some((other, _)) = twin {
+                return refuse(
+                    &format!("data.columns.{key}"),
+                    &format!("names the column \"{name}\", which {other} already has"),
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+fn refuse(key: &str, reason: &str) -> Result<(), ConfigError> {
+    Err(ConfigError {
+        key: key.into(),
+        reason: reason.into(),
+    })
+}
+
+fn default_format() -> Format {
+    Format::Auto
+}
+
+fn default_columns() -> Columns {
+    Columns {
+        prompt: default_prompt(),
+        chosen: default_chosen(),
+        rejected: default_rejected(),
+        completion: default_completion(),
+    }
+}
+
+fn default_prompt() -> String {
+    "prompt".into()
+}
+
+fn default_chosen() -> String {
+    "chosen".into()
+}
+
+fn default_rejected() -> String {
+    "rejected".into()
+}
+
+fn default_completion() -> String {
+    "completion".into()
+}
+
+fn default_max_length() -> usize {
+    1024
+}
+
+fn default_truncation() -> Truncation {
+    Truncation::KeepStart
+}
+
+fn default_shuffle() -> bool {
+    true
+}

@@ -1,0 +1,370 @@
+//! From rows to token ids: each row templated and tokenized, cut to length, kept or dropped with its reason. Order is not decided here.
+
+use std::path::PathBuf;
+
+use rayon::prelude::*;
+use serde_json::Value;
+
+use crate::chat::ChatTemplate;
+use crate::config::{DataConfig, Format, Truncation};
+use crate::error::{DataError, Place};
+use crate::layout::{self, Parts};
+use crate::report::{self, DropReason, Dropped, Example, Report};
+use crate::rows::{self, Row};
+use crate::tokenizer::{Hasher, Tokenizer};
+
+/// A prompt and its completions as token ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// The row it comes from.
+    pub place: Place,
+    /// Read, not scored. Never empty.
+    pub prompt: Vec<u32>,
+    /// The preferred completion. Never empty.
+    pub chosen: Vec<u32>,
+    /// The other completion; empty for completion data only.
+    pub rejected: Vec<u32>,
+}
+
+impl Pair {
+    /// Tokens in a pack, where both completions share the prompt.
+    pub fn packed_tokens(&self) -> usize {
+        self.prompt.len() + self.chosen.len() + self.rejected.len()
+    }
+
+    /// Tokens of all sequences, the prompt counted once per completion that is not empty.
+    pub fn tokens(&self) -> u64 {
+        self.sequence_lengths().sum::<usize>() as u64
+    }
+
+    fn sequence_lengths(&self) -> impl Iterator<Item = usize> {
+        [self.chosen.len(), self.rejected.len()]
+            .into_iter()
+            .filter(|&length| length > 0)
+            .map(|length| self.prompt.len() + length)
+    }
+}
+
+/// Tokenized pairs in the order of their rows.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    /// At least one pair.
+    pub pairs: Vec<Pair>,
+    /// BLAKE3 over all ids: equal exactly if the pairs' ids are.
+    pub digest: [u8; 32],
+    /// What became of the rows.
+    pub report: Report,
+}
+
+/// Reads and tokenizes `files` as one list. With `needs_rejected` false (objective `sft`) the rejected side is left empty, and
+/// files without one will do.
+///
+/// # Errors
+/// At the first row that cannot be used, and if no pair is left. Rows without a completion within `max_length` are dropped and reported.
+pub fn load(
+    files: &[PathBuf],
+    config: &DataConfig,
+    tokenizer: &Tokenizer,
+    needs_rejected: bool,
+) -> Result<Dataset, DataError> {
+    let rows = rows::read(files)?;
+    let Some(first) = rows.first() else {
+        return Err(no_pairs(
+            files,
+            0,
+            "the files hold no row",
+            "check data.train and data.eval",
+        ));
+    };
+    if needs_rejected && config.format == Format::Completion {
+        return Err(DataError::Row {
+            place: first.place.clone(),
+            reason:
+                "data.format = \"completion\" reads no rejected side and the objective compares two"
+                    .into(),
+            cure: "set data.format = \"preference\", or objective.kind = \"sft\"".into(),
+        });
+    }
+    let format = layout::resolve(config, &first.object, needs_rejected);
+    let tokenized: Vec<Result<Tokenized, DataError>> = rows
+        .par_iter()
+        .map(|row| tokenize(row, format, config, tokenizer, needs_rejected))
+        .collect();
+
+    let mut kept = Vec::new();
+    let mut dropped = Vec::new();
+    for (row, tokenized) in rows.iter().zip(tokenized) {
+        let tokenized = tokenized?;
+        match drop_reason(&tokenized, config.max_length, needs_rejected) {
+            None => kept.push(tokenized),
+            Some(reason) => dropped.push(Dropped {
+                place: row.place.clone(),
+                reason,
+            }),
+        }
+    }
+    if kept.is_empty() {
+        let Dropped { place, reason } = &dropped[0];
+        return Err(no_pairs(
+            files,
+            rows.len(),
+            &format!("every row was dropped, the first at {place}: {reason}"),
+            "raise data.max_length, or give rows with shorter prompts",
+        ));
+    }
+    let truncated = kept.iter().filter(|row| row.truncated).count();
+    let border_moved = kept.iter().filter(|row| row.border_moved).count();
+    let pairs: Vec<Pair> = kept.into_iter().map(|row| row.pair).collect();
+    let lengths: Vec<usize> = pairs.iter().flat_map(Pair::sequence_lengths).collect();
+    let report = Report {
+        rows: rows.len(),
+        pairs: pairs.len(),
+        dropped,
+        truncated,
+        identical: pairs
+            .iter()
+            .filter(|pair| pair.chosen == pair.rejected)
+            .count(),
+        border_moved,
+        tokens: pairs.iter().map(Pair::tokens).sum(),
+        scored_tokens: pairs
+            .iter()
+            .map(|pair| (pair.chosen.len() + pair.rejected.len()) as u64)
+            .sum(),
+        longest: lengths.iter().copied().max().unwrap_or(0),
+        lengths: report::buckets(&lengths),
+        example: pairs.first().map(|pair| example(pair, tokenizer)),
+        fixed_date: tokenizer
+            .chat_template()
+            .is_some_and(ChatTemplate::reads_date),
+    };
+    Ok(Dataset {
+        digest: digest(&pairs),
+        pairs,
+        report,
+    })
+}
+
+fn no_pairs(files: &[PathBuf], rows: usize, reason: &str, cure: &str) -> DataError {
+    let names: Vec<String> = files
+        .iter()
+        .map(|file| file.display().to_string())
+        .collect();
+    DataError::NoPairs {
+        files: names.join(", "),
+        rows,
+        reason: reason.into(),
+        cure: cure.into(),
+    }
+}
+
+/// A pair before it is known whether it stays.
+struct Tokenized {
+    pair: Pair,
+    /// Tokens of the prompt before the cut.
+    prompt_tokens: usize,
+    truncated: bool,
+    border_moved: bool,
+}
+
+fn tokenize(
+    row: &Row,
+    format: Format,
+    config: &DataConfig,
+    tokenizer: &Tokenizer,
+    needs_rejected: bool,
+) -> Result<Tokenized, DataError> {
+    let place = &row.place;
+    let (prompt, chosen, rejected) = match layout::parts(row, format, &config.columns)? {
+        Parts::Plain {
+            prompt,
+            chosen,
+            rejected,
+        } => {
+            let rejected = rejected.filter(|_| needs_rejected);
+            let whole = |completion: &str| plain(place, &prompt, completion, tokenizer);
+            (
+                encoded(place, tokenizer.encode(&prompt))?,
+                whole(&chosen)?,
+                rejected.map(|text| whole(&text)).transpose()?,
+            )
+        }
+        Parts::Chat {
+            prompt,
+            chosen,
+            rejected,
+        } => {
+            let rejected = rejected.filter(|_| needs_rejected);
+            let text = rendered(place, &prompt, true, tokenizer)?;
+            let whole = |completion| chat(place, &prompt, &text, completion, tokenizer);
+            (
+                encoded(place, tokenizer.encode_bare(&text))?,
+                whole(chosen)?,
+                rejected.map(whole).transpose()?,
+            )
+        }
+    };
+    Ok(cut(place, &prompt, &chosen, rejected.as_deref(), config))
+}
+
+/// Prompt + completion + EOS of plain text.
+fn plain(
+    place: &Place,
+    prompt: &str,
+    completion: &str,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<u32>, DataError> {
+    let Some(eos) = tokenizer.eos() else {
+        return Err(DataError::Row {
+            place: place.clone(),
+            reason: "the row is plain text and the model names no token that ends it".into(),
+            cure: "add eos_token to tokenizer_config.json".into(),
+        });
+    };
+    let mut ids = encoded(place, tokenizer.encode(&format!("{prompt}{completion}")))?;
+    // Some files end their completions with the EOS written out.
+    if completion.is_empty() || ids.last() != Some(&eos) {
+        ids.push(eos);
+    }
+    Ok(ids)
+}
+
+/// Prompt + completion of a conversation, checked to start with `prompt_text`.
+fn chat(
+    place: &Place,
+    prompt: &[Value],
+    prompt_text: &str,
+    completion: Vec<Value>,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<u32>, DataError> {
+    let messages: Vec<Value> = prompt.iter().cloned().chain(completion).collect();
+    let whole = rendered(place, &messages, false, tokenizer)?;
+    if !whole.starts_with(prompt_text) {
+        let same = whole
+            .chars()
+            .zip(prompt_text.chars())
+            .take_while(|(a, b)| a == b);
+        return Err(DataError::Row {
+            place: place.clone(),
+            reason: format!(
+                "the chat template writes the prompt differently once a completion follows it, from character {} on",
+                same.count() + 1
+            ),
+            cure: "give a template with data.chat_template whose generation prompt starts the assistant's turn".into(),
+        });
+    }
+    encoded(place, tokenizer.encode_bare(&whole))
+}
+
+fn rendered(
+    place: &Place,
+    messages: &[Value],
+    add_generation_prompt: bool,
+    tokenizer: &Tokenizer,
+) -> Result<String, DataError> {
+    let Some(template) = tokenizer.chat_template() else {
+        return Err(DataError::NoTemplate {
+            place: place.clone(),
+        });
+    };
+    let text = template.render(messages, add_generation_prompt);
+    text.map_err(|source| DataError::Template {
+        place: place.clone(),
+        source,
+    })
+}
+
+fn encoded(
+    place: &Place,
+    ids: Result<Vec<u32>, crate::TokenizerError>,
+) -> Result<Vec<u32>, DataError> {
+    ids.map_err(|error| DataError::Tokenize {
+        place: place.clone(),
+        reason: error.to_string(),
+    })
+}
+
+/// Takes the completions as suffixes of the whole sequences, then cuts to `max_length`.
+///
+/// A tokenizer may merge the prompt's end with the completion's start into one token. The border then moves back to where both
+/// whole sequences still agree with the prompt, so that each is exactly what its whole text tokenizes to, and the merged token
+/// is scored. TRL cuts at the prompt's own length instead, and trains on a completion that lacks its start.
+fn cut(
+    place: &Place,
+    prompt: &[u32],
+    chosen: &[u32],
+    rejected: Option<&[u32]>,
+    config: &DataConfig,
+) -> Tokenized {
+    let border =
+        common(prompt, chosen).min(rejected.map_or(usize::MAX, |whole| common(prompt, whole)));
+    let kept = |whole: &[u32]| match config.truncation {
+        Truncation::KeepStart => {
+            let end = whole.len().min(config.max_length);
+            whole.get(border..end).unwrap_or(&[]).to_vec()
+        }
+    };
+    let longest = chosen.len().max(rejected.map_or(0, <[u32]>::len));
+    Tokenized {
+        pair: Pair {
+            place: place.clone(),
+            prompt: prompt[..border].to_vec(),
+            chosen: kept(chosen),
+            rejected: rejected.map_or_else(Vec::new, kept),
+        },
+        prompt_tokens: border,
+        truncated: longest > config.max_length,
+        border_moved: border < prompt.len(),
+    }
+}
+
+fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+fn drop_reason(row: &Tokenized, max_length: usize, needs_rejected: bool) -> Option<DropReason> {
+    let Pair {
+        prompt,
+        chosen,
+        rejected,
+        ..
+    } = &row.pair;
+    if prompt.is_empty() {
+        return Some(DropReason::EmptyPrompt);
+    }
+    (chosen.is_empty() || needs_rejected && rejected.is_empty()).then_some(
+        DropReason::EmptyCompletion {
+            prompt_tokens: row.prompt_tokens,
+            max_length,
+        },
+    )
+}
+
+/// The completions' text as it stands behind the prompt: many decoders strip the space of a first token.
+fn example(pair: &Pair, tokenizer: &Tokenizer) -> Example {
+    let prompt = tokenizer.decode(&pair.prompt);
+    let behind = |completion: &[u32]| {
+        let whole = tokenizer.decode(&[&pair.prompt, completion].concat());
+        match whole.strip_prefix(&prompt) {
+            Some(text) => text.to_owned(),
+            None => tokenizer.decode(completion),
+        }
+    };
+    Example {
+        place: pair.place.clone(),
+        chosen: behind(&pair.chosen),
+        rejected: behind(&pair.rejected),
+        prompt,
+    }
+}
+
+fn digest(pairs: &[Pair]) -> [u8; 32] {
+    let mut hasher = Hasher::new();
+    hasher.bytes(b"caldpo dataset v1");
+    for pair in pairs {
+        hasher.ids(&pair.prompt);
+        hasher.ids(&pair.chosen);
+        hasher.ids(&pair.rejected);
+    }
+    hasher.finish()
+}

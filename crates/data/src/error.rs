@@ -1,0 +1,114 @@
+//! What can be wrong with input files, each with its place and its cure.
+
+use std::path::PathBuf;
+
+use crate::chat::TemplateError;
+
+/// Where a row starts.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Place {
+    /// The file, as the configuration names it.
+    pub file: PathBuf,
+    /// Line of the row's first character, from 1.
+    pub line: usize,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.file.display(), self.line)
+    }
+}
+
+/// Why files could not become a dataset.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// A file cannot be read.
+    #[error("{}: {source}; check the path in data.train or data.eval", file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A file is in another container.
+    #[error("{}: this is {kind}, not text; convert it to .jsonl, one row a line", file.display())]
+    Container {
+        /// The file.
+        file: PathBuf,
+        /// The container that its first bytes name.
+        kind: &'static str,
+    },
+    /// A file is not UTF-8.
+    #[error(
+        "{place}:{column}: byte 0x{byte:02x} is not UTF-8; re-encode the file, for example with iconv -t UTF-8"
+    )]
+    NotUtf8 {
+        /// The line.
+        place: Place,
+        /// Byte in that line, from 1.
+        column: usize,
+        /// The first byte that does not fit.
+        byte: u8,
+    },
+    /// Text that is not JSON.
+    #[error(
+        "{place}:{column}: malformed JSON: {reason}; every line must be one complete JSON object"
+    )]
+    Json {
+        /// The line.
+        place: Place,
+        /// Column of the fault in that line, from 1.
+        column: usize,
+        /// What the parser met.
+        reason: String,
+    },
+    /// A row that lacks something or contradicts itself.
+    #[error("{place}: {reason}; {cure}")]
+    Row {
+        /// The row.
+        place: Place,
+        /// What is wrong.
+        reason: String,
+        /// What to do.
+        cure: String,
+    },
+    /// A chat row, and the model has no chat template.
+    #[error(
+        "{place}: the row is a conversation and the model has no chat template; give one with data.chat_template, or add \
+         chat_template.jinja to the model's folder"
+    )]
+    NoTemplate {
+        /// The first such row.
+        place: Place,
+    },
+    /// The chat template refused the row.
+    #[error(
+        "{place}: the chat template refuses this conversation: {source}; change the row, or give another template with data.chat_template"
+    )]
+    Template {
+        /// The row.
+        place: Place,
+        /// What the template said.
+        source: TemplateError,
+    },
+    /// The tokenizer refused a text.
+    #[error("{place}: tokenize: {reason}; check that tokenizer.json belongs to this model")]
+    Tokenize {
+        /// The row.
+        place: Place,
+        /// What the tokenizer said.
+        reason: String,
+    },
+    /// Nothing is left to train on.
+    #[error("no pairs left of {rows} rows in {files}: {reason}; {cure}")]
+    NoPairs {
+        /// The files, joined.
+        files: String,
+        /// Rows read.
+        rows: usize,
+        /// What happened to them.
+        reason: String,
+        /// What to do.
+        cure: String,
+    },
+}

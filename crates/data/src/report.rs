@@ -1,0 +1,231 @@
+//! What became of the rows of a dataset: for a person as text, for a program as JSON.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::error::Place;
+
+/// Dropped rows that the text lists one by one; JSON has them all.
+const LISTED_MAX: usize = 5;
+
+/// Characters of a decoded text that are shown of its start, and as many of its end.
+const SHOWN_CHARACTERS: usize = 240;
+
+/// What became of the rows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Rows read.
+    pub rows: usize,
+    /// Pairs kept.
+    pub pairs: usize,
+    /// Rows that gave no pair.
+    pub dropped: Vec<Dropped>,
+    /// Pairs of which a completion lost its end to `max_length`.
+    pub truncated: usize,
+    /// Pairs with the same tokens in chosen and rejected: legal, and without a preference.
+    pub identical: usize,
+    /// Pairs whose prompt gave its last tokens to the completions, because the tokenizer merges across the border.
+    pub border_moved: usize,
+    /// Tokens of all pairs, the prompt counted once per completion.
+    pub tokens: u64,
+    /// Tokens that are scored: all completion tokens.
+    pub scored_tokens: u64,
+    /// Most tokens of prompt + completion.
+    pub longest: usize,
+    /// Sequences (prompt + one completion) by length.
+    pub lengths: Vec<Bucket>,
+    /// The first pair as the model sees it.
+    pub example: Option<Example>,
+    /// Whether the chat template asked for today's date and got the fixed one.
+    pub fixed_date: bool,
+}
+
+/// A row that gave no pair.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Dropped {
+    /// The row.
+    pub place: Place,
+    /// Why.
+    pub reason: DropReason,
+}
+
+/// Why a row gave no pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum DropReason {
+    /// A completion has no token, or none within `max_length`.
+    EmptyCompletion {
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// The limit.
+        max_length: usize,
+    },
+    /// The prompt has no token, so nothing predicts a completion's first one.
+    EmptyPrompt,
+}
+
+/// Sequences of `from..=to` tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Bucket {
+    /// Fewest tokens.
+    pub from: usize,
+    /// Most tokens.
+    pub to: usize,
+    /// Sequences.
+    pub count: usize,
+}
+
+/// A pair decoded; completions are exactly what is scored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Example {
+    /// The row.
+    pub place: Place,
+    /// Read by the model, not scored.
+    pub prompt: String,
+    /// Scored.
+    pub chosen: String,
+    /// Scored; empty for completion data.
+    pub rejected: String,
+}
+
+/// Counts `lengths` into powers of two, from the shortest bucket that has any to the longest.
+pub(crate) fn buckets(lengths: &[usize]) -> Vec<Bucket> {
+    let mut buckets: Vec<Bucket> = Vec::new();
+    let mut from = 1;
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    while from <= longest {
+        let to = 2 * from - 1;
+        let count = lengths.iter().filter(|&&n| from <= n && n <= to).count();
+        if count > 0 || !buckets.is_empty() {
+            buckets.push(Bucket { from, to, count });
+        }
+        from = to + 1;
+    }
+    buckets
+}
+
+impl fmt::Display for DropReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::EmptyCompletion {
+                prompt_tokens,
+                max_length,
+            } if prompt_tokens >= max_length => write!(
+                f,
+                "no completion left: the prompt alone has {prompt_tokens} tokens and data.max_length is {max_length}"
+            ),
+            Self::EmptyCompletion { .. } => f.write_str("a completion has no tokens"),
+            Self::EmptyPrompt => f.write_str("the prompt has no tokens"),
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} pairs of {} rows", self.pairs, self.rows)?;
+        writeln!(
+            f,
+            "{} tokens, {} of them scored; longest sequence {}",
+            self.tokens, self.scored_tokens, self.longest
+        )?;
+        for (count, meaning) in [
+            (
+                self.truncated,
+                "truncated: a completion lost its end to data.max_length",
+            ),
+            (
+                self.identical,
+                "with identical chosen and rejected: they teach no preference",
+            ),
+            (
+                self.border_moved,
+                "whose last prompt token merges with the completion and is scored with it",
+            ),
+        ] {
+            if count > 0 {
+                writeln!(f, "{count} pairs {meaning}")?;
+            }
+        }
+        self.write_dropped(f)?;
+        if self.fixed_date {
+            writeln!(
+                f,
+                "the chat template asks for today's date; it always gets 26 Jul 2024, so that tokens stay the same"
+            )?;
+        }
+        self.write_lengths(f)?;
+        match &self.example {
+            Some(example) => write!(f, "{example}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Report {
+    fn write_dropped(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.dropped.is_empty() {
+            return Ok(());
+        }
+        writeln!(f, "{} rows dropped:", self.dropped.len())?;
+        for Dropped { place, reason } in self.dropped.iter().take(LISTED_MAX) {
+            writeln!(f, "  {place}: {reason}")?;
+        }
+        if self.dropped.len() > LISTED_MAX {
+            writeln!(f, "  and {} more", self.dropped.len() - LISTED_MAX)?;
+        }
+        Ok(())
+    }
+
+    fn write_lengths(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const BAR: usize = 40;
+        let most = self.lengths.iter().map(|bucket| bucket.count).max();
+        let Some(most) = most else {
+            return Ok(());
+        };
+        writeln!(f, "sequences by tokens of prompt + completion:")?;
+        for Bucket { from, to, count } in &self.lengths {
+            let bar = "█".repeat((count * BAR).div_ceil(most));
+            writeln!(f, "  {from:>6} – {to:<6} {count:>7} {bar}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Example {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{} as the model sees it, scored tokens in ⟦ ⟧:",
+            self.place
+        )?;
+        writeln!(f, "  prompt    {}", shown(&self.prompt))?;
+        writeln!(f, "  chosen   ⟦{}⟧", shown(&self.chosen))?;
+        if !self.rejected.is_empty() {
+            writeln!(f, "  rejected ⟦{}⟧", shown(&self.rejected))?;
+        }
+        Ok(())
+    }
+}
+
+/// Start and end on one line; line breaks and other control characters are escaped.
+fn shown(text: &str) -> String {
+    let count = text.chars().count();
+    let escaped = |text: String| {
+        text.escape_debug()
+            .to_string()
+            .replace("\\\"", "\"")
+            .replace("\\'", "'")
+    };
+    if count <= 2 * SHOWN_CHARACTERS {
+        return escaped(text.into());
+    }
+    let start: String = text.chars().take(SHOWN_CHARACTERS).collect();
+    let end: String = text.chars().skip(count - SHOWN_CHARACTERS).collect();
+    format!(
+        "{} … {} characters … {}",
+        escaped(start),
+        count - 2 * SHOWN_CHARACTERS,
+        escaped(end)
+    )
+}
