@@ -1,0 +1,277 @@
+//! A job's configuration: built-in defaults, then files, then the environment, then `--set`.
+//!
+//! The coordinator reads its own sections here. What describes the training itself goes, merged, to the worker's resolver,
+//! which fills in its defaults and refuses what it does not know. Nothing here starts or writes anything.
+
+mod layers;
+mod refusal;
+mod sections;
+
+use std::path::Path;
+
+use protocol::JobPolicy;
+use serde::Serialize;
+use toml::{Table, Value};
+
+use layers::Merged;
+use refusal::unknown;
+use sections::{Section, refuse};
+
+pub use layers::Sources;
+pub use refusal::ConfigError;
+pub use sections::{CheckpointSection, ClusterSection, JobSection};
+
+/// Sections of the coordinator.
+const OWN: [&str; 4] = ["job", "checkpoint", "cluster", "telemetry"];
+/// Sections that are the worker's to read, in the order in which they are written out.
+const TRAINING: [&str; 8] = [
+    "model",
+    "data",
+    "objective",
+    "reference",
+    "optimizer",
+    "schedule",
+    "train",
+    "evaluate",
+];
+
+/// The worker's reading of the training sections.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// The sections with defaults filled in; resolving them again changes nothing.
+    pub resolved: Table,
+    /// What makes a run this run and no other.
+    pub identity: serde_json::Value,
+}
+
+/// A training key that the worker refuses.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {reason}")]
+pub struct JobConfigError {
+    /// Dotted path.
+    pub key: String,
+    /// What is wrong and what would be right.
+    pub reason: String,
+}
+
+/// Resolves `job.seed` and the training sections.
+pub type ResolveJob<'a> = dyn Fn(&Table) -> Result<Resolved, JobConfigError> + 'a;
+
+/// A configuration that can be run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `[job]`.
+    pub job: JobSection,
+    /// `[checkpoint]`.
+    pub checkpoint: CheckpointSection,
+    /// `[cluster]`.
+    pub cluster: ClusterSection,
+    /// `train.skipped_steps_max`: consecutive skipped steps that end the job.
+    pub skipped_steps_max: u64,
+    /// `job.seed` and the training sections, resolved: what workers are given.
+    pub training: Table,
+    /// What makes a run this run and no other.
+    pub identity: serde_json::Value,
+}
+
+impl Sources {
+    /// These files and `--set` arguments with this process's environment.
+    pub fn from_process(files: Vec<std::path::PathBuf>, set: Vec<String>) -> Self {
+        // A variable that is not Unicode cannot be one of ours.
+        let variables = std::env::vars_os();
+        let environment = variables
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect();
+        Self {
+            files,
+            environment,
+            set,
+        }
+    }
+}
+
+impl Config {
+    /// Merges and checks all sources.
+    ///
+    /// # Errors
+    /// The first key that is unknown, of the wrong type, or impossible, with the origin of its value.
+    pub fn load(sources: &Sources, resolve: &ResolveJob) -> Result<Self, ConfigError> {
+        let merged = layers::merge(sources)?;
+        let mut all = merged.table();
+        check_sections(&all, &merged)?;
+
+        let job = job_section(Section::take(&mut all, "job", &merged)?, sources, &merged)?;
+        let checkpoint = Section::take(&mut all, "checkpoint", &merged)?;
+        let checkpoint = checkpoint_section(checkpoint, &job.output, &merged)?;
+        let cluster = ClusterSection::parse(Section::take(&mut all, "cluster", &merged)?)?;
+        Section::take(&mut all, "telemetry", &merged)?.finish()?;
+        let mut train = Section::take(&mut all, "train", &merged)?;
+        let skipped_steps_max = train.required("skipped_steps_max")?;
+        if skipped_steps_max == 0 {
+            let reason =
+                "must be at least 1: the number of skipped steps in a row that ends the job";
+            return Err(refuse(&merged, "train.skipped_steps_max", reason));
+        }
+
+        all.insert("train".into(), Value::Table(train.rest()));
+        let seed = Value::Integer(job.seed as i64);
+        all.insert(
+            "job".into(),
+            Value::Table(Table::from_iter([("seed".into(), seed)])),
+        );
+        let resolved = resolve(&all)
+            .map_err(|JobConfigError { key, reason }| refuse(&merged, &key, reason))?;
+        Ok(Self {
+            job,
+            checkpoint,
+            cluster,
+            skipped_steps_max,
+            training: resolved.resolved,
+            identity: resolved.identity,
+        })
+    }
+
+    /// The training sections as text, for the workers.
+    pub fn training_toml(&self) -> String {
+        toml::to_string(&self.training).expect("a table of TOML values is TOML")
+    }
+
+    /// The whole resolved configuration as text; loaded again, it gives the same configuration.
+    pub fn to_toml(&self) -> String {
+        let mut text = String::from(
+            "# Resolved: built-in defaults, configuration files, environment and --set merged.\n",
+        );
+        write_section(&mut text, "job", &self.job);
+        for name in TRAINING {
+            let mut section = self.training.get(name).cloned();
+            if name == "train" {
+                let train = section.get_or_insert_with(|| Value::Table(Table::new()));
+                let limit = Value::Integer(self.skipped_steps_max as i64);
+                train
+                    .as_table_mut()
+                    .expect("the worker resolves [train] to a table")
+                    .insert("skipped_steps_max".into(), limit);
+            }
+            if let Some(section) = section {
+                write_section(&mut text, name, &section);
+            }
+        }
+        write_section(&mut text, "checkpoint", &self.checkpoint);
+        write_section(&mut text, "cluster", &self.cluster);
+        text
+    }
+
+    /// What the protocol needs to know about the job's course.
+    pub fn policy(&self) -> JobPolicy {
+        let ms = |seconds: f64| (seconds * 1000.0).round() as u64;
+        let cadence = |steps: u64| (steps > 0).then_some(steps);
+        let evaluate = self.training_value("evaluate", "every_steps");
+        let evaluate = evaluate.and_then(Value::as_integer).unwrap_or(0);
+        JobPolicy {
+            world: self.cluster.workers,
+            save_every: cadence(self.checkpoint.every_steps),
+            evaluate_every: cadence(u64::try_from(evaluate).unwrap_or(0)),
+            heartbeat_timeout_ms: ms(self.cluster.heartbeat_timeout_seconds),
+            join_timeout_ms: ms(self.cluster.join_timeout_seconds),
+            form_timeout_ms: ms(self.cluster.form_timeout_seconds),
+            step_timeout_ms: ms(self.cluster.step_timeout_seconds),
+            save_timeout_ms: ms(self.cluster.save_timeout_seconds),
+            skipped_steps_max: self.skipped_steps_max,
+        }
+    }
+
+    /// t = 1/(2β) in nats where the objective calibrates log-ratios to ±t.
+    pub fn target(&self) -> Option<f64> {
+        if self.objective() != "cal_dpo" {
+            return None;
+        }
+        let beta = self.training_value("objective", "beta")?.as_float()?;
+        Some(0.5 / beta)
+    }
+
+    /// `objective.kind`.
+    pub fn objective(&self) -> &str {
+        let kind = self.training_value("objective", "kind");
+        kind.and_then(Value::as_str).unwrap_or("unknown")
+    }
+
+    /// A resolved value of a training section.
+    pub fn training_value(&self, section: &str, key: &str) -> Option<&Value> {
+        self.training.get(section)?.get(key)
+    }
+}
+
+fn check_sections(all: &Table, merged: &Merged) -> Result<(), ConfigError> {
+    let known: Vec<&str> = OWN.into_iter().chain(TRAINING).collect();
+    for (name, value) in all {
+        if !known.contains(&name.as_str()) {
+            let what = if value.is_table() {
+                "section"
+            } else {
+                "key outside a section"
+            };
+            return Err(refuse(merged, name, unknown(what, name, &known)));
+        }
+        if !value.is_table() {
+            let reason = format!("expected a section [{name}], got {}", value.type_str());
+            return Err(refuse(merged, name, reason));
+        }
+    }
+    Ok(())
+}
+
+fn job_section(
+    mut section: Section,
+    sources: &Sources,
+    merged: &Merged,
+) -> Result<JobSection, ConfigError> {
+    let name = section.optional::<String>("name")?;
+    let seed = section.required::<u64>("seed")?;
+    let output = section.optional("output")?;
+    section.finish()?;
+    let name = name.unwrap_or_else(|| default_name(sources));
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
+        let reason = format!(
+            "must be letters, digits, `-`, `_` and `.`, the first of them not a `.`, got \"{name}\""
+        );
+        return Err(refuse(merged, "job.name", reason));
+    }
+    let output = output.unwrap_or_else(|| Path::new("runs").join(&name));
+    if output.as_os_str().is_empty() {
+        return Err(refuse(merged, "job.output", "is empty; name a directory"));
+    }
+    Ok(JobSection { name, seed, output })
+}
+
+fn default_name(sources: &Sources) -> String {
+    let stem = sources.files.last().and_then(|path| path.file_stem());
+    stem.map_or_else(|| "run".into(), |stem| stem.to_string_lossy().into_owned())
+}
+
+fn checkpoint_section(
+    mut section: Section,
+    output: &Path,
+    merged: &Merged,
+) -> Result<CheckpointSection, ConfigError> {
+    let path = section.optional("path")?;
+    let parsed = CheckpointSection {
+        path: path.unwrap_or_else(|| output.join("checkpoints")),
+        every_steps: section.required("every_steps")?,
+        keep_last: section.required("keep_last")?,
+    };
+    section.finish()?;
+    if parsed.keep_last == 0 {
+        let reason = "must be at least 1: a run without a checkpoint cannot go on";
+        return Err(refuse(merged, "checkpoint.keep_last", reason));
+    }
+    Ok(parsed)
+}
+
+fn write_section(text: &mut String, name: &str, section: &impl Serialize) {
+    let value = Value::try_from(section).expect("a section is a TOML table");
+    let whole = Table::from_iter([(name.to_owned(), value)]);
+    let written = toml::to_string(&whole).expect("a table of TOML values is TOML");
+    text.push('\n');
+    text.push_str(&written);
+}

@@ -1,0 +1,217 @@
+//! The coordinator's own sections: types, and how they are taken out of the merged values.
+
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::{
+    layers::Merged,
+    refusal::{ConfigError, unknown},
+};
+
+/// A year; longer waits are typing mistakes and would overflow milliseconds further on.
+const TIMEOUT_SECONDS_MAX: f64 = 31_536_000.0;
+
+/// `[job]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct JobSection {
+    /// The run's name. Default: the stem of the last configuration file, else `run`.
+    pub name: String,
+    /// Seed of data order.
+    pub seed: u64,
+    /// Run directory. Default `runs/<name>`.
+    pub output: PathBuf,
+}
+
+/// `[checkpoint]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CheckpointSection {
+    /// Where checkpoints go. Default `<output>/checkpoints`.
+    pub path: PathBuf,
+    /// Steps between checkpoints; 0 saves only at the end and when stopped.
+    pub every_steps: u64,
+    /// How many verified checkpoints are kept.
+    pub keep_last: usize,
+}
+
+/// `[cluster]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClusterSection {
+    /// Where workers connect; loopback, port 0 for any free one.
+    pub listen: SocketAddr,
+    /// Worker processes.
+    pub workers: u32,
+    /// Threads of each worker. Default: the cores shared out evenly.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// Silence after which a worker counts as lost.
+    pub heartbeat_timeout_seconds: f64,
+    /// How long workers may take to join.
+    pub join_timeout_seconds: f64,
+    /// How long loading and the reference pass may go without progress.
+    pub form_timeout_seconds: f64,
+    /// How long one step may take, an evaluation before it included.
+    pub step_timeout_seconds: f64,
+    /// How long the last checkpoint may take to become durable.
+    pub save_timeout_seconds: f64,
+}
+
+/// Takes keys out of one section and refuses what nobody asked for.
+pub(super) struct Section<'a> {
+    name: &'static str,
+    values: toml::Table,
+    asked: BTreeSet<&'static str>,
+    merged: &'a Merged,
+}
+
+impl<'a> Section<'a> {
+    pub(super) fn take(
+        all: &mut toml::Table,
+        name: &'static str,
+        merged: &'a Merged,
+    ) -> Result<Self, ConfigError> {
+        let values = match all.remove(name) {
+            None => toml::Table::new(),
+            Some(toml::Value::Table(values)) => values,
+            Some(other) => {
+                let reason = format!("expected a section [{name}], got {}", other.type_str());
+                return Err(refuse(merged, name, reason));
+            }
+        };
+        Ok(Self {
+            name,
+            values,
+            asked: BTreeSet::new(),
+            merged,
+        })
+    }
+
+    pub(super) fn optional<T: DeserializeOwned>(
+        &mut self,
+        key: &'static str,
+    ) -> Result<Option<T>, ConfigError> {
+        self.asked.insert(key);
+        let Some(value) = self.values.remove(key) else {
+            return Ok(None);
+        };
+        let shown = value.to_string();
+        let is_text = value.is_str();
+        value.try_into::<T>().map(Some).map_err(|error| {
+            let mut reason = error.message().trim().to_owned();
+            // `--set job.name=7` is a number by the rule that values are TOML; say how to mean the text.
+            let typed = self.origin(key).is_some_and(|from| !from.contains(':'));
+            if typed && !is_text && reason.ends_with("expected a string") {
+                reason = format!("{reason}; write '\"{shown}\"' for the text {shown}");
+            }
+            self.refuse(key, reason)
+        })
+    }
+
+    pub(super) fn required<T: DeserializeOwned>(
+        &mut self,
+        key: &'static str,
+    ) -> Result<T, ConfigError> {
+        let value = self.optional(key)?;
+        value.ok_or_else(|| self.refuse(key, "is missing"))
+    }
+
+    /// What nobody asked for, for a section that another crate reads too.
+    pub(super) fn rest(self) -> toml::Table {
+        self.values
+    }
+
+    pub(super) fn finish(self) -> Result<(), ConfigError> {
+        let Some(key) = self.values.keys().next() else {
+            return Ok(());
+        };
+        let known: Vec<&str> = self.asked.iter().copied().collect();
+        let reason = if known.is_empty() {
+            format!("[{}] has no keys yet", self.name)
+        } else {
+            unknown(&format!("key in [{}]", self.name), key, &known)
+        };
+        Err(self.refuse(key, reason))
+    }
+
+    fn origin(&self, key: &str) -> Option<String> {
+        self.merged.origin(&format!("{}.{key}", self.name))
+    }
+
+    fn refuse(&self, key: &str, reason: impl Into<String>) -> ConfigError {
+        refuse(self.merged, &format!("{}.{key}", self.name), reason)
+    }
+}
+
+/// A refusal with the origin of the key's value.
+pub(super) fn refuse(merged: &Merged, key: &str, reason: impl Into<String>) -> ConfigError {
+    ConfigError::Refused {
+        key: key.to_owned(),
+        origin: merged.origin(key),
+        reason: reason.into(),
+    }
+}
+
+impl ClusterSection {
+    pub(super) fn parse(mut section: Section) -> Result<Self, ConfigError> {
+        let merged = section.merged;
+        let parsed = Self {
+            listen: section.required("listen")?,
+            workers: section.required("workers")?,
+            threads: section.optional("threads")?,
+            heartbeat_timeout_seconds: section.required("heartbeat_timeout_seconds")?,
+            join_timeout_seconds: section.required("join_timeout_seconds")?,
+            form_timeout_seconds: section.required("form_timeout_seconds")?,
+            step_timeout_seconds: section.required("step_timeout_seconds")?,
+            save_timeout_seconds: section.required("save_timeout_seconds")?,
+        };
+        section.finish()?;
+        parsed
+            .validate()
+            .map_err(|(key, reason)| refuse(merged, key, reason))?;
+        Ok(parsed)
+    }
+
+    fn validate(&self) -> Result<(), (&'static str, String)> {
+        if !self.listen.ip().is_loopback() {
+            let reason = format!(
+                "{} is not loopback, and workers of other machines are not served yet; use 127.0.0.1:0",
+                self.listen
+            );
+            return Err(("cluster.listen", reason));
+        }
+        if self.workers == 0 {
+            return Err(("cluster.workers", "must be at least 1".into()));
+        }
+        if self.threads == Some(0) {
+            let reason = "must be at least 1; leave it out to share the cores evenly";
+            return Err(("cluster.threads", reason.into()));
+        }
+        let heartbeat = self.heartbeat_timeout_seconds;
+        check_timeout(("cluster.heartbeat_timeout_seconds", heartbeat))?;
+        for (key, seconds) in [
+            ("cluster.join_timeout_seconds", self.join_timeout_seconds),
+            ("cluster.form_timeout_seconds", self.form_timeout_seconds),
+            ("cluster.step_timeout_seconds", self.step_timeout_seconds),
+            ("cluster.save_timeout_seconds", self.save_timeout_seconds),
+        ] {
+            check_timeout((key, seconds))?;
+            // A shorter wait would end before a silent worker can be told from a slow one.
+            if seconds <= heartbeat {
+                let reason = format!(
+                    "must be longer than cluster.heartbeat_timeout_seconds, which is {heartbeat}, got {seconds}"
+                );
+                return Err((key, reason));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_timeout((key, seconds): (&'static str, f64)) -> Result<(), (&'static str, String)> {
+    // Below a millisecond it would round to no wait at all.
+    if (0.001..=TIMEOUT_SECONDS_MAX).contains(&seconds) {
+        return Ok(());
+    }
+    let reason = format!("must be between 0.001 and {TIMEOUT_SECONDS_MAX} seconds, got {seconds}");
+    Err((key, reason))
+}

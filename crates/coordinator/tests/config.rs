@@ -1,0 +1,393 @@
+//! Layers, refusals and the resolved text of a configuration.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::path::PathBuf;
+
+use coordinator::config::{Config, ConfigError, JobConfigError, Resolved, Sources};
+use serde_json::json;
+use tempfile::TempDir;
+use toml::{Table, Value};
+
+/// A stand-in for the worker: knows two sections, fills one default in.
+fn resolve(all: &Table) -> Result<Resolved, JobConfigError> {
+    let mut resolved = all.clone();
+    for (section, values) in all {
+        for key in values.as_table().into_iter().flat_map(Table::keys) {
+            let path = format!("{section}.{key}");
+            let known = [
+                "job.seed",
+                "model.path",
+                "objective.kind",
+                "objective.beta",
+                "evaluate.every_steps",
+                "train.steps",
+            ];
+            if !known.contains(&path.as_str()) {
+                return Err(JobConfigError {
+                    key: path,
+                    reason: "there is no such key".into(),
+                });
+            }
+        }
+    }
+    let objective = resolved
+        .entry("objective")
+        .or_insert(Value::Table(Table::new()))
+        .as_table_mut()
+        .unwrap();
+    objective.entry("kind").or_insert("cal_dpo".into());
+    objective.entry("beta").or_insert(0.1.into());
+    let identity = json!({"seed": all["job"]["seed"].as_integer(), "beta": resolved["objective"]["beta"].as_float()});
+    Ok(Resolved { resolved, identity })
+}
+
+struct Case {
+    folder: TempDir,
+    sources: Sources,
+}
+
+fn case(files: &[&str], environment: &[(&str, &str)], set: &[&str]) -> Case {
+    let folder = tempfile::tempdir().unwrap();
+    let mut paths = Vec::new();
+    for (index, text) in files.iter().enumerate() {
+        let path = folder.path().join(format!("file-{index}.toml"));
+        std::fs::write(&path, text).unwrap();
+        paths.push(path);
+    }
+    let pairs = environment.iter();
+    Case {
+        folder,
+        sources: Sources {
+            files: paths,
+            environment: pairs.map(|(k, v)| ((*k).into(), (*v).into())).collect(),
+            set: set.iter().map(|text| (*text).into()).collect(),
+        },
+    }
+}
+
+fn load(files: &[&str], environment: &[(&str, &str)], set: &[&str]) -> Result<Config, ConfigError> {
+    let case = case(files, environment, set);
+    let loaded = Config::load(&case.sources, &resolve);
+    drop(case.folder);
+    loaded
+}
+
+/// Loads, expects a refusal, and checks that it says all of `parts`.
+fn check_refused(files: &[&str], environment: &[(&str, &str)], set: &[&str], parts: &[&str]) {
+    let error = load(files, environment, set)
+        .expect_err("the configuration is refused")
+        .to_string();
+    for part in parts {
+        assert!(error.contains(part), "`{part}` is missing in: {error}");
+    }
+}
+
+#[test]
+fn defaults_alone_are_a_configuration() {
+    let config = load(&[], &[], &[]).unwrap();
+    assert_eq!(config.job.name, "run");
+    assert_eq!(config.job.output, PathBuf::from("runs/run"));
+    assert_eq!(
+        config.checkpoint.path,
+        PathBuf::from("runs/run/checkpoints")
+    );
+    assert_eq!(config.cluster.workers, 2);
+    assert_eq!(config.cluster.threads, None);
+    assert_eq!(config.skipped_steps_max, 3);
+    assert!(config.cluster.listen.ip().is_loopback());
+}
+
+#[test]
+fn each_layer_wins_over_the_one_before() {
+    let files = ["[objective]\nbeta = 0.2\n", "[objective]\nbeta = 0.3\n"];
+    let beta = |environment: &[(&str, &str)], set: &[&str], files: &[&str]| {
+        let config = load(files, environment, set).unwrap();
+        config.training["objective"]["beta"].as_float().unwrap()
+    };
+    let variable = [("CALDPO__OBJECTIVE__BETA", "0.4")];
+    assert_eq!(beta(&[], &[], &files[..1]), 0.2);
+    assert_eq!(beta(&[], &[], &files), 0.3);
+    assert_eq!(beta(&variable, &[], &files), 0.4);
+    assert_eq!(beta(&variable, &["objective.beta=0.5"], &files), 0.5);
+    let twice = ["objective.beta=0.5", "objective.beta=6e-1"];
+    assert_eq!(beta(&variable, &twice, &files), 0.6);
+}
+
+#[test]
+fn a_layer_changes_only_the_keys_it_names() {
+    let config = load(
+        &["[cluster]\nworkers = 3\n"],
+        &[],
+        &["cluster.step_timeout_seconds=90"],
+    )
+    .unwrap();
+    assert_eq!(config.cluster.workers, 3);
+    assert_eq!(config.cluster.step_timeout_seconds, 90.0);
+    assert_eq!(config.cluster.heartbeat_timeout_seconds, 10.0);
+}
+
+#[test]
+fn text_that_is_not_toml_is_a_string() {
+    let set = [
+        "model.path=models/a b",
+        "job.name=\"2024\"",
+        "job.output=/tmp/x",
+    ];
+    let config = load(&[], &[("OTHER__X", "?")], &set).unwrap();
+    assert_eq!(
+        config.training["model"]["path"].as_str(),
+        Some("models/a b")
+    );
+    assert_eq!(config.job.name, "2024");
+    assert_eq!(config.job.output, PathBuf::from("/tmp/x"));
+}
+
+#[test]
+fn the_run_is_named_after_its_file() {
+    let config = load(&["[model]\npath = \"m\"\n"], &[], &[]).unwrap();
+    assert_eq!(config.job.name, "file-0");
+    assert_eq!(config.job.output, PathBuf::from("runs/file-0"));
+}
+
+#[test]
+fn the_worker_is_given_its_sections_and_the_seed_and_nothing_else() {
+    let config = load(
+        &["[job]\nseed = 7\n[train]\nsteps = 5\nskipped_steps_max = 2\n"],
+        &[],
+        &[],
+    )
+    .unwrap();
+    assert_eq!(config.skipped_steps_max, 2);
+    let handed: Table = config.training_toml().parse().unwrap();
+    assert_eq!(
+        handed["job"],
+        Value::Table(Table::from_iter([("seed".into(), 7.into())]))
+    );
+    assert_eq!(
+        handed["train"],
+        Value::Table(Table::from_iter([("steps".into(), 5.into())]))
+    );
+    assert!(!handed.contains_key("cluster"));
+    assert_eq!(config.identity, json!({"seed": 7, "beta": 0.1}));
+}
+
+#[test]
+fn the_resolved_text_loads_as_the_same_configuration() {
+    let first = load(
+        &["[job]\nname = \"a\"\n[cluster]\nthreads = 1\n[train]\nsteps = 5\n"],
+        &[],
+        &["objective.beta=0.05", "evaluate.every_steps=10"],
+    )
+    .unwrap();
+    let text = first.to_toml();
+    let second = load(&[&text], &[], &[]).unwrap();
+    assert_eq!(second.to_toml(), text);
+    assert_eq!(second.identity, first.identity);
+    assert_eq!(second.policy(), first.policy());
+    for part in [
+        "[job]",
+        "[objective]",
+        "kind = \"cal_dpo\"",
+        "skipped_steps_max = 3",
+        "threads = 1",
+    ] {
+        assert!(text.contains(part), "`{part}` is missing in:\n{text}");
+    }
+}
+
+#[test]
+fn the_policy_follows_the_sections() {
+    let policy = load(
+        &["[evaluate]\nevery_steps = 20\n[checkpoint]\nevery_steps = 0\n[cluster]\nheartbeat_timeout_seconds = 0.5\n"],
+        &[],
+        &[],
+    )
+    .unwrap()
+    .policy();
+    assert_eq!(
+        (policy.world, policy.save_every, policy.evaluate_every),
+        (2, None, Some(20))
+    );
+    assert_eq!(
+        (policy.heartbeat_timeout_ms, policy.step_timeout_ms),
+        (500, 1_800_000)
+    );
+}
+
+#[test]
+fn only_calibrated_objectives_have_targets() {
+    assert_eq!(
+        load(&[], &[], &["objective.beta=0.05"]).unwrap().target(),
+        Some(10.0)
+    );
+    assert_eq!(
+        load(&[], &[], &["objective.kind=dpo"]).unwrap().target(),
+        None
+    );
+}
+
+#[test]
+fn unknown_names_are_refused_with_place_and_nearest_name() {
+    check_refused(
+        &["[cluster]\nwokers = 3\n"],
+        &[],
+        &[],
+        &["cluster.wokers", "file-0.toml:2", "did you mean `workers`?"],
+    );
+    check_refused(
+        &["\n[clutser]\nworkers = 3\n"],
+        &[],
+        &[],
+        &["clutser", "file-0.toml:3", "did you mean `cluster`?"],
+    );
+    check_refused(
+        &["beta = 1\n"],
+        &[],
+        &[],
+        &["beta (from", "no such key outside a section"],
+    );
+    check_refused(
+        &[],
+        &[("CALDPO__CHECKPOINT__EVERY", "5")],
+        &[],
+        &[
+            "checkpoint.every (from CALDPO__CHECKPOINT__EVERY)",
+            "did you mean `every_steps`?",
+        ],
+    );
+    check_refused(
+        &[],
+        &[],
+        &["telemetry.port=1"],
+        &["telemetry.port (from --set telemetry.port)", "no keys yet"],
+    );
+    check_refused(
+        &[],
+        &[],
+        &["job.zzz=1"],
+        &["job.zzz", "known are name, output, seed"],
+    );
+}
+
+#[test]
+fn what_the_worker_refuses_is_told_with_its_place() {
+    check_refused(
+        &["[objective]\nbeta = 0.1\n"],
+        &[],
+        &["objective.gamma=2"],
+        &["objective.gamma (from --set objective.gamma): there is no such key"],
+    );
+    check_refused(
+        &["[train]\nsteps = 1\nbatchpairs = 3\n"],
+        &[],
+        &[],
+        &["train.batchpairs (from", "file-0.toml:3)"],
+    );
+}
+
+#[test]
+fn wrong_types_are_refused() {
+    check_refused(
+        &["[cluster]\nworkers = \"two\"\n"],
+        &[],
+        &[],
+        &[
+            "cluster.workers",
+            "file-0.toml:2",
+            "\"two\"",
+            "expected u32",
+        ],
+    );
+    check_refused(
+        &[],
+        &[],
+        &["cluster.workers=-1"],
+        &["cluster.workers", "-1"],
+    );
+    check_refused(
+        &[],
+        &[],
+        &["job.name=2024"],
+        &["job.name", "expected a string", "write '\"2024\"'"],
+    );
+    check_refused(
+        &[],
+        &[],
+        &["cluster.listen=here"],
+        &["cluster.listen", "socket address"],
+    );
+    check_refused(
+        &[],
+        &[("CALDPO__MODEL", "x")],
+        &[],
+        &["model (from CALDPO__MODEL)", "expected a section [model]"],
+    );
+    check_refused(&[], &[], &["job.seed=1.5"], &["job.seed", "1.5"]);
+}
+
+#[test]
+fn impossible_values_are_refused() {
+    let refused = |set: &str, parts: &[&str]| check_refused(&[], &[], &[set], parts);
+    refused("cluster.workers=0", &["cluster.workers", "at least 1"]);
+    refused("cluster.threads=0", &["cluster.threads", "at least 1"]);
+    refused(
+        "cluster.listen=0.0.0.0:7070",
+        &["cluster.listen", "not loopback"],
+    );
+    refused(
+        "cluster.step_timeout_seconds=5",
+        &[
+            "cluster.step_timeout_seconds",
+            "longer than cluster.heartbeat_timeout_seconds, which is 10",
+        ],
+    );
+    refused(
+        "cluster.heartbeat_timeout_seconds=0",
+        &["cluster.heartbeat_timeout_seconds", "between 0.001"],
+    );
+    refused(
+        "cluster.save_timeout_seconds=nan",
+        &["cluster.save_timeout_seconds", "between"],
+    );
+    refused(
+        "checkpoint.keep_last=0",
+        &["checkpoint.keep_last", "at least 1"],
+    );
+    refused(
+        "train.skipped_steps_max=0",
+        &["train.skipped_steps_max", "at least 1"],
+    );
+    refused("job.name=a/b", &["job.name", "a/b"]);
+    refused("job.output=\"\"", &["job.output", "empty"]);
+    refused("job.seed=-1", &["job.seed", "-1"]);
+}
+
+#[test]
+fn malformed_sources_are_refused() {
+    check_refused(&["[job\n"], &[], &[], &["file-0.toml", "TOML", "line 1"]);
+    check_refused(
+        &[],
+        &[],
+        &["seed=1"],
+        &["--set seed=1", "section.key=value"],
+    );
+    check_refused(
+        &[],
+        &[],
+        &["job.seed"],
+        &["--set job.seed", "section.key=value"],
+    );
+    check_refused(
+        &[],
+        &[("CALDPO__JOB____SEED", "1")],
+        &[],
+        &["CALDPO__JOB____SEED", "CALDPO__SECTION__KEY"],
+    );
+    let missing = Sources {
+        files: vec!["/does/not/exist.toml".into()],
+        ..Sources::default()
+    };
+    let error = Config::load(&missing, &resolve).unwrap_err().to_string();
+    assert!(error.contains("/does/not/exist.toml"), "{error}");
+}
