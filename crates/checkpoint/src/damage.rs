@@ -1,0 +1,189 @@
+//! Comparing a file with its entry in the manifest, and saying which tensor suffers when it differs.
+
+use std::{
+    fmt::{self, Write},
+    fs::File,
+    io::{self, Read},
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::Path,
+};
+
+use serde::Serialize;
+use storage::FileError;
+
+use crate::{
+    CHUNK_BYTES,
+    digest::Digester,
+    folder::at,
+    rank_file::{FileEntry, PieceEntry},
+};
+
+/// How many damages an error lists before it only counts.
+const LISTED_MAX: usize = 8;
+
+/// Bytes that are not what was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Damage {
+    /// The file, within the checkpoint's folder.
+    pub file: String,
+    /// The piece that the bytes belong to, as `model/NAME@START`; none where it is the file's header or the whole file.
+    pub tensor: Option<String>,
+    /// First byte of the region that does not hold.
+    pub offset: u64,
+    /// Size of the region.
+    pub bytes: u64,
+    /// What is wrong.
+    pub reason: String,
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} ", self.file)?;
+        if let Some(tensor) = &self.tensor {
+            write!(formatter, "in {tensor} ")?;
+        }
+        let end = self.offset + self.bytes;
+        write!(
+            formatter,
+            "at bytes {}..{end}: {}",
+            self.offset, self.reason
+        )
+    }
+}
+
+/// The first of `damages` as a sentence, and how many there are besides.
+pub(crate) fn listed(damages: &[Damage]) -> String {
+    let mut text = String::new();
+    for (index, damage) in damages.iter().take(LISTED_MAX).enumerate() {
+        let separator = if index == 0 { "" } else { "; " };
+        write!(text, "{separator}{damage}").expect("writing to a string succeeds");
+    }
+    if damages.len() > LISTED_MAX {
+        let more = damages.len() - LISTED_MAX;
+        write!(text, "; and {more} more").expect("writing to a string succeeds");
+    }
+    text
+}
+
+/// Opens a file of the manifest if it is there and has its size.
+pub(crate) fn open(folder: &Path, entry: &FileEntry) -> Result<Result<File, Damage>, FileError> {
+    let path = folder.join(&entry.name);
+    let file = match File::open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok(Err(whole(entry, "the file is missing".into())));
+        }
+        opened => opened.map_err(at("open", &path))?,
+    };
+    let found = file.metadata().map_err(at("inspect", &path))?.len();
+    if found == entry.bytes {
+        return Ok(Ok(file));
+    }
+    let expected = entry.bytes;
+    let offset = found.min(expected);
+    let cut = entry.pieces.iter().find(|piece| offset < piece.end());
+    Ok(Err(Damage {
+        file: entry.name.clone(),
+        tensor: cut
+            .filter(|piece| piece.offset <= offset)
+            .map(PieceEntry::name),
+        offset,
+        bytes: found.max(expected) - offset,
+        reason: format!("the file has {found} bytes, the manifest says {expected}"),
+    }))
+}
+
+/// Reads all of a file and compares it with its entry.
+pub(crate) fn examine(folder: &Path, entry: &FileEntry) -> Result<Vec<Damage>, FileError> {
+    let mut file = match open(folder, entry)? {
+        Ok(file) => file,
+        Err(damage) => return Ok(vec![damage]),
+    };
+    let path = folder.join(&entry.name);
+    let mut digester = Digester::default();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => digester.update(&buffer[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(at("read", &path)(error)),
+        }
+    }
+    let found = digester.finish();
+    let chunks = found.chunks.iter().zip(&entry.chunks).enumerate();
+    let bad = chunks.filter(|(_, (found, expected))| found != expected);
+    let bad: Vec<u64> = bad.map(|(chunk, _)| chunk as u64).collect();
+    let mut damages = Vec::new();
+    for chunk in bad {
+        damages.extend(locate(&file, entry, chunk).map_err(at("read", &path))?);
+    }
+    if damages.is_empty() && found.blake3 != entry.blake3 {
+        let reason = format!("BLAKE3 is {}, not {}", found.blake3, entry.blake3);
+        damages.push(whole(entry, reason));
+    }
+    Ok(damages)
+}
+
+/// The bytes of a chunk.
+pub(crate) fn chunk_range(entry: &FileEntry, chunk: u64) -> Range<u64> {
+    let start = chunk * CHUNK_BYTES;
+    start..entry.bytes.min(start + CHUNK_BYTES)
+}
+
+/// What in a chunk does not hold: its pieces whose own checksum fails, or else the header.
+pub(crate) fn locate(file: &File, entry: &FileEntry, chunk: u64) -> io::Result<Vec<Damage>> {
+    let range = chunk_range(entry, chunk);
+    let damage = |tensor: Option<String>, part: Range<u64>, reason: &str| Damage {
+        file: entry.name.clone(),
+        tensor,
+        offset: part.start,
+        bytes: part.end - part.start,
+        reason: reason.to_owned(),
+    };
+    let mut damages = Vec::new();
+    for piece in &entry.pieces {
+        let part = range.start.max(piece.offset)..range.end.min(piece.end());
+        if !part.is_empty() && checksum(file, piece)? != piece.crc32c {
+            damages.push(damage(
+                Some(piece.name()),
+                part,
+                "the checksum does not hold",
+            ));
+        }
+    }
+    if damages.is_empty() {
+        let header = entry.pieces.first().map_or(entry.bytes, |it| it.offset);
+        let reason = if range.start < header {
+            "the checksum of the file's header does not hold"
+        } else {
+            "the checksum does not hold"
+        };
+        let end = range.end.min(header.max(range.start + 1));
+        damages.push(damage(None, range.start..end, reason));
+    }
+    Ok(damages)
+}
+
+fn checksum(file: &File, piece: &PieceEntry) -> io::Result<u32> {
+    let mut buffer = vec![0; 1 << 20];
+    let mut checksum = 0;
+    let mut offset = piece.offset;
+    while offset < piece.end() {
+        let count = buffer.len().min((piece.end() - offset) as usize);
+        file.read_exact_at(&mut buffer[..count], offset)?;
+        checksum = crc32c::crc32c_append(checksum, &buffer[..count]);
+        offset += count as u64;
+    }
+    Ok(checksum)
+}
+
+fn whole(entry: &FileEntry, reason: String) -> Damage {
+    Damage {
+        file: entry.name.clone(),
+        tensor: None,
+        offset: 0,
+        bytes: entry.bytes,
+        reason,
+    }
+}

@@ -1,0 +1,242 @@
+//! One rank's part of a checkpoint: a safetensors file, streamed to disk, and the entry that describes it to the
+//! coordinator. Not here: whether the parts together are a checkpoint (`commit`).
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use storage::{DurableFile, FileError};
+
+use crate::{
+    digest::Digester,
+    folder,
+    parts::{Kind, Piece, TensorSpec, TrainState},
+};
+
+/// Bytes converted and written at once.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// A durable rank file as the manifest describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// The rank that wrote it.
+    pub rank: u32,
+    /// Its name within the folder.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// BLAKE3 of all its bytes, hexadecimal.
+    pub blake3: String,
+    /// crc32c of each [`crate::CHUNK_BYTES`] of it.
+    pub chunks: Vec<u32>,
+    /// What it holds, in the order of its bytes, without gaps after the header.
+    pub pieces: Vec<PieceEntry>,
+}
+
+/// A piece in a rank file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PieceEntry {
+    /// The tensor's name.
+    pub tensor: String,
+    /// Which of its values.
+    pub kind: Kind,
+    /// First element.
+    pub start: usize,
+    /// Number of elements, at least one.
+    pub len: usize,
+    /// Where its bytes begin in the file.
+    pub offset: u64,
+    /// crc32c of its bytes, so that damage is named by tensor.
+    pub crc32c: u32,
+}
+
+impl PieceEntry {
+    /// Its name in the rank file.
+    pub fn name(&self) -> String {
+        format!("{}/{}@{}", self.kind.prefix(), self.tensor, self.start)
+    }
+
+    /// First byte after it.
+    pub(crate) fn end(&self) -> u64 {
+        self.offset + 4 * self.len as u64
+    }
+}
+
+/// What a rank tells the coordinator about the file it has written; travels as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RankFile {
+    /// Number of ranks that write this checkpoint.
+    pub world: u32,
+    /// The generation they belong to.
+    pub generation: u64,
+    /// Where the training stands.
+    pub state: TrainState,
+    /// All tensors of the model, not only the ones in this file.
+    pub tensors: Vec<TensorSpec>,
+    /// The file.
+    pub file: FileEntry,
+}
+
+/// Why a rank file was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The caller's pieces do not fit the caller's tensors.
+    #[error("piece {piece} {reason}")]
+    Piece {
+        /// Its name, as it would be in the file.
+        piece: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No such rank.
+    #[error("rank {rank} in a world of {world}; ranks count from 0")]
+    Rank {
+        /// The rank.
+        rank: u32,
+        /// Number of ranks.
+        world: u32,
+    },
+    /// The file could not be written.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+/// Writes the pieces of rank `rank` below `dir` and makes them durable. They are part of no checkpoint until
+/// [`crate::commit`] has all ranks' entries. Empty pieces are left out. `tensors` are all tensors of the model.
+///
+/// What an earlier, uncommitted try left under the same name is replaced; a committed checkpoint of the same step by another
+/// generation is not touched, because file names carry the generation.
+pub fn write_rank(
+    dir: &Path,
+    generation: u64,
+    rank: u32,
+    world: u32,
+    state: TrainState,
+    tensors: &[TensorSpec],
+    pieces: &[Piece<'_>],
+) -> Result<RankFile, WriteError> {
+    if rank >= world {
+        return Err(WriteError::Rank { rank, world });
+    }
+    let pieces: Vec<Piece<'_>> = pieces
+        .iter()
+        .filter(|piece| !piece.values.is_empty())
+        .copied()
+        .collect();
+    let mut entries = place(tensors, &pieces)?;
+    let header = header(generation, rank, world, state, &entries);
+    for entry in &mut entries {
+        entry.offset += header.len() as u64;
+    }
+
+    let folder = folder::path(dir, state.step);
+    storage::create_directory(&folder)?;
+    let name = folder::file_name(rank, world, generation);
+    let mut file = DurableFile::create(&folder.join(&name))?;
+    let mut digester = Digester::default();
+    digester.update(&header);
+    file.append(&header)?;
+    let mut buffer = Vec::with_capacity(BUFFER_BYTES);
+    for (piece, entry) in pieces.iter().zip(&mut entries) {
+        for values in piece.values.chunks(BUFFER_BYTES / 4) {
+            buffer.clear();
+            buffer.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            entry.crc32c = crc32c::crc32c_append(entry.crc32c, &buffer);
+            digester.update(&buffer);
+            file.append(&buffer)?;
+        }
+    }
+    file.commit()?;
+
+    let digests = digester.finish();
+    Ok(RankFile {
+        world,
+        generation,
+        state,
+        tensors: tensors.to_vec(),
+        file: FileEntry {
+            rank,
+            name,
+            bytes: digests.bytes,
+            blake3: digests.blake3,
+            chunks: digests.chunks,
+            pieces: entries,
+        },
+    })
+}
+
+/// Entries with offsets counted from the end of the header, and the pieces checked against the tensors.
+fn place(tensors: &[TensorSpec], pieces: &[Piece<'_>]) -> Result<Vec<PieceEntry>, WriteError> {
+    let mut offset = 0;
+    let mut entries: Vec<PieceEntry> = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        let entry = PieceEntry {
+            tensor: piece.tensor.to_owned(),
+            kind: piece.kind,
+            start: piece.start,
+            len: piece.values.len(),
+            offset,
+            crc32c: 0,
+        };
+        let refused = |reason: String| WriteError::Piece {
+            piece: entry.name(),
+            reason,
+        };
+        let spec = tensors
+            .iter()
+            .find(|spec| spec.name == piece.tensor)
+            .ok_or_else(|| refused("belongs to none of the tensors".into()))?;
+        let elements = spec.elements().unwrap_or(0);
+        if piece.start > elements || piece.values.len() > elements - piece.start {
+            let len = piece.values.len();
+            let reason = format!("has {len} elements, but the tensor ends at {elements}");
+            return Err(refused(reason));
+        }
+        offset = entry.end();
+        entries.push(entry);
+    }
+    Ok(entries)
+}
+
+/// The length and the JSON header of the safetensors file. `entries` count their offsets from its end.
+fn header(
+    generation: u64,
+    rank: u32,
+    world: u32,
+    state: TrainState,
+    entries: &[PieceEntry],
+) -> Vec<u8> {
+    let mut header = Map::new();
+    // For a file found alone. Nothing reads it back: the manifest is what counts.
+    let about = json!({
+        "format": "caldpo-checkpoint",
+        "step": state.step.to_string(),
+        "generation": generation.to_string(),
+        "rank": rank.to_string(),
+        "world": world.to_string(),
+    });
+    header.insert("__metadata__".into(), about);
+    for entry in entries {
+        let tensor = json!({
+            "dtype": "F32",
+            "shape": [entry.len],
+            "data_offsets": [entry.offset, entry.end()],
+        });
+        header.insert(entry.name(), tensor);
+    }
+    safetensors_header(header)
+}
+
+/// A safetensors header as bytes: its length, then the JSON, padded with spaces so that the data begins at a multiple of 8.
+pub(crate) fn safetensors_header(header: Map<String, Value>) -> Vec<u8> {
+    let json = Value::Object(header).to_string();
+    let length = json.len().next_multiple_of(8);
+    let mut bytes = Vec::with_capacity(8 + length);
+    bytes.extend_from_slice(&(length as u64).to_le_bytes());
+    bytes.extend_from_slice(json.as_bytes());
+    bytes.resize(8 + length, b' ');
+    bytes
+}

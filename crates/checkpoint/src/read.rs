@@ -1,0 +1,276 @@
+//! A committed checkpoint: its manifest, a check of all its bytes, and ranged reads that check the bytes they use. Any world
+//! size reads what any other wrote, because a read asks for elements of a tensor and not for a rank's file.
+
+use std::{
+    fs, io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+use storage::FileError;
+
+use crate::{
+    CHUNK_BYTES,
+    coverage::{Coverage, Located},
+    damage::{self, Damage, listed},
+    folder::{self, MANIFEST, at},
+    manifest::{Manifest, ManifestError},
+    parts::Kind,
+};
+
+/// A checkpoint whose manifest holds. Its files are checked as they are read.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    manifest: Manifest,
+    coverage: Coverage,
+    /// The chunk read last: small tensors that lie side by side share one.
+    chunk: Mutex<Option<Chunk>>,
+}
+
+#[derive(Debug)]
+struct Chunk {
+    file: usize,
+    index: u64,
+    bytes: Vec<u8>,
+}
+
+/// Why a checkpoint cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// No manifest: no checkpoint, or one whose writing was not completed.
+    #[error(
+        "{path} is not a complete checkpoint: it has no {MANIFEST}; name a folder such as step-00000100 of a finished save"
+    )]
+    Incomplete {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The manifest is there and does not hold.
+    #[error("{path}: {source}; use another checkpoint")]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: ManifestError,
+    },
+    /// The folder's name and its content are of different steps.
+    #[error("{path} holds step {step}; it was renamed or swapped with another")]
+    Step {
+        /// The folder.
+        path: PathBuf,
+        /// The step inside.
+        step: u64,
+    },
+    /// Files that are not what was written.
+    #[error("{path} is damaged: {}; use another checkpoint", listed(damages))]
+    Damaged {
+        /// The folder.
+        path: PathBuf,
+        /// Where.
+        damages: Vec<Damage>,
+    },
+    /// A question about elements that the model does not have.
+    #[error("{path} has no elements {start}..{end} of `{tensor}`: {reason}")]
+    Range {
+        /// The folder.
+        path: PathBuf,
+        /// The tensor asked for.
+        tensor: String,
+        /// First element asked for.
+        start: usize,
+        /// First element no longer asked for.
+        end: usize,
+        /// Whether it is the tensor that is missing, or that it is smaller.
+        reason: String,
+    },
+    /// A file could not be read.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+/// What [`Checkpoint::verify`] has read.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Verified {
+    /// Rank files.
+    pub files: usize,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Other files in the folder. They are no part of the checkpoint and never read; a save cut short leaves such.
+    pub unlisted: Vec<String>,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in the folder `path` and checks its manifest.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let file = path.join(MANIFEST);
+        let bytes = match fs::read(&file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let path = path.to_owned();
+                return Err(CheckpointError::Incomplete { path });
+            }
+            bytes => bytes.map_err(at("read", &file))?,
+        };
+        let (manifest, coverage) = Manifest::decode(&bytes)
+            .map_err(|source| CheckpointError::Manifest { path: file, source })?;
+        Ok(Self {
+            path: path.to_owned(),
+            manifest,
+            coverage,
+            chunk: Mutex::new(None),
+        })
+    }
+
+    /// Its folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What its manifest says.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Reads every byte of every file and compares it with the manifest.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Damaged`] with all that differs, by file, tensor and offset.
+    pub fn verify(&self) -> Result<Verified, CheckpointError> {
+        let mut damages = Vec::new();
+        for entry in &self.manifest.files {
+            damages.extend(damage::examine(&self.path, entry)?);
+        }
+        if !damages.is_empty() {
+            return Err(self.damaged(damages));
+        }
+        Ok(Verified {
+            files: self.manifest.files.len(),
+            bytes: self.bytes(),
+            unlisted: self.unlisted()?,
+        })
+    }
+
+    /// Fills `out` with the elements of `tensor` from `start` on, whoever wrote them, and checks the bytes it uses.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Damaged`] or [`CheckpointError::Range`]; `out` may then be filled in part.
+    pub fn read(
+        &self,
+        tensor: &str,
+        kind: Kind,
+        start: usize,
+        out: &mut [f32],
+    ) -> Result<(), CheckpointError> {
+        let end = start.saturating_add(out.len());
+        let range = |reason| CheckpointError::Range {
+            path: self.path.clone(),
+            tensor: tensor.to_owned(),
+            start,
+            end,
+            reason,
+        };
+        let (Some(pieces), Some(elements)) = (
+            self.coverage.pieces(tensor, kind),
+            self.coverage.elements(tensor),
+        ) else {
+            return Err(range("there is no such tensor".into()));
+        };
+        if end > elements {
+            return Err(range(format!("the tensor has {elements}")));
+        }
+        let first = pieces.partition_point(|piece| piece.end() <= start);
+        for piece in &pieces[first..] {
+            let (from, to) = (piece.start.max(start), piece.end().min(end));
+            if from >= to {
+                break;
+            }
+            let offset = piece.offset + 4 * (from - piece.start) as u64;
+            self.read_piece(piece, offset, &mut out[from - start..to - start])?;
+        }
+        Ok(())
+    }
+
+    /// Sum of the sizes of its rank files.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.manifest.files.iter().map(|entry| entry.bytes).sum()
+    }
+
+    /// Whether all files are there with their sizes: what can be known without reading them.
+    pub(crate) fn has_files(&self) -> Result<bool, FileError> {
+        for entry in &self.manifest.files {
+            if damage::open(&self.path, entry)?.is_err() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Names in the folder that the manifest does not list.
+    pub(crate) fn unlisted(&self) -> Result<Vec<String>, FileError> {
+        let mut names = folder::names(&self.path)?;
+        let files = &self.manifest.files;
+        names.retain(|name| name != MANIFEST && !files.iter().any(|entry| entry.name == *name));
+        Ok(names)
+    }
+
+    /// Reads values that lie side by side in one file, from byte `offset` on.
+    fn read_piece(
+        &self,
+        piece: &Located,
+        mut offset: u64,
+        mut out: &mut [f32],
+    ) -> Result<(), CheckpointError> {
+        let mut cached = self.chunk.lock().unwrap_or_else(PoisonError::into_inner);
+        while !out.is_empty() {
+            let index = offset / CHUNK_BYTES;
+            let chunk = match cached.take() {
+                Some(chunk) if chunk.file == piece.file && chunk.index == index => chunk,
+                other => self.load(piece.file, index, other)?,
+            };
+            // Offsets of values and sizes of chunks are multiples of 4: no value straddles two chunks.
+            let (elements, _) = chunk.bytes[(offset % CHUNK_BYTES) as usize..].as_chunks::<4>();
+            let count = elements.len().min(out.len());
+            let (now, later) = out.split_at_mut(count);
+            for (value, &bytes) in now.iter_mut().zip(elements) {
+                *value = f32::from_le_bytes(bytes);
+            }
+            out = later;
+            offset += 4 * count as u64;
+            *cached = Some(chunk);
+        }
+        Ok(())
+    }
+
+    /// Reads and checks a chunk, into the memory of one that is no longer needed.
+    fn load(
+        &self,
+        file: usize,
+        index: u64,
+        reused: Option<Chunk>,
+    ) -> Result<Chunk, CheckpointError> {
+        let entry = &self.manifest.files[file];
+        let opened =
+            damage::open(&self.path, entry)?.map_err(|damage| self.damaged(vec![damage]))?;
+        let path = self.path.join(&entry.name);
+        let range = damage::chunk_range(entry, index);
+        let mut bytes = reused.map(|chunk| chunk.bytes).unwrap_or_default();
+        bytes.resize((range.end - range.start) as usize, 0);
+        opened
+            .read_exact_at(&mut bytes, range.start)
+            .map_err(at("read", &path))?;
+        if crc32c::crc32c(&bytes) != entry.chunks[index as usize] {
+            let damages = damage::locate(&opened, entry, index).map_err(at("read", &path))?;
+            return Err(self.damaged(damages));
+        }
+        Ok(Chunk { file, index, bytes })
+    }
+
+    fn damaged(&self, damages: Vec<Damage>) -> CheckpointError {
+        CheckpointError::Damaged {
+            path: self.path.clone(),
+            damages,
+        }
+    }
+}
