@@ -14,6 +14,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("collective", &[]),
     ("data", &[]),
     ("kernels", &[]),
+    // kernels reaches it through cubecl and [patch.crates-io]; nobody names it.
+    ("cubecl-llvm", &[]),
     ("model", &["kernels"]),
     ("objective", &[]),
     (
