@@ -200,6 +200,11 @@ impl Job {
         self.deadlines().into_iter().map(|(at_ms, _)| at_ms).min()
     }
 
+    /// What it is made of.
+    pub fn spec(&self) -> &JobSpec {
+        &self.spec
+    }
+
     /// The last commit.
     pub fn committed(&self) -> Step {
         self.committed

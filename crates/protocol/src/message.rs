@@ -5,6 +5,8 @@
 //! lose a worker's words too, the worker repeats them as well: Join until Welcome, then Ready, Prepared, Saved, Finished
 //! beside the beat that awaits their answer. A gRPC stream loses nothing short of its connection.)
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{EvaluationRow, Generation, Incarnation, JobId, Rank, Sample, Step, StepReport};
@@ -182,7 +184,7 @@ impl RunFacts {
 }
 
 /// What the coordinator says.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub enum CoordinatorMessage {
     /// Answer to Join.
     Welcome {
@@ -236,6 +238,41 @@ pub enum CoordinatorMessage {
         /// The last commit.
         committed: Step,
     },
+}
+
+/// Without the secret (invariant S1).
+impl fmt::Debug for CoordinatorMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Welcome { checkpoint_dir, .. } => {
+                write!(f, "Welcome {{ checkpoint_dir: {checkpoint_dir:?}, .. }}")
+            }
+            Self::Form {
+                rank,
+                addresses,
+                committed,
+                resume,
+                ..
+            } => write!(
+                f,
+                "Form {{ rank: {rank}, addresses: {addresses:?}, committed: {committed}, resume: {resume:?}, .. }}"
+            ),
+            Self::Go { step, evaluate } => write!(f, "Go {{ step: {step}, evaluate: {evaluate} }}"),
+            Self::Commit {
+                step,
+                apply,
+                save,
+                evaluate,
+                last,
+            } => write!(
+                f,
+                "Commit {{ step: {step}, apply: {apply}, save: {save}, evaluate: {evaluate}, last: {last} }}"
+            ),
+            Self::Finish => write!(f, "Finish"),
+            Self::Stop { reason } => write!(f, "Stop {{ reason: {reason:?} }}"),
+            Self::Stale { committed } => write!(f, "Stale {{ committed: {committed} }}"),
+        }
+    }
 }
 
 /// Something worth a line in `events.jsonl`.

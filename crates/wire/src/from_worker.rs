@@ -1,0 +1,179 @@
+//! What workers say.
+
+use protocol::{
+    Awaits, Cause, FromWorker, Generation, Incarnation, JobId, Sample, Step, WorkerMessage,
+};
+
+use crate::error::{address, from_one, required, text};
+use crate::proto::from_worker::Message;
+use crate::{WireError, proto};
+
+impl From<FromWorker> for proto::FromWorker {
+    fn from(it: FromWorker) -> Self {
+        Self {
+            job: it.job.0,
+            incarnation: it.incarnation.0,
+            generation: it.generation.0,
+            message: Some(it.message.into()),
+        }
+    }
+}
+
+impl TryFrom<proto::FromWorker> for FromWorker {
+    type Error = WireError;
+
+    fn try_from(it: proto::FromWorker) -> Result<Self, WireError> {
+        Ok(Self {
+            job: JobId(text("FromWorker.job", it.job)?),
+            incarnation: Incarnation(from_one("FromWorker.incarnation", it.incarnation)?),
+            generation: Generation(it.generation),
+            message: required("FromWorker.message", it.message)?.try_into()?,
+        })
+    }
+}
+
+impl From<WorkerMessage> for Message {
+    fn from(it: WorkerMessage) -> Self {
+        match it {
+            WorkerMessage::Join {
+                build,
+                wire_version,
+                address,
+            } => Self::Join(proto::Join {
+                build,
+                wire_version,
+                address,
+            }),
+            WorkerMessage::Beat { committed, awaits } => Self::Beat(proto::Beat {
+                committed: committed.0,
+                awaits: proto::Awaits::from(awaits).into(),
+            }),
+            WorkerMessage::Progress { phase, done, total } => {
+                Self::Progress(proto::Progress { phase, done, total })
+            }
+            WorkerMessage::Ready {
+                facts,
+                reference_reused,
+                reference_computed,
+            } => Self::Ready(proto::Ready {
+                facts: Some(facts.into()),
+                reference_reused,
+                reference_computed,
+            }),
+            WorkerMessage::Prepared { report } => Self::Prepared(proto::Prepared {
+                report: Some(report.into()),
+            }),
+            WorkerMessage::Evaluated { row, samples } => Self::Evaluated(proto::Evaluated {
+                row: Some(row.into()),
+                samples: samples.into_iter().map(Into::into).collect(),
+            }),
+            WorkerMessage::Saved { step, shard } => Self::Saved(proto::Saved {
+                step: step.0,
+                shard,
+            }),
+            WorkerMessage::SaveFailed { step, reason } => Self::SaveFailed(proto::SaveFailed {
+                step: step.0,
+                reason,
+            }),
+            WorkerMessage::Finished => Self::Finished(proto::Finished {}),
+            WorkerMessage::Failed { cause, reason } => Self::Failed(proto::Failed {
+                cause: proto::Cause::from(cause).into(),
+                reason,
+            }),
+        }
+    }
+}
+
+impl TryFrom<Message> for WorkerMessage {
+    type Error = WireError;
+
+    fn try_from(it: Message) -> Result<Self, WireError> {
+        Ok(match it {
+            Message::Join(it) => Self::Join {
+                build: text("Join.build", it.build)?,
+                wire_version: it.wire_version,
+                address: address("Join.address", it.address)?,
+            },
+            Message::Beat(it) => Self::Beat {
+                committed: Step(it.committed),
+                awaits: awaits(it.awaits)?,
+            },
+            Message::Progress(it) => Self::Progress {
+                phase: text("Progress.phase", it.phase)?,
+                done: it.done,
+                total: it.total,
+            },
+            Message::Ready(it) => Self::Ready {
+                facts: required("Ready.facts", it.facts)?.try_into()?,
+                reference_reused: it.reference_reused,
+                reference_computed: it.reference_computed,
+            },
+            Message::Prepared(it) => Self::Prepared {
+                report: required("Prepared.report", it.report)?.try_into()?,
+            },
+            Message::Evaluated(it) => Self::Evaluated {
+                row: required("Evaluated.row", it.row)?.try_into()?,
+                samples: it.samples.into_iter().map(Sample::from).collect(),
+            },
+            Message::Saved(it) => Self::Saved {
+                step: Step(from_one("Saved.step", it.step)?),
+                shard: text("Saved.shard", it.shard)?,
+            },
+            Message::SaveFailed(it) => Self::SaveFailed {
+                step: Step(from_one("SaveFailed.step", it.step)?),
+                reason: it.reason,
+            },
+            Message::Finished(_) => Self::Finished,
+            Message::Failed(it) => Self::Failed {
+                cause: cause(it.cause)?,
+                reason: it.reason,
+            },
+        })
+    }
+}
+
+impl From<Awaits> for proto::Awaits {
+    fn from(it: Awaits) -> Self {
+        match it {
+            Awaits::Nothing => Self::Nothing,
+            Awaits::Form => Self::Form,
+            Awaits::Go => Self::Go,
+            Awaits::Commit => Self::Commit,
+            Awaits::End => Self::End,
+        }
+    }
+}
+
+fn awaits(value: i32) -> Result<Awaits, WireError> {
+    match proto::Awaits::try_from(value) {
+        Ok(proto::Awaits::Nothing) => Ok(Awaits::Nothing),
+        Ok(proto::Awaits::Form) => Ok(Awaits::Form),
+        Ok(proto::Awaits::Go) => Ok(Awaits::Go),
+        Ok(proto::Awaits::Commit) => Ok(Awaits::Commit),
+        Ok(proto::Awaits::End) => Ok(Awaits::End),
+        Ok(proto::Awaits::Unspecified) | Err(_) => {
+            Err(WireError::invalid("Beat.awaits", value, "1 to 5"))
+        }
+    }
+}
+
+impl From<Cause> for proto::Cause {
+    fn from(it: Cause) -> Self {
+        match it {
+            Cause::Config => Self::Config,
+            Cause::Temporary => Self::Temporary,
+            Cause::Fatal => Self::Fatal,
+        }
+    }
+}
+
+fn cause(value: i32) -> Result<Cause, WireError> {
+    match proto::Cause::try_from(value) {
+        Ok(proto::Cause::Config) => Ok(Cause::Config),
+        Ok(proto::Cause::Temporary) => Ok(Cause::Temporary),
+        Ok(proto::Cause::Fatal) => Ok(Cause::Fatal),
+        Ok(proto::Cause::Unspecified) | Err(_) => {
+            Err(WireError::invalid("Failed.cause", value, "1 to 3"))
+        }
+    }
+}

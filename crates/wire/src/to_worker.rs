@@ -1,0 +1,158 @@
+//! What the coordinator says.
+
+use std::fmt;
+
+use protocol::{CoordinatorMessage, Generation, Incarnation, Rank, Step, ToWorker};
+
+use crate::error::{address, from_one, required, text};
+use crate::proto::to_worker::Message;
+use crate::{WireError, proto};
+
+impl From<ToWorker> for proto::ToWorker {
+    fn from(it: ToWorker) -> Self {
+        Self {
+            incarnation: it.incarnation.0,
+            generation: it.generation.0,
+            message: Some(it.message.into()),
+        }
+    }
+}
+
+impl TryFrom<proto::ToWorker> for ToWorker {
+    type Error = WireError;
+
+    fn try_from(it: proto::ToWorker) -> Result<Self, WireError> {
+        Ok(Self {
+            incarnation: Incarnation(from_one("ToWorker.incarnation", it.incarnation)?),
+            generation: Generation(it.generation),
+            message: required("ToWorker.message", it.message)?.try_into()?,
+        })
+    }
+}
+
+impl From<CoordinatorMessage> for Message {
+    fn from(it: CoordinatorMessage) -> Self {
+        match it {
+            CoordinatorMessage::Welcome {
+                config_toml,
+                checkpoint_dir,
+            } => Self::Welcome(proto::Welcome {
+                config_toml,
+                checkpoint_dir,
+            }),
+            CoordinatorMessage::Form {
+                rank,
+                addresses,
+                secret,
+                committed,
+                resume,
+            } => Self::Form(proto::Form {
+                rank: rank.0,
+                addresses,
+                secret: secret.to_vec(),
+                committed: committed.0,
+                resume,
+            }),
+            CoordinatorMessage::Go { step, evaluate } => Self::Go(proto::Go {
+                step: step.0,
+                evaluate,
+            }),
+            CoordinatorMessage::Commit {
+                step,
+                apply,
+                save,
+                evaluate,
+                last,
+            } => Self::Commit(proto::Commit {
+                step: step.0,
+                apply,
+                save,
+                evaluate,
+                last,
+            }),
+            CoordinatorMessage::Finish => Self::Finish(proto::Finish {}),
+            CoordinatorMessage::Stop { reason } => Self::Stop(proto::Stop { reason }),
+            CoordinatorMessage::Stale { committed } => Self::Stale(proto::Stale {
+                committed: committed.0,
+            }),
+        }
+    }
+}
+
+impl TryFrom<Message> for CoordinatorMessage {
+    type Error = WireError;
+
+    fn try_from(it: Message) -> Result<Self, WireError> {
+        Ok(match it {
+            Message::Welcome(it) => Self::Welcome {
+                config_toml: it.config_toml,
+                checkpoint_dir: text("Welcome.checkpoint_dir", it.checkpoint_dir)?,
+            },
+            Message::Form(it) => form(it)?,
+            Message::Go(it) => Self::Go {
+                step: Step(from_one("Go.step", it.step)?),
+                evaluate: it.evaluate,
+            },
+            Message::Commit(it) => Self::Commit {
+                step: Step(from_one("Commit.step", it.step)?),
+                apply: it.apply,
+                save: it.save,
+                evaluate: it.evaluate,
+                last: it.last,
+            },
+            Message::Finish(_) => Self::Finish,
+            Message::Stop(it) => Self::Stop { reason: it.reason },
+            Message::Stale(it) => Self::Stale {
+                committed: Step(it.committed),
+            },
+        })
+    }
+}
+
+fn form(it: proto::Form) -> Result<CoordinatorMessage, WireError> {
+    let world = it.addresses.len();
+    if it.rank as usize >= world {
+        let value = format!("{} of {world} addresses", it.rank);
+        return Err(WireError::invalid(
+            "Form.rank",
+            value,
+            "a place among the addresses",
+        ));
+    }
+    let addresses = it
+        .addresses
+        .into_iter()
+        .map(|it| address("Form.addresses", it));
+    // The secret's bytes stay out of the error.
+    let secret = <[u8; 32]>::try_from(it.secret.as_slice()).map_err(|_| {
+        WireError::invalid(
+            "Form.secret",
+            format!("{} bytes", it.secret.len()),
+            "32 bytes",
+        )
+    })?;
+    if it.committed > 0 && it.resume.is_none() {
+        return Err(WireError::Missing {
+            field: "Form.resume",
+        });
+    }
+    Ok(CoordinatorMessage::Form {
+        rank: Rank(it.rank),
+        addresses: addresses.collect::<Result<_, _>>()?,
+        secret,
+        committed: Step(it.committed),
+        resume: it.resume.map(|it| text("Form.resume", it)).transpose()?,
+    })
+}
+
+/// Without the secret (invariant S1).
+impl fmt::Debug for proto::Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Form")
+            .field("rank", &self.rank)
+            .field("addresses", &self.addresses)
+            .field("committed", &self.committed)
+            .field("resume", &self.resume)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,412 @@
+//! Every message survives the wire bit for bit, and what breaks the protocol's rules is refused by the name of its field.
+
+#![allow(clippy::unwrap_used, reason = "a test's unwrap is an assertion")]
+
+use prost::Message as _;
+use protocol::{
+    Awaits, Cause, CoordinatorMessage, EvaluationRow, FromWorker, Generation, Incarnation, JobId,
+    MetricsRow, Rank, RunFacts, Sample, Statistics, Step, StepReport, ToWorker, WorkerMessage,
+};
+use wire::{WireError, proto};
+
+/// Values that expose a float that went through text, f32 or a comparison.
+fn statistics() -> Statistics {
+    let odd = [
+        0.1 + 0.2,
+        -0.0,
+        f64::MIN_POSITIVE / 4.0,
+        f64::MAX,
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        -1.0 / 3.0,
+        1e-300,
+        16777217.0,
+        -2.5,
+        core::f64::consts::PI,
+    ];
+    Statistics::from_values(odd)
+}
+
+fn report() -> StepReport {
+    StepReport {
+        step: 7,
+        epoch: 2,
+        finite: true,
+        statistics: statistics(),
+        grad_norm: 1.5,
+        learning_rate: 5e-7,
+        tokens: u64::MAX,
+        pairs: 32,
+    }
+}
+
+fn facts() -> RunFacts {
+    RunFacts {
+        steps_total: 100,
+        pairs: 3200,
+        eval_pairs: 64,
+        parameters: 134_515_008,
+        model_digest: "aa".into(),
+        tokenizer_digest: "bb".into(),
+        data_digest: "cc".into(),
+        committed: 40,
+    }
+}
+
+fn worker_messages() -> Vec<WorkerMessage> {
+    let mut all = vec![
+        WorkerMessage::Join {
+            build: "0.1.0+abc".into(),
+            wire_version: wire::WIRE_VERSION,
+            address: "[::1]:4711".into(),
+        },
+        WorkerMessage::Progress {
+            phase: "load model".into(),
+            done: 3,
+            total: 9,
+        },
+        WorkerMessage::Ready {
+            facts: facts(),
+            reference_reused: 5,
+            reference_computed: 6,
+        },
+        WorkerMessage::Prepared { report: report() },
+        WorkerMessage::Evaluated {
+            row: EvaluationRow {
+                step: 0,
+                pairs: 64,
+                statistics: statistics(),
+            },
+            samples: vec![Sample {
+                prompt: "Why?".into(),
+                text: String::new(),
+            }],
+        },
+        WorkerMessage::Saved {
+            step: Step(10),
+            shard: "{}".into(),
+        },
+        WorkerMessage::SaveFailed {
+            step: Step(10),
+            reason: "disk full".into(),
+        },
+        WorkerMessage::Finished,
+    ];
+    for awaits in [
+        Awaits::Nothing,
+        Awaits::Form,
+        Awaits::Go,
+        Awaits::Commit,
+        Awaits::End,
+    ] {
+        all.push(WorkerMessage::Beat {
+            committed: Step(3),
+            awaits,
+        });
+    }
+    for cause in [Cause::Config, Cause::Temporary, Cause::Fatal] {
+        all.push(WorkerMessage::Failed {
+            cause,
+            reason: "why".into(),
+        });
+    }
+    all
+}
+
+fn coordinator_messages() -> Vec<CoordinatorMessage> {
+    let form = |committed, resume| CoordinatorMessage::Form {
+        rank: Rank(1),
+        addresses: vec!["127.0.0.1:1".into(), "worker-1.train:65535".into()],
+        secret: core::array::from_fn(|i| i as u8),
+        committed: Step(committed),
+        resume,
+    };
+    let commit = |bit: u32| CoordinatorMessage::Commit {
+        step: Step(9),
+        apply: bit == 0,
+        save: bit == 1,
+        evaluate: bit == 2,
+        last: bit == 3,
+    };
+    let mut all = vec![
+        CoordinatorMessage::Welcome {
+            config_toml: "a = 1".into(),
+            checkpoint_dir: "c".into(),
+        },
+        form(0, None),
+        form(40, Some("checkpoints/step-00000040".into())),
+        CoordinatorMessage::Go {
+            step: Step(41),
+            evaluate: true,
+        },
+        CoordinatorMessage::Finish,
+        CoordinatorMessage::Stop {
+            reason: "because".into(),
+        },
+        CoordinatorMessage::Stale { committed: Step(0) },
+    ];
+    all.extend((0..4).map(commit));
+    all
+}
+
+fn said(message: WorkerMessage) -> FromWorker {
+    FromWorker {
+        job: JobId("run".into()),
+        incarnation: Incarnation(u64::MAX),
+        generation: Generation(3),
+        message,
+    }
+}
+
+fn told(message: CoordinatorMessage) -> ToWorker {
+    ToWorker {
+        incarnation: Incarnation(1),
+        generation: Generation(3),
+        message,
+    }
+}
+
+#[test]
+fn every_message_of_a_worker_survives_the_wire() {
+    for message in worker_messages() {
+        let said = said(message);
+        let bytes = proto::FromWorker::from(said.clone()).encode_to_vec();
+        let sent = proto::FromWorker::decode(bytes.as_slice()).unwrap();
+        assert_eq!(FromWorker::try_from(sent), Ok(said));
+    }
+}
+
+#[test]
+fn every_message_of_the_coordinator_survives_the_wire() {
+    for message in coordinator_messages() {
+        let told = told(message);
+        let bytes = proto::ToWorker::from(told.clone()).encode_to_vec();
+        let sent = proto::ToWorker::decode(bytes.as_slice()).unwrap();
+        assert_eq!(ToWorker::try_from(sent), Ok(told));
+    }
+}
+
+#[test]
+fn a_report_keeps_its_bits_whatever_nan_or_zero_they_spell() {
+    let odd = [
+        f64::NAN,
+        -f64::NAN,
+        f64::from_bits(0x7ff0_0000_dead_beef),
+        -0.0,
+        0.0,
+    ];
+    for (place, value) in odd.into_iter().enumerate() {
+        let mut values = statistics().values().map(|(_, value)| value);
+        values[place * 2] = value;
+        let report = StepReport {
+            grad_norm: value,
+            learning_rate: value,
+            finite: false,
+            statistics: Statistics::from_values(values),
+            ..report()
+        };
+        let bytes = proto::StepReport::from(report).encode_to_vec();
+        let back = proto::StepReport::decode(bytes.as_slice()).unwrap();
+        let back = StepReport::try_from(back).unwrap();
+        assert_eq!(back.first_difference(&report), None, "{value:?}");
+        assert_eq!(back.grad_norm.to_bits(), value.to_bits());
+    }
+}
+
+#[test]
+fn each_statistic_arrives_under_its_own_name() {
+    let values = core::array::from_fn(|i| i as f64 + 0.5);
+    let sent = proto::Statistics::from(Statistics::from_values(values));
+    let sent = proto::Statistics::decode(sent.encode_to_vec().as_slice()).unwrap();
+    assert_eq!(
+        Statistics::try_from(sent)
+            .unwrap()
+            .values()
+            .map(|(_, value)| value),
+        values
+    );
+}
+
+#[test]
+fn a_metrics_row_survives_the_wire() {
+    let row = MetricsRow {
+        report: report(),
+        tokens_per_second: 1234.5,
+        world_size: 4,
+        generation: 2,
+        seconds: 0.25,
+    };
+    let bytes = proto::MetricsRow::from(row).encode_to_vec();
+    let sent = proto::MetricsRow::decode(bytes.as_slice()).unwrap();
+    assert_eq!(MetricsRow::try_from(sent), Ok(row));
+}
+
+/// Breaks a valid message and expects the refusal to name `field`.
+fn refused<P, M>(mut sent: P, spoil: impl FnOnce(&mut P), field: &str)
+where
+    M: TryFrom<P, Error = WireError> + core::fmt::Debug,
+    P: Clone,
+{
+    assert!(
+        M::try_from(sent.clone()).is_ok(),
+        "{field}: the unspoilt message is valid"
+    );
+    spoil(&mut sent);
+    let error = M::try_from(sent).expect_err(field);
+    assert!(
+        error.to_string().starts_with(field),
+        "{error} does not name {field}"
+    );
+}
+
+#[test]
+fn a_workers_message_that_breaks_a_rule_is_refused_by_field() {
+    use proto::from_worker::Message as M;
+    let at = |place: usize| proto::FromWorker::from(said(worker_messages()[place].clone()));
+    /// Spoils the message at a place of `worker_messages`, which must be of the named kind.
+    macro_rules! spoil {
+        ($place:expr, $kind:ident, |$it:ident| $spoil:expr, $field:expr) => {
+            let spoil = |it: &mut proto::FromWorker| match it.message.as_mut() {
+                Some(M::$kind($it)) => $spoil,
+                other => panic!("{other:?} is not what the case spoils"),
+            };
+            refused::<_, FromWorker>(at($place), spoil, $field);
+        };
+    }
+    refused::<_, FromWorker>(at(0), |it| it.job.clear(), "FromWorker.job");
+    refused::<_, FromWorker>(at(0), |it| it.incarnation = 0, "FromWorker.incarnation");
+    refused::<_, FromWorker>(at(0), |it| it.message = None, "FromWorker.message");
+    spoil!(0, Join, |it| it.build.clear(), "Join.build");
+    spoil!(0, Join, |it| it.address = "nowhere".into(), "Join.address");
+    spoil!(
+        0,
+        Join,
+        |it| it.address = "127.0.0.1:0".into(),
+        "Join.address"
+    );
+    spoil!(0, Join, |it| it.address = ":80".into(), "Join.address");
+    spoil!(1, Progress, |it| it.phase.clear(), "Progress.phase");
+    spoil!(2, Ready, |it| it.facts = None, "Ready.facts");
+    let no_digest = "RunFacts.data_digest";
+    spoil!(
+        2,
+        Ready,
+        |it| it.facts.as_mut().unwrap().data_digest.clear(),
+        no_digest
+    );
+    spoil!(3, Prepared, |it| it.report = None, "Prepared.report");
+    spoil!(
+        3,
+        Prepared,
+        |it| it.report.as_mut().unwrap().step = 0,
+        "StepReport.step"
+    );
+    let no_statistics = "StepReport.statistics";
+    spoil!(
+        3,
+        Prepared,
+        |it| it.report.as_mut().unwrap().statistics = None,
+        no_statistics
+    );
+    spoil!(4, Evaluated, |it| it.row = None, "Evaluated.row");
+    spoil!(5, Saved, |it| it.step = 0, "Saved.step");
+    spoil!(5, Saved, |it| it.shard.clear(), "Saved.shard");
+    spoil!(6, SaveFailed, |it| it.step = 0, "SaveFailed.step");
+    spoil!(8, Beat, |it| it.awaits = 0, "Beat.awaits");
+    spoil!(8, Beat, |it| it.awaits = 99, "Beat.awaits");
+    spoil!(13, Failed, |it| it.cause = 0, "Failed.cause");
+    spoil!(13, Failed, |it| it.cause = -1, "Failed.cause");
+}
+
+#[test]
+fn a_coordinators_message_that_breaks_a_rule_is_refused_by_field() {
+    use proto::to_worker::Message as M;
+    let at = |place: usize| proto::ToWorker::from(told(coordinator_messages()[place].clone()));
+    let form = |spoil: fn(&mut proto::Form), field| {
+        let spoil = |it: &mut proto::ToWorker| match it.message.as_mut() {
+            Some(M::Form(form)) => spoil(form),
+            other => panic!("{other:?} is not the Form that the case spoils"),
+        };
+        refused::<_, ToWorker>(at(2), spoil, field);
+    };
+    form(|it| it.rank = 2, "Form.rank");
+    form(|it| it.addresses.clear(), "Form.rank");
+    form(|it| it.addresses[0].clear(), "Form.addresses");
+    form(|it| it.secret.truncate(31), "Form.secret");
+    form(|it| it.secret.push(0), "Form.secret");
+    form(|it| it.resume = None, "Form.resume");
+    form(|it| it.resume = Some(String::new()), "Form.resume");
+    refused::<_, ToWorker>(at(0), |it| it.incarnation = 0, "ToWorker.incarnation");
+    refused::<_, ToWorker>(at(0), |it| it.message = None, "ToWorker.message");
+    refused::<_, ToWorker>(
+        at(3),
+        |it| it.message = Some(M::Go(proto::Go::default())),
+        "Go.step",
+    );
+    refused::<_, ToWorker>(
+        at(3),
+        |it| it.message = Some(M::Commit(proto::Commit::default())),
+        "Commit.step",
+    );
+    refused::<_, ToWorker>(
+        at(0),
+        |it| it.message = Some(M::Welcome(proto::Welcome::default())),
+        "Welcome.checkpoint_dir",
+    );
+}
+
+#[test]
+fn a_refusal_is_an_invalid_argument_to_the_caller() {
+    let error = WireError::Missing {
+        field: "FromWorker.job",
+    };
+    let status = tonic::Status::from(error);
+    assert_eq!(status.code(), tonic::Code::InvalidArgument);
+    assert!(status.message().contains("FromWorker.job"));
+}
+
+#[test]
+fn a_report_without_one_of_its_floats_is_refused() {
+    refused::<_, StepReport>(
+        proto::StepReport::from(report()),
+        |it| it.grad_norm = None,
+        "StepReport.grad_norm",
+    );
+    refused::<_, Statistics>(
+        proto::Statistics::from(statistics()),
+        |it| it.logps_rejected = None,
+        "Statistics.logps_rejected",
+    );
+}
+
+#[test]
+fn the_secret_is_not_printed() {
+    let told = told(CoordinatorMessage::Form {
+        rank: Rank(0),
+        addresses: vec!["127.0.0.1:1".into()],
+        secret: [0xd7; 32],
+        committed: Step(0),
+        resume: None,
+    });
+    let printed = format!("{told:?} {:?}", proto::ToWorker::from(told.clone()));
+    assert!(
+        printed.contains("Form") && !printed.contains("215"),
+        "{printed}"
+    );
+}
+
+#[test]
+fn the_descriptor_set_holds_both_services_for_reflection() {
+    let bytes = wire::FILE_DESCRIPTOR_SET;
+    for name in [
+        "caldpo/v1/workers.proto",
+        "caldpo/v1/cluster.proto",
+        "Workers",
+        "Cluster",
+    ] {
+        let found = bytes
+            .windows(name.len())
+            .any(|window| window == name.as_bytes());
+        assert!(found, "{name} is not in the descriptor set");
+    }
+}

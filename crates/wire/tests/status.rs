@@ -1,0 +1,90 @@
+//! The status that a coordinator serves is that of its job.
+
+use protocol::{
+    Event, FromWorker, Generation, Incarnation, Job, JobId, JobPolicy, JobSpec, Recovery,
+    WorkerMessage,
+};
+use wire::proto::JobState;
+
+fn job() -> Job {
+    let policy = JobPolicy {
+        world: 2,
+        save_every: None,
+        evaluate_every: None,
+        heartbeat_timeout_ms: 5_000,
+        join_timeout_ms: 60_000,
+        form_timeout_ms: 60_000,
+        step_timeout_ms: 60_000,
+        save_timeout_ms: 60_000,
+        skipped_steps_max: 3,
+    };
+    let spec = JobSpec {
+        id: JobId("run".into()),
+        policy,
+        build: "b".into(),
+        config_toml: String::new(),
+        checkpoint_dir: "c".into(),
+        secret: [0; 32],
+        recovery: Recovery::default(),
+        resume: None,
+    };
+    Job::new(spec, 1_000).0
+}
+
+fn join(job: &mut Job, now_ms: u64, incarnation: u64) {
+    let message = WorkerMessage::Join {
+        build: "b".into(),
+        wire_version: wire::WIRE_VERSION,
+        address: format!("127.0.0.1:{incarnation}"),
+    };
+    let from = FromWorker {
+        job: JobId("run".into()),
+        incarnation: Incarnation(incarnation),
+        generation: Generation(0),
+        message,
+    };
+    job.handle(now_ms, Event::Message(from));
+}
+
+#[test]
+fn a_status_tells_the_state_the_wait_and_the_workers() {
+    let mut job = job();
+    join(&mut job, 1_200, 9);
+    let status = wire::status(&job, 1_500, None);
+    assert_eq!(status.state(), JobState::Gathering);
+    assert_eq!(status.waiting, "waiting for workers to join (1 of 2 have)");
+    assert_eq!(status.steps_total, None);
+    assert_eq!(
+        (status.workers[0].rank, status.workers[0].silent_ms),
+        (None, 300)
+    );
+
+    join(&mut job, 1_600, 4);
+    let status = wire::status(&job, 1_600, None);
+    assert_eq!(status.state(), JobState::Forming);
+    assert_eq!(status.waiting, "waiting for ranks 0, 1 to be ready");
+    let ranks: Vec<_> = status
+        .workers
+        .iter()
+        .map(|it| (it.incarnation, it.rank))
+        .collect();
+    assert_eq!(ranks, [(4, Some(0)), (9, Some(1))]);
+}
+
+#[test]
+fn a_status_of_an_ended_job_tells_how_it_ended() {
+    let mut job = job();
+    job.handle(
+        2_000,
+        Event::StopRequested {
+            reason: "asked".into(),
+        },
+    );
+    let status = wire::status(&job, 2_000, None);
+    assert_eq!(status.state(), JobState::Interrupted);
+    assert!(
+        status.waiting.starts_with("interrupted after step 0"),
+        "{}",
+        status.waiting
+    );
+}
