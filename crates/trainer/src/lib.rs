@@ -1,1 +1,47 @@
 //! One process's training: step, flat parameters, sharded optimizer, evaluation, reference pass.
+//!
+//! ```text
+//! Spec ──► Setup::load: tokens, weights, digests ──► Trainer::new: reference values durable, state at the last commit
+//!      ──► Trainer::run: StepGate says what next, every step is prepared, decided upon, applied or dropped
+//! ```
+//! [`Trainer::run`] reads as the training loop; `learner` is one step's arithmetic over all ranks, `batch` what a step trains
+//! on, `reference` the frozen model's log-probs, `snapshot` what a checkpoint holds. [`score`] and [`bench`] use the same
+//! forward and the same step.
+//!
+//! Not here: who is a member, when to save or to evaluate, what a decision is based on (`protocol`, behind [`StepGate`]);
+//! which checkpoint is whole (`checkpoint`); losses (`objective`); data formats and order (`data`).
+
+mod adamw;
+mod batch;
+mod bench;
+mod error;
+mod evaluate;
+mod exchange;
+mod gate;
+mod learner;
+mod measure;
+mod reference;
+mod schedule;
+mod scope;
+mod score;
+mod setup;
+mod shards;
+mod snapshot;
+mod spec;
+mod trainer;
+
+pub use adamw::OptimizerSection;
+pub use bench::{BenchRequest, BenchResult, Profile, bench};
+pub use error::{Cause, TrainError};
+pub use gate::{
+    EvaluationRow, GateClosed, Next, Sample, SavedReporter, SavedShard, StepGate, StepReport,
+    Verdict,
+};
+pub use reference::ReferenceCounts;
+pub use schedule::{Schedule, ScheduleKind, ScheduleSection};
+pub use score::{ScoreRequest, ScoredPair, score};
+pub use setup::{Facts, Progress, Setup};
+pub use spec::{
+    Dtype, EvaluateSection, ModelSection, ReferenceSection, Spec, SpecError, TrainSection,
+};
+pub use trainer::{End, Membership, Trainer};

@@ -1,0 +1,213 @@
+//! AdamW on one contiguous piece of parameters (Loshchilov & Hutter 2019, arXiv 1711.05101, Algorithm 2), element by element.
+//! Which piece, whose gradient and when are the caller's. Values and moments are f32, factors are computed in f64.
+
+use serde::{Deserialize, Serialize};
+
+use crate::spec::{SpecError, refuse};
+
+/// `[optimizer]`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizerSection {
+    /// Peak rate. Default 5e-7, the paper's.
+    pub learning_rate: f64,
+    /// Decay rates of the moments. Default [0.9, 0.999].
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment. Default 1e-8.
+    pub eps: f64,
+    /// Decoupled decay; norms and biases are exempt. Default 0.
+    pub weight_decay: f64,
+    /// The global gradient is scaled down to this norm; 0 switches clipping off. Default 1.
+    pub max_grad_norm: f64,
+}
+
+impl Default for OptimizerSection {
+    fn default() -> Self {
+        Self {
+            learning_rate: 5e-7,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+        }
+    }
+}
+
+impl OptimizerSection {
+    pub(crate) fn validate(&self) -> Result<(), SpecError> {
+        let finite = |key: &str, value: f64, above: bool| {
+            if value.is_finite() && (value > 0.0 || (value == 0.0 && !above)) {
+                return Ok(());
+            }
+            let bound = if above { "above 0" } else { "of at least 0" };
+            refuse(
+                key,
+                &format!("must be a finite number {bound}, got {value}"),
+            )
+        };
+        finite("optimizer.learning_rate", self.learning_rate, true)?;
+        finite("optimizer.eps", self.eps, true)?;
+        finite("optimizer.weight_decay", self.weight_decay, false)?;
+        finite("optimizer.max_grad_norm", self.max_grad_norm, false)?;
+        match self.betas.iter().find(|beta| !(0.0..1.0).contains(*beta)) {
+            Some(beta) => refuse(
+                "optimizer.betas",
+                &format!("must be at least 0 and below 1, got {beta}"),
+            ),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The factors of one update.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Update {
+    clip: f32,
+    keep_first: f32,
+    add_first: f32,
+    keep_second: f32,
+    add_second: f32,
+    /// Learning rate over the first moment's bias correction.
+    step_size: f32,
+    /// One over the root of the second moment's bias correction.
+    root_correction: f32,
+    eps: f32,
+    /// Factor on decayed parameters.
+    keep_weight: f32,
+}
+
+impl Update {
+    /// Factors of update number `updates` (from 1) for a gradient of norm `grad_norm`.
+    pub fn new(
+        section: &OptimizerSection,
+        learning_rate: f64,
+        grad_norm: f64,
+        updates: u64,
+    ) -> Self {
+        assert!(updates > 0, "updates count from 1");
+        let [first, second] = section.betas;
+        let exponent = i32::try_from(updates).unwrap_or(i32::MAX);
+        Self {
+            clip: clip_scale(section.max_grad_norm, grad_norm) as f32,
+            keep_first: first as f32,
+            add_first: (1.0 - first) as f32,
+            keep_second: second as f32,
+            add_second: (1.0 - second) as f32,
+            step_size: (learning_rate / (1.0 - first.powi(exponent))) as f32,
+            root_correction: (1.0 / (1.0 - second.powi(exponent)).sqrt()) as f32,
+            eps: section.eps as f32,
+            keep_weight: (1.0 - learning_rate * section.weight_decay) as f32,
+        }
+    }
+
+    /// Moves `weights` and both moments; all four slices have one length. `decay` for parameters that are decayed.
+    pub fn apply(
+        &self,
+        weights: &mut [f32],
+        first: &mut [f32],
+        second: &mut [f32],
+        gradient: &[f32],
+        decay: bool,
+    ) {
+        let len = weights.len();
+        assert_eq!(
+            [first.len(), second.len(), gradient.len()],
+            [len; 3],
+            "moments and gradient of {len} weights"
+        );
+        let keep_weight = if decay { self.keep_weight } else { 1.0 };
+        let moments = first.iter_mut().zip(second);
+        for ((weight, (first, second)), gradient) in weights.iter_mut().zip(moments).zip(gradient) {
+            let gradient = gradient * self.clip;
+            *first = self.keep_first * *first + self.add_first * gradient;
+            *second = self.keep_second * *second + self.add_second * gradient * gradient;
+            let root = second.sqrt() * self.root_correction + self.eps;
+            *weight = *weight * keep_weight - self.step_size * (*first / root);
+        }
+    }
+}
+
+/// Factor that brings a gradient of norm `norm` down to `max_norm` (0: no clipping), as torch's `clip_grad_norm_`.
+pub fn clip_scale(max_norm: f64, norm: f64) -> f64 {
+    if max_norm == 0.0 {
+        return 1.0;
+    }
+    (max_norm / (norm + 1e-6)).min(1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{OptimizerSection, Update, clip_scale};
+
+    /// Algorithm 2 in f64, written out.
+    fn oracle(
+        section: &OptimizerSection,
+        gradients: &[f64],
+        learning_rate: f64,
+        decay: bool,
+    ) -> f64 {
+        let (mut weight, mut first, mut second) = (0.7, 0.0, 0.0);
+        for (index, gradient) in gradients.iter().enumerate() {
+            let time = index as i32 + 1;
+            if decay {
+                weight -= learning_rate * section.weight_decay * weight;
+            }
+            first = section.betas[0] * first + (1.0 - section.betas[0]) * gradient;
+            second = section.betas[1] * second + (1.0 - section.betas[1]) * gradient * gradient;
+            let first_hat = first / (1.0 - section.betas[0].powi(time));
+            let second_hat: f64 = second / (1.0 - section.betas[1].powi(time));
+            weight -= learning_rate * first_hat / (second_hat.sqrt() + section.eps);
+        }
+        weight
+    }
+
+    fn run(section: &OptimizerSection, gradients: &[f64], rate: f64, decay: bool) -> f64 {
+        let (mut weight, mut first, mut second) = ([0.7f32], [0.0], [0.0]);
+        for (index, &gradient) in gradients.iter().enumerate() {
+            Update::new(section, rate, gradient.abs(), index as u64 + 1).apply(
+                &mut weight,
+                &mut first,
+                &mut second,
+                &[gradient as f32],
+                decay,
+            );
+        }
+        f64::from(weight[0])
+    }
+
+    #[test]
+    fn updates_follow_the_papers_algorithm_with_and_without_decay() {
+        let section = OptimizerSection {
+            weight_decay: 0.1,
+            max_grad_norm: 0.0,
+            ..OptimizerSection::default()
+        };
+        let gradients = [0.3, -1.2, 5e-4, 7.0, 0.0, -0.01];
+        for decay in [true, false] {
+            let (got, expected) = (
+                run(&section, &gradients, 0.01, decay),
+                oracle(&section, &gradients, 0.01, decay),
+            );
+            assert!((got - expected).abs() < 1e-6, "{got} {expected}");
+        }
+    }
+
+    #[test]
+    fn the_first_update_moves_by_the_rate_whatever_the_gradients_size() {
+        let section = OptimizerSection {
+            max_grad_norm: 0.0,
+            ..OptimizerSection::default()
+        };
+        for gradient in [1e-3, 1.0, 1e6] {
+            let moved = 0.7 - run(&section, &[gradient], 1e-3, true);
+            assert!((moved - 1e-3).abs() < 2e-7, "{gradient} moved {moved}");
+        }
+    }
+
+    #[test]
+    fn a_norm_above_the_bound_is_scaled_down_to_it_and_one_below_is_left() {
+        assert!((clip_scale(1.0, 1201.58) * 1201.58 - 1.0).abs() < 1e-8);
+        assert_eq!(clip_scale(1.0, 0.5), 1.0);
+        assert_eq!(clip_scale(0.0, 1e9), 1.0);
+    }
+}

@@ -1,0 +1,170 @@
+//! The speed of training steps on this process alone: the same forward, backward and update as a run's, with reference values
+//! at hand as in a run (their computation is no part of a step).
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use data::{DataConfig, Tokenizer, step_pairs};
+use model::{Device, Model, Saving};
+use objective::ObjectiveConfig;
+use serde::Serialize;
+
+use crate::adamw::OptimizerSection;
+use crate::error::TrainError;
+use crate::learner::{Learner, Times};
+use crate::measure::measure;
+use crate::setup::check_vocabulary;
+use crate::spec::{Dtype, SpecError};
+
+/// What to time.
+#[derive(Clone, Debug)]
+pub struct BenchRequest {
+    /// Hugging Face directory.
+    pub model: PathBuf,
+    /// Files and how to read them; `data.train` is trained on, in file order.
+    pub data: DataConfig,
+    /// Pairs of one step.
+    pub batch_pairs: usize,
+    /// Most tokens that go through the model at once.
+    pub micro_batch_tokens: usize,
+    /// Steps that are timed.
+    pub steps: u64,
+    /// Steps before them that are not.
+    pub warmup: u64,
+    /// Arithmetic.
+    pub dtype: Dtype,
+    /// As in `[model]`.
+    pub gradient_checkpointing: bool,
+}
+
+/// What was measured; tokens are unpadded, a prompt counted once for each of its completions.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BenchResult {
+    /// Pairs by second.
+    pub pairs_per_second: f64,
+    /// Tokens by second.
+    pub tokens_per_second: f64,
+    /// Mean over the timed steps.
+    pub seconds_per_step: f64,
+    /// Highest memory of this process; `None` where the system does not tell.
+    pub peak_memory_gib: Option<f64>,
+    /// Parameters of the model; tied weights count once.
+    pub parameters: u64,
+    /// Where the time went.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub profile: Option<Profile>,
+}
+
+/// Mean seconds per step by phase.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Profile {
+    /// Forward of all packs.
+    pub forward: f64,
+    /// Loss derivatives and backward of all packs.
+    pub backward: f64,
+    /// Log-probs and gradients over ranks, gradient norm.
+    pub reduce: f64,
+    /// AdamW and the weights over ranks.
+    pub update: f64,
+}
+
+/// Times `request.steps` steps of Cal-DPO.
+///
+/// # Errors
+/// A value or a file that cannot be used.
+pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, TrainError> {
+    request.validate()?;
+    let tokenizer = Tokenizer::load(&request.model, request.data.chat_template.as_deref())?;
+    let pairs = data::load(&request.data.train, &request.data, &tokenizer, true)?.pairs;
+    let mut model = Model::load(&request.model, device)?;
+    check_vocabulary(&pairs, &model, &request.model)?;
+    if request.gradient_checkpointing {
+        model.set_saving(Saving::BlockInputs);
+    }
+    let parameters = model.layout().elements() as u64;
+    let alone = Box::new(collective::single(0));
+    let patience = Duration::from_mins(1);
+    let mut learner = Learner::new(model, OptimizerSection::default(), alone, patience);
+    let objective = ObjectiveConfig::CalDpo {
+        beta: 0.1,
+        calibration_weight: 1.0,
+    };
+
+    let mut start = Instant::now();
+    let (mut pairs_done, mut tokens) = (0, 0);
+    for step in 1..=request.warmup + request.steps {
+        if step == request.warmup + 1 {
+            learner.times = Times::default();
+            start = Instant::now();
+        }
+        let order = step_pairs(0, step, pairs.len(), request.batch_pairs, false);
+        let batch = order.pairs.iter().map(|&pair| &pairs[pair]);
+        let batch = learner.batch(batch.collect(), request.micro_batch_tokens);
+        // The policy as its own reference costs nothing and keeps the gradients of a run's first step.
+        let prepared = learner.prepare(&batch, None, &objective)?;
+        let measures = measure(&objective, &prepared.pairs, batch.counts);
+        tracing::debug!(step, loss = measures.loss, "timed step");
+        learner.apply(prepared.reduced, OptimizerSection::default().learning_rate)?;
+        if step > request.warmup {
+            pairs_done += batch.counts.pairs;
+            tokens += batch.tokens;
+        }
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    let steps = request.steps as f64;
+    let mean = |time: Duration| time.as_secs_f64() / steps;
+    let Times {
+        forward,
+        backward,
+        reduce,
+        update,
+    } = learner.times;
+    Ok(BenchResult {
+        pairs_per_second: pairs_done as f64 / seconds,
+        tokens_per_second: tokens as f64 / seconds,
+        seconds_per_step: seconds / steps,
+        peak_memory_gib: peak_memory_gib(),
+        parameters,
+        profile: Some(Profile {
+            forward: mean(forward),
+            backward: mean(backward),
+            reduce: mean(reduce),
+            update: mean(update),
+        }),
+    })
+}
+
+impl BenchRequest {
+    fn validate(&self) -> Result<(), SpecError> {
+        let refuse = |key: &str, reason: &str| {
+            Err(SpecError {
+                key: key.into(),
+                reason: reason.into(),
+            })
+        };
+        if self.dtype == Dtype::Bf16 {
+            return refuse(
+                "--dtype",
+                "bf16 arithmetic is not available in this build; use f32",
+            );
+        }
+        for (key, value) in [
+            ("--batch-pairs", self.batch_pairs as u64),
+            ("--micro-batch-tokens", self.micro_batch_tokens as u64),
+            ("--steps", self.steps),
+        ] {
+            if value == 0 {
+                return refuse(key, "must be at least 1, got 0");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The high-water mark of resident memory, which Linux keeps per process.
+fn peak_memory_gib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kib: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib / (1024.0 * 1024.0))
+}

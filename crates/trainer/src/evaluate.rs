@@ -1,0 +1,30 @@
+//! Held-out pairs: reward dynamics with the present weights, and continuations to look at.
+
+use data::{Pair, Tokenizer};
+use model::{Model, Sampler};
+
+use crate::gate::Sample;
+use crate::spec::EvaluateSection;
+
+/// Greedy continuations of the first held-out prompts.
+pub(crate) fn samples(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    pairs: &[Pair],
+    section: &EvaluateSection,
+) -> Vec<Sample> {
+    let mut stop = tokenizer.eos_ids().to_vec();
+    stop.extend(&model.config().eos_ids);
+    pairs
+        .iter()
+        .take(section.samples)
+        .map(|pair| {
+            let mut sampler = Sampler::greedy();
+            let new = model.generate(&pair.prompt, section.sample_tokens, &mut sampler, &stop);
+            Sample {
+                prompt: tokenizer.decode(&pair.prompt),
+                text: tokenizer.decode(&new),
+            }
+        })
+        .collect()
+}

@@ -1,0 +1,237 @@
+//! The reference pass: log-probs of the frozen model, one per distinct (prompt, completion), computed once by whichever rank
+//! owns its place in the list, kept in the store for every later run (R1).
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use collective::shard_range;
+use data::Pair;
+use model::{Model, Pack, PairTokens};
+use refcache::{EntryKey, Store};
+
+use crate::error::TrainError;
+use crate::scope::scope;
+use crate::setup::{Progress, Setup, model_digest};
+
+/// The phase's name in progress reports.
+const PHASE: &str = "reference pass";
+/// Computed values are made durable after so many of them, or so long: what a crash may cost against the price of a sync.
+const APPEND_ENTRIES: usize = 256;
+const APPEND_SECONDS: u64 = 5;
+
+/// What this rank's part of the reference pass came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReferenceCounts {
+    /// Values found in the store.
+    pub reused: u64,
+    /// Values computed.
+    pub computed: u64,
+}
+
+/// The opened store of a run that needs a reference.
+pub(crate) struct References {
+    store: Store,
+    folder: PathBuf,
+}
+
+/// One completion that needs a value.
+#[derive(Clone, Copy)]
+struct Entry<'a> {
+    pair: &'a Pair,
+    completion: &'a [u32],
+    key: EntryKey,
+}
+
+impl References {
+    /// Opens the store of `setup`'s reference model and computes what is missing of this rank's slice, durably.
+    pub fn make(
+        setup: &Setup,
+        rank: usize,
+        world: usize,
+        progress: Progress<'_>,
+    ) -> Result<(Self, ReferenceCounts), TrainError> {
+        let loaded = load_reference(setup)?;
+        let (model, digest) = match &loaded {
+            Some(model) => (model, model_digest(model)),
+            None => (&setup.model, setup.digest),
+        };
+        let folder = setup.spec.reference.store.clone();
+        let (store, torn) = Store::open(&folder, &scope(&setup.spec, digest, &setup.device))?;
+        for tail in torn {
+            tracing::warn!(store = %folder.display(), "{tail}");
+        }
+        let references = Self { store, folder };
+        let entries = entries(setup);
+        let slice = &entries[shard_range(entries.len(), world, rank)];
+        let (found, missing): (Vec<Entry<'_>>, Vec<Entry<'_>>) = slice
+            .iter()
+            .partition(|entry| references.store.get(&entry.key).is_some());
+        let capacity = setup.spec.train.micro_batch_tokens;
+        references.verify(&found, setup.spec.reference.verify_samples, model)?;
+        references.compute(&missing, capacity, model, progress)?;
+        let counts = ReferenceCounts {
+            reused: found.len() as u64,
+            computed: missing.len() as u64,
+        };
+        Ok((references, counts))
+    }
+
+    /// Reads what the other ranks stored and looks up all values of `pairs`, one list per list.
+    pub fn collect<const N: usize>(
+        mut self,
+        pairs: [&[Pair]; N],
+    ) -> Result<[Vec<[f64; 2]>; N], TrainError> {
+        for tail in self.store.reload()? {
+            tracing::warn!(store = %self.folder.display(), "{tail}");
+        }
+        let (mut missing, mut total) = (0, 0);
+        let values = pairs.map(|pairs| {
+            let values = pairs.iter().map(|pair| {
+                [&pair.chosen, &pair.rejected].map(|completion| {
+                    // Nothing is scored of an empty completion, as in the policy's log-probs.
+                    if completion.is_empty() {
+                        return 0.0;
+                    }
+                    total += 1;
+                    let value = self.store.get(&EntryKey::new(&pair.prompt, completion));
+                    missing += usize::from(value.is_none());
+                    f64::from(value.unwrap_or(f32::NAN))
+                })
+            });
+            values.collect()
+        });
+        if missing > 0 {
+            return Err(TrainError::ReferenceMissing {
+                store: self.folder,
+                missing,
+                total,
+            });
+        }
+        Ok(values)
+    }
+
+    /// Computes evenly spaced `samples` of `found` again: a store that was filled by another program or machine is refused
+    /// before it spoils a run.
+    fn verify(&self, found: &[Entry<'_>], samples: usize, model: &Model) -> Result<(), TrainError> {
+        let samples = samples.min(found.len());
+        for sample in 0..samples {
+            let entry = found[sample * found.len() / samples];
+            let computed = model.forward(&pack(&[vec![entry]])).logps[0][0];
+            let stored = self.store.get(&entry.key).expect("found in the store");
+            if computed.to_bits() != stored.to_bits() {
+                return Err(TrainError::StoreDisagrees {
+                    store: self.folder.clone(),
+                    place: entry.pair.place.to_string(),
+                    stored,
+                    computed,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn compute(
+        &self,
+        missing: &[Entry<'_>],
+        capacity: usize,
+        model: &Model,
+        progress: Progress<'_>,
+    ) -> Result<(), TrainError> {
+        let total = missing.len() as u64;
+        progress(PHASE, 0, total);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let mut writer = self.store.writer()?;
+        let (mut fresh, mut since) = (Vec::new(), Instant::now());
+        let mut done = 0;
+        for groups in packs(missing, capacity) {
+            let logps = model.forward(&pack(&groups)).logps;
+            for (group, logps) in groups.iter().zip(logps) {
+                for (entry, value) in group.iter().zip(logps) {
+                    if !value.is_finite() {
+                        return Err(TrainError::ReferenceNotFinite {
+                            place: entry.pair.place.to_string(),
+                            value,
+                        });
+                    }
+                    fresh.push((entry.key, value));
+                }
+            }
+            let due = since.elapsed() >= Duration::from_secs(APPEND_SECONDS);
+            if fresh.len() >= APPEND_ENTRIES || due {
+                writer.append(&fresh)?;
+                done += fresh.len() as u64;
+                progress(PHASE, done, total);
+                (fresh, since) = (Vec::new(), Instant::now());
+            }
+        }
+        writer.append(&fresh)?;
+        progress(PHASE, total, total);
+        Ok(())
+    }
+}
+
+/// The reference weights, if they are not the starting weights.
+fn load_reference(setup: &Setup) -> Result<Option<Model>, TrainError> {
+    let Some(path) = &setup.spec.model.reference else {
+        return Ok(None);
+    };
+    let model = Model::load(path, &setup.device)?;
+    let (expected, found) = (setup.model.config().vocabulary, model.config().vocabulary);
+    if expected != found {
+        return Err(TrainError::ReferenceVocabulary {
+            path: path.clone(),
+            expected,
+            found,
+        });
+    }
+    Ok(Some(model))
+}
+
+/// Every distinct completion of the run in the order of its first occurrence, training pairs first: the same list on all
+/// ranks.
+fn entries(setup: &Setup) -> Vec<Entry<'_>> {
+    let mut seen = HashSet::new();
+    let mut entries = Vec::new();
+    for pair in setup.train.pairs.iter().chain(setup.held_out()) {
+        for completion in [&pair.chosen, &pair.rejected] {
+            let key = EntryKey::new(&pair.prompt, completion);
+            if !completion.is_empty() && seen.insert(key) {
+                entries.push(Entry {
+                    pair,
+                    completion,
+                    key,
+                });
+            }
+        }
+    }
+    entries
+}
+
+/// Neighbours of one pair share their prompt's rows, then groups fill packs of at most `capacity` tokens in order.
+fn packs<'a>(entries: &[Entry<'a>], capacity: usize) -> Vec<Vec<Vec<Entry<'a>>>> {
+    let mut packs: Vec<Vec<Vec<Entry<'a>>>> = Vec::new();
+    let mut room = 0;
+    for group in entries.chunk_by(|a, b| std::ptr::eq(a.pair, b.pair)) {
+        let completions: usize = group.iter().map(|entry| entry.completion.len()).sum();
+        let tokens = group[0].pair.prompt.len() + completions;
+        if packs.is_empty() || tokens > room {
+            packs.push(Vec::new());
+            room = capacity.max(tokens);
+        }
+        room -= tokens;
+        let pack = packs.last_mut().expect("one was just opened");
+        pack.push(group.to_vec());
+    }
+    packs
+}
+
+fn pack(groups: &[Vec<Entry<'_>>]) -> Pack {
+    Pack::new(groups.iter().map(|group| PairTokens {
+        prompt: &group[0].pair.prompt,
+        chosen: group[0].completion,
+        rejected: group.get(1).map_or(&[], |entry| entry.completion),
+    }))
+}

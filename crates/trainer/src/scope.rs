@@ -1,0 +1,50 @@
+//! Under which circumstances two forwards give the same bits: what of them belongs into a reference value's key (R1).
+
+use data::Truncation;
+use model::Device;
+use refcache::Scope;
+
+use crate::spec::Spec;
+
+/// The scope of reference values of `spec` by a model with this weights digest on `device`.
+pub(crate) fn scope(spec: &Spec, weights: [u8; 32], device: &Device) -> Scope {
+    let Truncation::KeepStart = spec.data.truncation;
+    Scope {
+        weights,
+        truncation: format!("keep_start {}", spec.data.max_length),
+        dtype: spec.model.dtype.name().into(),
+        backend: backend(device),
+        device_class: device_class(),
+        kernels: kernels::KERNEL_VERSION.to_string(),
+    }
+}
+
+/// The backend's name, without the index of the device: equal devices compute equal bits.
+fn backend(device: &Device) -> String {
+    let shown = format!("{device:?}").to_lowercase();
+    let known = ["flex", "cuda"]
+        .into_iter()
+        .find(|name| shown.contains(name));
+    known.map_or(shown.clone(), str::to_owned)
+}
+
+/// Sums are taken in as many lanes as the instruction set has, so their bits depend on it and on nothing else of the CPU.
+fn device_class() -> String {
+    format!("{} {}", std::env::consts::ARCH, instructions())
+}
+
+#[cfg(target_arch = "x86_64")]
+fn instructions() -> &'static str {
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        "avx512f"
+    } else if std::arch::is_x86_feature_detected!("fma") {
+        "fma"
+    } else {
+        "baseline"
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn instructions() -> &'static str {
+    "baseline"
+}

@@ -1,0 +1,80 @@
+//! Log-probs of pairs by one model, on this process alone: the forward that training uses, for looking at and comparing with.
+
+use std::path::PathBuf;
+
+use data::{DataConfig, Format, Pair, Tokenizer};
+use model::{Device, Model};
+
+use crate::batch::Batch;
+use crate::error::TrainError;
+use crate::setup::check_vocabulary;
+
+/// What to score.
+#[derive(Clone, Debug)]
+pub struct ScoreRequest {
+    /// Hugging Face directory.
+    pub model: PathBuf,
+    /// Files and how to read them; `data.train` is what is scored.
+    pub data: DataConfig,
+    /// Most tokens that go through the model at once.
+    pub micro_batch_tokens: usize,
+}
+
+/// A pair's log-probs, summed over tokens, in nats.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoredPair {
+    /// Place among the pairs that were not dropped, from 0.
+    pub index: usize,
+    /// The pair.
+    pub pair: Pair,
+    /// log π(chosen | prompt).
+    pub chosen_logp: f32,
+    /// log π(rejected | prompt); `None` for completion data.
+    pub rejected_logp: Option<f32>,
+}
+
+/// Pairs that are planned together; a group's results come in order, so nothing large is held back.
+const GROUP_PAIRS: usize = 256;
+
+/// Scores every pair and hands it to `each` in order, until `each` says stop with an error of its own. Returns the number of
+/// pairs.
+///
+/// # Errors
+/// A file that cannot be used.
+pub fn score<E: From<TrainError>>(
+    request: &ScoreRequest,
+    device: &Device,
+    each: &mut dyn FnMut(ScoredPair) -> Result<(), E>,
+) -> Result<usize, E> {
+    let (model, pairs) = load(request, device)?;
+    for (group, pairs) in pairs.chunks(GROUP_PAIRS).enumerate() {
+        let batch = Batch::new(pairs.iter().collect(), request.micro_batch_tokens, 0, 1);
+        let mut logps = vec![[0.0; 2]; pairs.len()];
+        for slots in &batch.own {
+            let scored = model.forward(&batch.pack(slots));
+            for (&slot, scored) in slots.iter().zip(scored.logps) {
+                logps[slot] = scored;
+            }
+        }
+        for (slot, (pair, [chosen, rejected])) in pairs.iter().zip(logps).enumerate() {
+            each(ScoredPair {
+                index: group * GROUP_PAIRS + slot,
+                chosen_logp: chosen,
+                rejected_logp: (!pair.rejected.is_empty()).then_some(rejected),
+                pair: pair.clone(),
+            })?;
+        }
+    }
+    Ok(pairs.len())
+}
+
+fn load(request: &ScoreRequest, device: &Device) -> Result<(Model, Vec<Pair>), TrainError> {
+    let data = &request.data;
+    let tokenizer = Tokenizer::load(&request.model, data.chat_template.as_deref())?;
+    // A file without a rejected side is read for its completions.
+    let needs_rejected = data.format != Format::Completion;
+    let pairs = data::load(&data.train, data, &tokenizer, needs_rejected)?.pairs;
+    let model = Model::load(&request.model, device)?;
+    check_vocabulary(&pairs, &model, &request.model)?;
+    Ok((model, pairs))
+}

@@ -1,0 +1,186 @@
+//! Everything a run reads before it has peers: tokens, starting weights, digests. What depends on rank and world comes after.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use data::{Dataset, Pair, Report, Tokenizer};
+use model::{Device, Model, Saving};
+
+use crate::error::TrainError;
+use crate::spec::Spec;
+
+/// Hears how far a long phase is: its name, units done, units in all.
+pub type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64);
+
+/// A loaded run.
+pub struct Setup {
+    pub(crate) spec: Spec,
+    pub(crate) device: Device,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) train: Dataset,
+    pub(crate) eval: Option<Dataset>,
+    pub(crate) model: Model,
+    pub(crate) digest: [u8; 32],
+}
+
+/// What all members of a run must find alike before the first step. Digests are hexadecimal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Optimizer steps of the whole run.
+    pub steps_total: u64,
+    /// Training pairs after drops.
+    pub pairs: u64,
+    /// Held-out pairs that are scored.
+    pub eval_pairs: u64,
+    /// Parameters of the policy; tied weights count once.
+    pub parameters: u64,
+    /// The starting weights and how they are computed with.
+    pub model_digest: String,
+    /// Tokenizer and chat template.
+    pub tokenizer_digest: String,
+    /// Token ids of the training and held-out pairs.
+    pub data_digest: String,
+}
+
+impl Setup {
+    /// Validates `spec` and reads what it names.
+    ///
+    /// # Errors
+    /// The first thing that cannot be used.
+    pub fn load(spec: &Spec, device: &Device, progress: Progress<'_>) -> Result<Self, TrainError> {
+        spec.validate()?;
+        let config = &spec.data;
+        progress("tokenize pairs", 0, 2);
+        let tokenizer = Tokenizer::load(&spec.model.path, config.chat_template.as_deref())?;
+        let needs_rejected = spec.objective.needs_rejected();
+        let train = data::load(&config.train, config, &tokenizer, needs_rejected)?;
+        progress("tokenize pairs", 1, 2);
+        let eval = if config.eval.is_empty() {
+            None
+        } else {
+            Some(data::load(
+                &config.eval,
+                config,
+                &tokenizer,
+                needs_rejected,
+            )?)
+        };
+        progress("load model", 0, 1);
+        let mut model = Model::load(&spec.model.path, device)?;
+        if spec.model.gradient_checkpointing {
+            model.set_saving(Saving::BlockInputs);
+        }
+        let pairs = train
+            .pairs
+            .iter()
+            .chain(eval.iter().flat_map(|eval| &eval.pairs));
+        check_vocabulary(pairs, &model, &spec.model.path)?;
+        check_positions(&model, config.max_length);
+        let digest = model_digest(&model);
+        progress("load model", 1, 1);
+        Ok(Self {
+            spec: spec.clone(),
+            device: device.clone(),
+            tokenizer,
+            train,
+            eval,
+            model,
+            digest,
+        })
+    }
+
+    /// What this run is made of.
+    pub fn facts(&self) -> Facts {
+        let mut data = blake3::Hasher::new();
+        data.update(b"caldpo run data 1").update(&self.train.digest);
+        if let Some(eval) = &self.eval {
+            data.update(&eval.digest);
+        }
+        Facts {
+            steps_total: self.spec.train.steps_total(self.train.pairs.len()),
+            pairs: self.train.pairs.len() as u64,
+            eval_pairs: self.held_out().len() as u64,
+            parameters: self.model.layout().elements() as u64,
+            model_digest: hex(&self.digest),
+            tokenizer_digest: hex(&self.tokenizer.digest()),
+            data_digest: hex(data.finalize().as_bytes()),
+        }
+    }
+
+    /// What became of the rows of the training files, and of the held-out files if there are any.
+    pub fn reports(&self) -> (&Report, Option<&Report>) {
+        let eval = self.eval.as_ref();
+        (&self.train.report, eval.map(|eval| &eval.report))
+    }
+
+    /// The held-out pairs that evaluations score.
+    pub(crate) fn held_out(&self) -> &[Pair] {
+        held_out(&self.spec, self.eval.as_ref())
+    }
+}
+
+/// The first `evaluate.batch_pairs` of the held-out pairs.
+pub(crate) fn held_out<'a>(spec: &Spec, eval: Option<&'a Dataset>) -> &'a [Pair] {
+    let pairs = eval.map_or(&[][..], |eval| &eval.pairs);
+    let most = spec.evaluate.batch_pairs.unwrap_or(usize::MAX);
+    &pairs[..pairs.len().min(most)]
+}
+
+/// Digest of a model as a function: its weights, and everything of its description that changes what they compute.
+pub(crate) fn model_digest(model: &Model) -> [u8; 32] {
+    let config = model.config();
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(b"caldpo model 1");
+    hasher.update(&model.weights_digest());
+    // Weights alone do not tell a rotary base or a window. The shapes of the weights cover the rest of the description.
+    let parts = (
+        &config.attention,
+        &config.rotary,
+        config.norm_epsilon,
+        config.tied,
+    );
+    hasher.update(format!("{parts:?}").as_bytes());
+    *hasher.finalize().as_bytes()
+}
+
+/// Refuses ids without an embedding, which the forward would panic on.
+pub(crate) fn check_vocabulary<'a>(
+    pairs: impl IntoIterator<Item = &'a Pair>,
+    model: &Model,
+    path: &Path,
+) -> Result<(), TrainError> {
+    let vocabulary = model.config().vocabulary;
+    for pair in pairs {
+        let mut ids = [&pair.prompt, &pair.chosen, &pair.rejected]
+            .into_iter()
+            .flatten();
+        if let Some(&id) = ids.find(|&&id| id as usize >= vocabulary) {
+            return Err(TrainError::Vocabulary {
+                place: pair.place.to_string(),
+                id,
+                vocabulary,
+                model: path.to_owned(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn check_positions(model: &Model, max_length: usize) {
+    if let Some(positions) = model.config().positions_max
+        && max_length > positions
+    {
+        tracing::warn!(
+            max_length,
+            positions,
+            "data.max_length is longer than the model was made for (max_position_embeddings)"
+        );
+    }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut digits, byte| {
+        write!(digits, "{byte:02x}").expect("a string takes everything");
+        digits
+    })
+}

@@ -1,0 +1,217 @@
+//! The sharded optimizer (ZeRO stage 1): each rank owns the same contiguous share of every bucket, holds its moments, and
+//! updates it. Reduce-scatter brings the gradient's sum to the owner, all-gather the new weights to everybody.
+//!
+//! ```text
+//! gradients (whole, own pairs) ──reduce-scatter──► sums of the own shard ──Σ²──all-reduce──► norm
+//!                                                        │ commit
+//!                                         AdamW on the own shard ──all-gather──► weights (whole, equal on all ranks)
+//! ```
+//! Between the two halves lies the coordinator's decision, so nothing is changed by the first.
+
+use std::{ops::Range, time::Instant};
+
+use collective::{Collective, CollectiveError, Op, Region, shard_range};
+
+use crate::adamw::{OptimizerSection, Update};
+
+/// Flat memory in the layout's buckets.
+pub type Buckets = Vec<Vec<f32>>;
+
+/// A range of a bucket and whether its parameter decays.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stretch {
+    /// Elements within the bucket.
+    pub range: Range<usize>,
+    /// False for norms and biases.
+    pub decay: bool,
+}
+
+/// Moments of this rank's share of every bucket.
+#[derive(Debug)]
+pub struct ShardedAdamW {
+    section: OptimizerSection,
+    buckets: Vec<Shard>,
+    /// Updates applied so far: what the bias corrections count. Skipped steps are no updates.
+    updates: u64,
+}
+
+/// One bucket's share.
+#[derive(Debug)]
+pub struct Shard {
+    /// The own elements within the bucket.
+    pub range: Range<usize>,
+    /// First moments of them.
+    pub first: Vec<f32>,
+    /// Second moments of them.
+    pub second: Vec<f32>,
+    /// Stretches of one kind within the range.
+    stretches: Vec<Stretch>,
+}
+
+/// A reduced gradient, kept until the step is committed or dropped.
+#[derive(Debug)]
+pub struct Reduced {
+    /// The buckets, of which only the own shards are defined.
+    pub buckets: Buckets,
+    /// Norm of the whole gradient over all parameters and ranks; the same bits on all ranks, not finite if any element is
+    /// not.
+    pub norm: f64,
+}
+
+impl ShardedAdamW {
+    /// Fresh moments for buckets of `stretches` that cover them in order.
+    pub fn new(
+        section: OptimizerSection,
+        buckets: &[Vec<Stretch>],
+        world: usize,
+        rank: usize,
+    ) -> Self {
+        let buckets = buckets
+            .iter()
+            .map(|stretches| {
+                let len = stretches.last().map_or(0, |stretch| stretch.range.end);
+                let range = shard_range(len, world, rank);
+                Shard {
+                    first: vec![0.0; range.len()],
+                    second: vec![0.0; range.len()],
+                    stretches: cut(stretches, &range),
+                    range,
+                }
+            })
+            .collect();
+        Self {
+            section,
+            buckets,
+            updates: 0,
+        }
+    }
+
+    /// The shards, one per bucket.
+    pub fn shards(&self) -> &[Shard] {
+        &self.buckets
+    }
+
+    /// The shards, for filling in what a checkpoint holds, together with [`ShardedAdamW::set_updates`].
+    pub fn shards_mut(&mut self) -> &mut [Shard] {
+        &mut self.buckets
+    }
+
+    /// Updates applied so far.
+    pub fn updates(&self) -> u64 {
+        self.updates
+    }
+
+    /// Sets the number of updates that the moments hold.
+    pub fn set_updates(&mut self, updates: u64) {
+        self.updates = updates;
+    }
+
+    /// Sums the ranks' gradients at their owners and takes the global norm. Weights and moments are not touched.
+    ///
+    /// # Errors
+    /// What the collective says; the gradient is gone then and the step must be done again.
+    pub fn reduce(
+        &self,
+        collective: &mut dyn Collective,
+        gradients: Buckets,
+        deadline: Instant,
+    ) -> Result<Reduced, CollectiveError> {
+        let generation = collective.generation();
+        let mut tickets = Vec::with_capacity(gradients.len());
+        for bucket in gradients {
+            let region = Region::HostF32(bucket);
+            tickets.push(collective.start(Op::ReduceScatterSum, region, generation)?);
+        }
+        let mut buckets = Vec::with_capacity(tickets.len());
+        let mut squares = 0.0;
+        for (ticket, shard) in tickets.into_iter().zip(&self.buckets) {
+            let bucket = collective.wait(ticket, deadline)?.into_f32();
+            squares += sum_of_squares(&bucket[shard.range.clone()]);
+            buckets.push(bucket);
+        }
+        // Squares of f32 cannot overflow f64, so this sum is finite exactly when every element on every rank is.
+        let total = collective.run(Op::AllReduceSum, Region::HostF64(vec![squares]), deadline)?;
+        Ok(Reduced {
+            buckets,
+            norm: total.into_f64()[0].sqrt(),
+        })
+    }
+
+    /// Updates the own shards of `weights` and gathers the others'. Returns the gathered weights and the gradient's memory.
+    ///
+    /// # Errors
+    /// What the collective says; the weights are undefined then.
+    ///
+    /// # Panics
+    /// If the gradient is not finite: such a step is skipped, not applied.
+    pub fn apply(
+        &mut self,
+        collective: &mut dyn Collective,
+        weights: Buckets,
+        reduced: Reduced,
+        learning_rate: f64,
+        deadline: Instant,
+    ) -> Result<(Buckets, Buckets), CollectiveError> {
+        assert!(reduced.norm.is_finite(), "norm {} applied", reduced.norm);
+        self.updates += 1;
+        let update = Update::new(&self.section, learning_rate, reduced.norm, self.updates);
+        let generation = collective.generation();
+        let mut tickets = Vec::with_capacity(weights.len());
+        let buckets = weights.into_iter().zip(&mut self.buckets);
+        for ((mut weights, shard), gradient) in buckets.zip(&reduced.buckets) {
+            shard.apply(&update, &mut weights, gradient);
+            // The next bucket's arithmetic runs while this one travels.
+            tickets.push(collective.start(Op::AllGather, Region::HostF32(weights), generation)?);
+        }
+        let mut gathered = Vec::with_capacity(tickets.len());
+        for ticket in tickets {
+            gathered.push(collective.wait(ticket, deadline)?.into_f32());
+        }
+        Ok((gathered, reduced.buckets))
+    }
+}
+
+impl Shard {
+    fn apply(&mut self, update: &Update, weights: &mut [f32], gradient: &[f32]) {
+        let start = self.range.start;
+        for stretch in &self.stretches {
+            let range = stretch.range.clone();
+            let own = range.start - start..range.end - start;
+            update.apply(
+                &mut weights[range.clone()],
+                &mut self.first[own.clone()],
+                &mut self.second[own],
+                &gradient[range],
+                stretch.decay,
+            );
+        }
+    }
+}
+
+/// The parts of `stretches` inside `range`.
+fn cut(stretches: &[Stretch], range: &Range<usize>) -> Vec<Stretch> {
+    stretches
+        .iter()
+        .map(|stretch| Stretch {
+            range: stretch.range.start.max(range.start)..stretch.range.end.min(range.end),
+            decay: stretch.decay,
+        })
+        .filter(|stretch| !stretch.range.is_empty())
+        .collect()
+}
+
+/// Σx² in f64, in eight interleaved sums so that the loop vectorizes; the order depends on the length alone.
+fn sum_of_squares(values: &[f32]) -> f64 {
+    let mut sums = [0f64; 8];
+    let chunks = values.chunks_exact(8);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (sum, &value) in sums.iter_mut().zip(chunk) {
+            *sum += f64::from(value) * f64::from(value);
+        }
+    }
+    for (sum, &value) in sums.iter_mut().zip(rest) {
+        *sum += f64::from(value) * f64::from(value);
+    }
+    sums.iter().sum()
+}

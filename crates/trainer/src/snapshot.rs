@@ -1,0 +1,254 @@
+//! What a checkpoint holds of a rank: its shard of weights and moments, copied between two steps and written by a thread of
+//! its own while training goes on. One save is in flight at a time; a second one waits for the first.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
+
+use checkpoint::{Checkpoint, Kind, Piece, TensorSpec, TrainState};
+use model::Layout;
+
+use crate::error::TrainError;
+use crate::gate::{SavedReporter, SavedShard};
+use crate::learner::Learner;
+use crate::setup::Facts;
+
+/// Where snapshots go and as whose.
+#[derive(Clone, Debug)]
+pub(crate) struct Destination {
+    pub checkpoints: PathBuf,
+    pub generation: u64,
+    pub rank: u32,
+    pub world: u32,
+}
+
+/// The thread that writes, and the memory it gives back.
+pub(crate) struct Saver {
+    destination: Destination,
+    writing: Option<JoinHandle<Snapshot>>,
+    spare: Snapshot,
+}
+
+/// A copy of a rank's shard; the shards of all buckets lie one behind the other.
+#[derive(Default)]
+struct Snapshot {
+    tensors: Vec<TensorSpec>,
+    parts: Vec<Part>,
+    weights: Vec<f32>,
+    first: Vec<f32>,
+    second: Vec<f32>,
+}
+
+/// The elements of one tensor within the shard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Part {
+    tensor: String,
+    /// First element within the tensor.
+    start: usize,
+    /// Bucket of the tensor.
+    bucket: usize,
+    /// Elements within the bucket.
+    range: Range<usize>,
+}
+
+impl Saver {
+    /// A saver that has written nothing yet.
+    pub fn new(destination: Destination) -> Self {
+        Self {
+            destination,
+            writing: None,
+            spare: Snapshot::default(),
+        }
+    }
+
+    /// Copies the shard and writes it in the background; `report` hears when it is durable, or why it is not.
+    pub fn save(
+        &mut self,
+        learner: &mut Learner,
+        state: TrainState,
+        report: SavedReporter,
+    ) -> Result<(), TrainError> {
+        self.finish();
+        let mut snapshot = std::mem::take(&mut self.spare);
+        snapshot.take(learner);
+        let destination = self.destination.clone();
+        let write = move || {
+            let file = snapshot.write(&destination, state);
+            report(SavedShard {
+                step: state.step,
+                file,
+            });
+            snapshot
+        };
+        let thread = thread::Builder::new().name("snapshot".into());
+        let writing = thread.spawn(write).map_err(|source| TrainError::Thread {
+            thread: "snapshot",
+            source,
+        })?;
+        self.writing = Some(writing);
+        Ok(())
+    }
+
+    /// Waits for the save in flight.
+    pub fn finish(&mut self) {
+        if let Some(writing) = self.writing.take() {
+            match writing.join() {
+                Ok(snapshot) => self.spare = snapshot,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+    }
+}
+
+impl Snapshot {
+    fn take(&mut self, learner: &mut Learner) {
+        if self.parts.is_empty() {
+            self.tensors = tensor_specs(learner.model.layout());
+            let shards = learner.optimizer.shards().iter();
+            let ranges: Vec<_> = shards.map(|shard| shard.range.clone()).collect();
+            self.parts = parts(learner.model.layout(), &ranges);
+        }
+        self.weights.clear();
+        self.first.clear();
+        self.second.clear();
+        let weights = learner.model.take_weights();
+        for (bucket, shard) in weights.iter().zip(learner.optimizer.shards()) {
+            self.weights.extend_from_slice(&bucket[shard.range.clone()]);
+            self.first.extend_from_slice(&shard.first);
+            self.second.extend_from_slice(&shard.second);
+        }
+        learner.model.put_weights(weights);
+    }
+
+    fn write(&self, destination: &Destination, state: TrainState) -> Result<String, String> {
+        let mut pieces = Vec::new();
+        for (kind, values) in [
+            (Kind::Weight, &self.weights),
+            (Kind::FirstMoment, &self.first),
+            (Kind::SecondMoment, &self.second),
+        ] {
+            let mut rest = &values[..];
+            for part in &self.parts {
+                let (own, others) = rest.split_at(part.range.len());
+                rest = others;
+                pieces.push(Piece {
+                    tensor: &part.tensor,
+                    kind,
+                    start: part.start,
+                    values: own,
+                });
+            }
+        }
+        let Destination {
+            checkpoints,
+            generation,
+            rank,
+            world,
+        } = destination;
+        let written = checkpoint::write_rank(
+            checkpoints,
+            *generation,
+            *rank,
+            *world,
+            state,
+            &self.tensors,
+            &pieces,
+        );
+        let file = written.map_err(|error| error.to_string())?;
+        serde_json::to_string(&file).map_err(|error| error.to_string())
+    }
+}
+
+/// Puts the state of the checkpoint at `path` into `learner`, whatever world size wrote it (C3). Returns where it stands.
+pub(crate) fn restore(
+    learner: &mut Learner,
+    path: &Path,
+    seed: u64,
+    facts: &Facts,
+) -> Result<TrainState, TrainError> {
+    let resume = |reason: String| TrainError::Resume {
+        path: path.to_owned(),
+        reason,
+    };
+    let checkpoint = Checkpoint::open(path).map_err(|error| resume(error.to_string()))?;
+    let state = checkpoint.manifest().state;
+    if state.seed != seed {
+        return Err(resume(format!(
+            "it was trained with seed {}, this run has {seed}; resume with the run's own configuration",
+            state.seed
+        )));
+    }
+    let info = &checkpoint.manifest().info;
+    for (what, expected, found) in [
+        ("starting weights", &facts.model_digest, &info.model_digest),
+        (
+            "a tokenizer",
+            &facts.tokenizer_digest,
+            &info.tokenizer_digest,
+        ),
+        ("training pairs", &facts.data_digest, &info.data_digest),
+    ] {
+        if expected != found {
+            return Err(resume(format!(
+                "it belongs to {what} with digest {found}, this run's have {expected}; restore what it was trained from, or \
+                 start a new run"
+            )));
+        }
+    }
+    let layout = learner.model.layout().clone();
+    let expected = tensor_specs(&layout);
+    if checkpoint.manifest().tensors != expected {
+        return Err(resume(
+            "its tensors are not the model's; it belongs to another model".into(),
+        ));
+    }
+    let read = |part: &Part, kind: Kind, out: &mut [f32]| {
+        let read = checkpoint.read(&part.tensor, kind, part.start, out);
+        read.map_err(|error| resume(error.to_string()))
+    };
+    let whole: Vec<_> = layout.bucket_lens().into_iter().map(|len| 0..len).collect();
+    let mut weights = learner.model.take_weights();
+    for part in parts(&layout, &whole) {
+        let out = &mut weights[part.bucket][part.range.clone()];
+        read(&part, Kind::Weight, out)?;
+    }
+    learner.model.put_weights(weights);
+    let shards = learner.optimizer.shards_mut();
+    let ranges: Vec<_> = shards.iter().map(|shard| shard.range.clone()).collect();
+    for part in parts(&layout, &ranges) {
+        let shard = &mut shards[part.bucket];
+        let own = part.range.start - shard.range.start..part.range.end - shard.range.start;
+        read(&part, Kind::FirstMoment, &mut shard.first[own.clone()])?;
+        read(&part, Kind::SecondMoment, &mut shard.second[own])?;
+    }
+    learner.optimizer.set_updates(state.updates);
+    Ok(state)
+}
+
+fn tensor_specs(layout: &Layout) -> Vec<TensorSpec> {
+    let parameters = layout.parameters.iter();
+    parameters
+        .map(|parameter| TensorSpec {
+            name: parameter.name.clone(),
+            shape: parameter.shape.clone(),
+        })
+        .collect()
+}
+
+/// The tensors' elements inside `ranges`, one range per bucket, in layout order.
+fn parts(layout: &Layout, ranges: &[Range<usize>]) -> Vec<Part> {
+    let mut parts = Vec::new();
+    for parameter in &layout.parameters {
+        let (whole, range) = (parameter.range(), &ranges[parameter.bucket]);
+        let cut = whole.start.max(range.start)..whole.end.min(range.end);
+        if !cut.is_empty() {
+            parts.push(Part {
+                tensor: parameter.name.clone(),
+                start: cut.start - whole.start,
+                bucket: parameter.bucket,
+                range: cut,
+            });
+        }
+    }
+    parts
+}

@@ -1,0 +1,263 @@
+//! What one training run is: the sections of a configuration that training reads, with their defaults and ranges.
+//!
+//! Values only; nothing here opens a file. Where a run is executed (workers, addresses, cadence of checkpoints) is not here.
+
+use std::path::PathBuf;
+
+use data::DataConfig;
+use objective::ObjectiveConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::adamw::OptimizerSection;
+use crate::schedule::{Schedule, ScheduleSection};
+
+/// Everything that decides what a run computes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// Seed of the data order. Default 42.
+    #[serde(default = "default_seed")]
+    pub seed: u64,
+    /// `[model]`.
+    pub model: ModelSection,
+    /// `[data]`.
+    pub data: DataConfig,
+    /// `[objective]`. Default Cal-DPO with β = 0.1 and λ = 1.
+    #[serde(default = "default_objective")]
+    pub objective: ObjectiveConfig,
+    /// `[reference]`.
+    #[serde(default)]
+    pub reference: ReferenceSection,
+    /// `[optimizer]`.
+    #[serde(default)]
+    pub optimizer: OptimizerSection,
+    /// `[schedule]`.
+    #[serde(default)]
+    pub schedule: ScheduleSection,
+    /// `[train]`.
+    #[serde(default)]
+    pub train: TrainSection,
+    /// `[evaluate]`.
+    #[serde(default)]
+    pub evaluate: EvaluateSection,
+}
+
+/// `[model]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSection {
+    /// Hugging Face directory of the starting weights.
+    pub path: PathBuf,
+    /// Hugging Face directory of the reference weights. Default the starting weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<PathBuf>,
+    /// Arithmetic of forward and backward. Default `f32`.
+    #[serde(default)]
+    pub dtype: Dtype,
+    /// Keep only the inputs of blocks and compute the rest again in the backward: a third more time for much less memory.
+    /// Default false.
+    #[serde(default)]
+    pub gradient_checkpointing: bool,
+}
+
+/// Arithmetic of forward and backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    /// 32 bits throughout.
+    #[default]
+    F32,
+    /// Matrix products in bfloat16; refused by [`Spec::validate`].
+    Bf16,
+}
+
+impl Dtype {
+    /// Its name in configurations and reference scopes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+/// `[reference]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReferenceSection {
+    /// Folder of stored reference log-probs; runs may share it. Default `reference-store`.
+    pub store: PathBuf,
+    /// Every rank computes so many of the values that it found in the store again and refuses the store if a bit differs.
+    /// Default 4.
+    pub verify_samples: usize,
+}
+
+impl Default for ReferenceSection {
+    fn default() -> Self {
+        Self {
+            store: "reference-store".into(),
+            verify_samples: 4,
+        }
+    }
+}
+
+/// `[train]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainSection {
+    /// Passes over the training pairs. Default 1 when `steps` is absent too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<u64>,
+    /// Optimizer steps instead of epochs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<u64>,
+    /// Pairs of one optimizer step, over all ranks. Default 64.
+    pub batch_pairs: usize,
+    /// Most tokens that go through the model at once (a longer pair goes alone): what memory depends on. Default 2048.
+    pub micro_batch_tokens: usize,
+}
+
+impl Default for TrainSection {
+    fn default() -> Self {
+        Self {
+            epochs: None,
+            steps: None,
+            batch_pairs: 64,
+            micro_batch_tokens: 2048,
+        }
+    }
+}
+
+impl TrainSection {
+    /// Optimizer steps of the whole run over `pairs` training pairs.
+    pub fn steps_total(&self, pairs: usize) -> u64 {
+        let epochs = self.epochs.unwrap_or(1);
+        self.steps.unwrap_or_else(|| {
+            epochs.saturating_mul(data::steps_per_epoch(pairs, self.batch_pairs))
+        })
+    }
+}
+
+/// `[evaluate]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvaluateSection {
+    /// Score the held-out pairs every so many steps, besides before the first and after the last. Default only those two.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub every_steps: Option<u64>,
+    /// Score only the first so many held-out pairs. Default all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch_pairs: Option<usize>,
+    /// Held-out prompts to continue before and after training. Default 3.
+    pub samples: usize,
+    /// Most tokens of a continuation. Default 64.
+    pub sample_tokens: usize,
+}
+
+impl Default for EvaluateSection {
+    fn default() -> Self {
+        Self {
+            every_steps: None,
+            batch_pairs: None,
+            samples: 3,
+            sample_tokens: 64,
+        }
+    }
+}
+
+/// A value that cannot work.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {reason}")]
+pub struct SpecError {
+    /// Dotted path of the key.
+    pub key: String,
+    /// What is wrong and what would be right.
+    pub reason: String,
+}
+
+impl Spec {
+    /// Checks what can be checked without opening a file.
+    ///
+    /// # Errors
+    /// The first value that cannot work.
+    pub fn validate(&self) -> Result<(), SpecError> {
+        if self.model.dtype == Dtype::Bf16 {
+            return refuse(
+                "model.dtype",
+                "bf16 arithmetic is not available in this build; set model.dtype = \"f32\"",
+            );
+        }
+        self.data.validate().map_err(|error| SpecError {
+            key: error.key,
+            reason: error.reason,
+        })?;
+        self.objective.validate().map_err(|error| SpecError {
+            key: error.key,
+            reason: error.reason,
+        })?;
+        if self.reference.store.as_os_str().is_empty() {
+            return refuse("reference.store", "is empty; name a folder");
+        }
+        self.optimizer.validate()?;
+        self.schedule.validate()?;
+        self.train.validate()?;
+        self.evaluate.validate()
+    }
+
+    /// The learning rates of a run of `steps` steps.
+    pub fn learning_rates(&self, steps: u64) -> Schedule {
+        Schedule {
+            kind: self.schedule.kind,
+            peak: self.optimizer.learning_rate,
+            warmup_steps: self.schedule.warmup(steps),
+            steps,
+        }
+    }
+}
+
+impl TrainSection {
+    fn validate(&self) -> Result<(), SpecError> {
+        if self.epochs.is_some() && self.steps.is_some() {
+            return refuse(
+                "train.epochs",
+                "given together with train.steps; keep one of them",
+            );
+        }
+        positive("train.epochs", self.epochs.unwrap_or(1))?;
+        positive("train.steps", self.steps.unwrap_or(1))?;
+        positive("train.batch_pairs", self.batch_pairs as u64)?;
+        positive("train.micro_batch_tokens", self.micro_batch_tokens as u64)
+    }
+}
+
+impl EvaluateSection {
+    fn validate(&self) -> Result<(), SpecError> {
+        positive("evaluate.every_steps", self.every_steps.unwrap_or(1))?;
+        positive("evaluate.batch_pairs", self.batch_pairs.unwrap_or(1) as u64)
+    }
+}
+
+fn positive(key: &str, value: u64) -> Result<(), SpecError> {
+    if value > 0 {
+        return Ok(());
+    }
+    refuse(key, "must be at least 1, got 0")
+}
+
+pub(crate) fn refuse(key: &str, reason: &str) -> Result<(), SpecError> {
+    Err(SpecError {
+        key: key.into(),
+        reason: reason.into(),
+    })
+}
+
+fn default_seed() -> u64 {
+    42
+}
+
+fn default_objective() -> ObjectiveConfig {
+    ObjectiveConfig::CalDpo {
+        beta: 0.1,
+        calibration_weight: 1.0,
+    }
+}
