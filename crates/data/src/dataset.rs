@@ -1,16 +1,16 @@
-//! From rows to token ids: each row templated and tokenized, cut to length, kept or dropped with its reason. Order is not decided here.
+//! From files to a dataset: every row encoded, kept or dropped with its reason, counted. Order is not decided here.
 
 use std::path::PathBuf;
 
 use rayon::prelude::*;
-use serde_json::Value;
 
 use crate::chat::ChatTemplate;
-use crate::config::{DataConfig, Format, Truncation};
+use crate::config::{DataConfig, Format};
+use crate::encode::{Tokenized, tokenize};
 use crate::error::{DataError, Place};
-use crate::layout::{self, Parts};
+use crate::layout;
 use crate::report::{self, DropReason, Dropped, Example, Report};
-use crate::rows::{self, Row};
+use crate::rows;
 use crate::tokenizer::{Hasher, Tokenizer};
 
 /// A prompt and its completions as token ids.
@@ -156,170 +156,6 @@ fn no_pairs(files: &[PathBuf], rows: usize, reason: &str, cure: &str) -> DataErr
         reason: reason.into(),
         cure: cure.into(),
     }
-}
-
-/// A pair before it is known whether it stays.
-struct Tokenized {
-    pair: Pair,
-    /// Tokens of the prompt before the cut.
-    prompt_tokens: usize,
-    truncated: bool,
-    border_moved: bool,
-}
-
-fn tokenize(
-    row: &Row,
-    format: Format,
-    config: &DataConfig,
-    tokenizer: &Tokenizer,
-    needs_rejected: bool,
-) -> Result<Tokenized, DataError> {
-    let place = &row.place;
-    let (prompt, chosen, rejected) = match layout::parts(row, format, &config.columns)? {
-        Parts::Plain {
-            prompt,
-            chosen,
-            rejected,
-        } => {
-            let rejected = rejected.filter(|_| needs_rejected);
-            let whole = |completion: &str| plain(place, &prompt, completion, tokenizer);
-            (
-                encoded(place, tokenizer.encode(&prompt))?,
-                whole(&chosen)?,
-                rejected.map(|text| whole(&text)).transpose()?,
-            )
-        }
-        Parts::Chat {
-            prompt,
-            chosen,
-            rejected,
-        } => {
-            let rejected = rejected.filter(|_| needs_rejected);
-            let text = rendered(place, &prompt, true, tokenizer)?;
-            let whole = |completion| chat(place, &prompt, &text, completion, tokenizer);
-            (
-                encoded(place, tokenizer.encode_bare(&text))?,
-                whole(chosen)?,
-                rejected.map(whole).transpose()?,
-            )
-        }
-    };
-    Ok(cut(place, &prompt, &chosen, rejected.as_deref(), config))
-}
-
-/// Prompt + completion + EOS of plain text.
-fn plain(
-    place: &Place,
-    prompt: &str,
-    completion: &str,
-    tokenizer: &Tokenizer,
-) -> Result<Vec<u32>, DataError> {
-    let Some(eos) = tokenizer.eos() else {
-        return Err(DataError::Row {
-            place: place.clone(),
-            reason: "the row is plain text and the model names no token that ends it".into(),
-            cure: "add eos_token to tokenizer_config.json".into(),
-        });
-    };
-    let mut ids = encoded(place, tokenizer.encode(&format!("{prompt}{completion}")))?;
-    // Some files end their completions with the EOS written out.
-    if completion.is_empty() || ids.last() != Some(&eos) {
-        ids.push(eos);
-    }
-    Ok(ids)
-}
-
-/// Prompt + completion of a conversation, checked to start with `prompt_text`.
-fn chat(
-    place: &Place,
-    prompt: &[Value],
-    prompt_text: &str,
-    completion: Vec<Value>,
-    tokenizer: &Tokenizer,
-) -> Result<Vec<u32>, DataError> {
-    let messages: Vec<Value> = prompt.iter().cloned().chain(completion).collect();
-    let whole = rendered(place, &messages, false, tokenizer)?;
-    if !whole.starts_with(prompt_text) {
-        let same = whole
-            .chars()
-            .zip(prompt_text.chars())
-            .take_while(|(a, b)| a == b);
-        return Err(DataError::Row {
-            place: place.clone(),
-            reason: format!(
-                "the chat template writes the prompt differently once a completion follows it, from character {} on",
-                same.count() + 1
-            ),
-            cure: "give a template with data.chat_template whose generation prompt starts the assistant's turn".into(),
-        });
-    }
-    encoded(place, tokenizer.encode_bare(&whole))
-}
-
-fn rendered(
-    place: &Place,
-    messages: &[Value],
-    add_generation_prompt: bool,
-    tokenizer: &Tokenizer,
-) -> Result<String, DataError> {
-    let Some(template) = tokenizer.chat_template() else {
-        return Err(DataError::NoTemplate {
-            place: place.clone(),
-        });
-    };
-    let text = template.render(messages, add_generation_prompt);
-    text.map_err(|source| DataError::Template {
-        place: place.clone(),
-        source,
-    })
-}
-
-fn encoded(
-    place: &Place,
-    ids: Result<Vec<u32>, crate::TokenizerError>,
-) -> Result<Vec<u32>, DataError> {
-    ids.map_err(|error| DataError::Tokenize {
-        place: place.clone(),
-        reason: error.to_string(),
-    })
-}
-
-/// Takes the completions as suffixes of the whole sequences, then cuts to `max_length`.
-///
-/// A tokenizer may merge the prompt's end with the completion's start into one token. The border then moves back to where both
-/// whole sequences still agree with the prompt, so that each is exactly what its whole text tokenizes to, and the merged token
-/// is scored. TRL cuts at the prompt's own length instead, and trains on a completion that lacks its start.
-fn cut(
-    place: &Place,
-    prompt: &[u32],
-    chosen: &[u32],
-    rejected: Option<&[u32]>,
-    config: &DataConfig,
-) -> Tokenized {
-    let border =
-        common(prompt, chosen).min(rejected.map_or(usize::MAX, |whole| common(prompt, whole)));
-    let kept = |whole: &[u32]| match config.truncation {
-        Truncation::KeepStart => {
-            let end = whole.len().min(config.max_length);
-            whole.get(border..end).unwrap_or(&[]).to_vec()
-        }
-    };
-    let longest = chosen.len().max(rejected.map_or(0, <[u32]>::len));
-    Tokenized {
-        pair: Pair {
-            place: place.clone(),
-            prompt: prompt[..border].to_vec(),
-            chosen: kept(chosen),
-            rejected: rejected.map_or_else(Vec::new, kept),
-        },
-        prompt_tokens: border,
-        truncated: longest > config.max_length,
-        border_moved: border < prompt.len(),
-    }
-}
-
-fn common(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 fn drop_reason(row: &Tokenized, max_length: usize, needs_rejected: bool) -> Option<DropReason> {

@@ -3,14 +3,15 @@
 //! | row | prompt |
 //! |---|---|
 //! | texts with `prompt` | the column |
-//! | texts without | longest common prefix of the two, less one trailing space (as TRL) |
-//! | message lists with a `prompt` list | the column |
+//! | texts without | longest common prefix of the two, less one trailing space (as TRL); of HH transcripts, up to the last `Assistant:` |
+//! | message lists with a `prompt` list | the column; completions that repeat it lose it |
 //! | message lists with a `prompt` string | shared leading turns; the string must be the first user turn (UltraFeedback) |
 //! | message lists without | shared leading turns |
 
 use serde_json::{Map, Value};
 
 use crate::config::{Columns, DataConfig, Format};
+use crate::conversation;
 use crate::error::DataError;
 use crate::rows::{Row, kind};
 
@@ -56,12 +57,13 @@ pub(crate) fn parts(row: &Row, format: Format, columns: &Columns) -> Result<Part
 }
 
 /// What is wrong with a row, before its place is known.
-struct Fault {
-    reason: String,
-    cure: String,
+pub(crate) struct Fault {
+    pub reason: String,
+    pub cure: String,
 }
 
-fn fault<T>(reason: impl Into<String>, cure: impl Into<String>) -> Result<T, Fault> {
+/// Refuses a row.
+pub(crate) fn fault<T>(reason: impl Into<String>, cure: impl Into<String>) -> Result<T, Fault> {
     Err(Fault {
         reason: reason.into(),
         cure: cure.into(),
@@ -81,10 +83,12 @@ fn read_parts(
         (Value::String(chosen), Some(Value::String(rejected))) => {
             plain(prompt, chosen, Some(rejected), columns)
         }
-        (Value::Array(_), None) => chat(prompt, (chosen_name, chosen), None, columns),
+        (Value::Array(_), None) => {
+            conversation::parts(prompt, (chosen_name, chosen), None, columns)
+        }
         (Value::Array(_), Some(rejected @ Value::Array(_))) => {
             let rejected = Some((columns.rejected.as_str(), rejected));
-            chat(prompt, (chosen_name, chosen), rejected, columns)
+            conversation::parts(prompt, (chosen_name, chosen), rejected, columns)
         }
         (Value::String(_) | Value::Array(_), Some(rejected)) => fault(
             format!(
@@ -101,6 +105,9 @@ fn read_parts(
         ),
     }
 }
+
+/// A column's name and its value.
+pub(crate) type Named<'a> = (&'a str, &'a Value);
 
 /// A column's value; null is as good as absent, which is how tables write a missing cell.
 fn column<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
@@ -181,7 +188,7 @@ fn plain(
                 "write all three as text or all three as lists of messages",
             );
         }
-        (None, Some(rejected)) => common_prefix(chosen, rejected),
+        (None, Some(rejected)) => border(chosen, rejected),
         (None, None) => {
             return fault(
                 format!("the row has no `{}`", columns.prompt),
@@ -189,17 +196,27 @@ fn plain(
             );
         }
     };
-    if rejected == Some(chosen) {
-        return fault(
-            "the two texts are identical and there is no prompt column, so nothing tells where the completion starts",
-            format!("add `{}`, or remove the row", columns.prompt),
-        );
-    }
     Ok(Parts::Plain {
         prompt: chosen[..start].into(),
         chosen: chosen[start..].into(),
         rejected: rejected.map(|text| text[start..].into()),
     })
+}
+
+/// Where the prompt of two whole texts ends, in bytes. Identical texts are all prompt; an EOS is what is left to score.
+fn border(chosen: &str, rejected: &str) -> usize {
+    match (hh_border(chosen), hh_border(rejected)) {
+        (Some(a), Some(b)) if chosen[..a] == rejected[..b] => a,
+        _ => common_prefix(chosen, rejected),
+    }
+}
+
+/// Anthropic's HH transcripts answer behind their last `Assistant:`. Their common prefix would eat shared first words of the answers.
+fn hh_border(transcript: &str) -> Option<usize> {
+    const ANSWER: &str = "\n\nAssistant:";
+    let start = transcript.starts_with("\n\nHuman:");
+    let answer = transcript.rfind(ANSWER).filter(|_| start)?;
+    Some(answer + ANSWER.len())
 }
 
 /// Bytes of the longest common prefix in whole characters. A space before the split goes to the completions, since most
@@ -212,136 +229,4 @@ fn common_prefix(a: &str, b: &str) -> usize {
         return length - 1;
     }
     length
-}
-
-type Named<'a> = (&'a str, &'a Value);
-
-fn chat(
-    prompt: Option<&Value>,
-    chosen: Named<'_>,
-    rejected: Option<Named<'_>>,
-    columns: &Columns,
-) -> Result<Parts, Fault> {
-    let chosen = messages(chosen)?;
-    let rejected = rejected.map(messages).transpose()?;
-    let string = match prompt {
-        Some(list @ Value::Array(_)) => {
-            let prompt = messages((&columns.prompt, list))?;
-            if role(&prompt[prompt.len() - 1]) == "assistant" {
-                return fault(
-                    format!("`{}` ends with an assistant turn", columns.prompt),
-                    "end it with the user's turn and put the assistant's into the completions",
-                );
-            }
-            return Ok(Parts::Chat {
-                prompt,
-                chosen,
-                rejected,
-            });
-        }
-        Some(Value::String(string)) => Some(string),
-        Some(other) => {
-            return fault(
-                format!("`{}` is {}", columns.prompt, kind(other)),
-                "write it as a list of messages, or as the text of the first user turn",
-            );
-        }
-        None => None,
-    };
-
-    if let Some(string) = string {
-        first_user_turn_is(string, &chosen, columns)?;
-    }
-    let split = shared_turns(&chosen, rejected.as_deref())?;
-    Ok(Parts::Chat {
-        prompt: chosen[..split].to_vec(),
-        chosen: chosen[split..].to_vec(),
-        rejected: rejected.map(|messages| messages[split..].to_vec()),
-    })
-}
-
-/// A non-empty list of objects, each with a role.
-fn messages((name, value): Named<'_>) -> Result<Vec<Value>, Fault> {
-    let cure = "write messages as {\"role\": \"user\" or \"assistant\" …, \"content\": …}";
-    let Value::Array(list) = value else {
-        return fault(format!("`{name}` is {}", kind(value)), cure);
-    };
-    if list.is_empty() {
-        return fault(format!("`{name}` is an empty list of messages"), cure);
-    }
-    for (index, message) in list.iter().enumerate() {
-        if !message.get("role").is_some_and(Value::is_string) {
-            return fault(
-                format!("message {index} of `{name}` has no text `role`"),
-                cure,
-            );
-        }
-        // Tool calls come without content; a template that needs it says so itself.
-        if message.get("content").is_none() && message.get("tool_calls").is_none() {
-            return fault(
-                format!("message {index} of `{name}` has no `content`"),
-                cure,
-            );
-        }
-    }
-    Ok(list.clone())
-}
-
-fn role(message: &Value) -> &str {
-    message.get("role").and_then(Value::as_str).unwrap_or("")
-}
-
-fn first_user_turn_is(
-    string: &str,
-    conversation: &[Value],
-    columns: &Columns,
-) -> Result<(), Fault> {
-    let first = conversation.iter().find(|message| role(message) == "user");
-    let content = first.and_then(|message| message.get("content")?.as_str());
-    if content == Some(string) {
-        return Ok(());
-    }
-    fault(
-        format!(
-            "`{}` is {:?} and the first user turn of `{}` is {:?}",
-            columns.prompt,
-            abbreviated(string),
-            columns.chosen,
-            abbreviated(content.unwrap_or(""))
-        ),
-        format!(
-            "`{}` and `{}` must be whole conversations that start with the prompt; otherwise write the prompt as a list of messages",
-            columns.chosen, columns.rejected
-        ),
-    )
-}
-
-fn abbreviated(text: &str) -> String {
-    const CHARACTERS_MAX: usize = 60;
-    let mut short: String = text.chars().take(CHARACTERS_MAX).collect();
-    if short.len() < text.len() {
-        short.push('…');
-    }
-    short
-}
-
-/// How many leading turns are the prompt: as many as both share, so far that an assistant turn of each follows.
-///
-/// Identical conversations share every turn; their last one is the completion.
-fn shared_turns(chosen: &[Value], rejected: Option<&[Value]>) -> Result<usize, Fault> {
-    let rejected = rejected.unwrap_or(chosen);
-    let same = chosen.iter().zip(rejected).take_while(|(a, b)| a == b);
-    let most = same.count().min(chosen.len() - 1).min(rejected.len() - 1);
-    let split = (1..=most).rev().find(|&split| {
-        role(&chosen[split - 1]) != "assistant"
-            && role(&chosen[split]) == "assistant"
-            && role(&rejected[split]) == "assistant"
-    });
-    match split {
-        Some(split) => Ok(split),
-        None => fault(
-            "the conversations share no leading turns with an assistant turn after them",
-            "start both with the same user turn, or write the prompt as a list of messages",
-        ),
-    }
 }

@@ -10,8 +10,11 @@
 
 mod chat;
 mod config;
+mod conversation;
 mod dataset;
+mod encode;
 mod error;
+mod folder;
 mod layout;
 mod order;
 mod pack;

@@ -45,6 +45,9 @@ fn write_value(text: &mut String, value: &Value, options: &Options, depth: usize
             );
         }
         Value::String(string) => write_string(text, string, options),
+        Value::Number(number) if number.is_f64() => {
+            text.push_str(&float(number.as_f64().expect("asked in the guard")));
+        }
         Value::Null | Value::Bool(_) | Value::Number(_) => text.push_str(&value.to_string()),
     }
 }
@@ -84,6 +87,23 @@ fn break_line(text: &mut String, options: &Options, depth: usize) {
     }
 }
 
+/// Python's `repr`: shortest digits, an exponent below 1e-4 and from 1e16 on.
+fn float(value: f64) -> String {
+    let scientific = format!("{value:e}");
+    let (digits, exponent) = scientific.split_once('e').expect("`{:e}` writes an e");
+    let exponent: i32 = exponent.parse().expect("`{:e}` writes a decimal exponent");
+    if !(-4..16).contains(&exponent) {
+        let sign = if exponent < 0 { '-' } else { '+' };
+        return format!("{digits}e{sign}{:02}", exponent.abs());
+    }
+    let plain = value.to_string();
+    if plain.contains('.') {
+        plain
+    } else {
+        plain + ".0"
+    }
+}
+
 fn write_string(text: &mut String, string: &str, options: &Options) {
     text.push('"');
     for character in string.chars() {
@@ -109,4 +129,56 @@ fn write_string(text: &mut String, string: &str, options: &Options) {
 
 fn escape(text: &mut String, unit: u16) {
     write!(text, "\\u{unit:04x}").expect("a String takes every write");
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use super::*;
+
+    fn check(json: &str, options: &Options, expected: &str) {
+        let value = serde_json::from_str(json).unwrap();
+        assert_eq!(dumps(&value, options), expected);
+    }
+
+    #[test]
+    fn json_is_written_as_python_writes_it() {
+        // Expected texts are CPython 3's json.dumps(…, ensure_ascii=False) of the same values.
+        let plain = Options::default();
+        check(
+            r#"{"b":1,"a":[true,null,"é\u0001\"/"],"c":{},"d":[]}"#,
+            &plain,
+            r#"{"b": 1, "a": [true, null, "é\u0001\"/"], "c": {}, "d": []}"#,
+        );
+        check(
+            "[1.0,1e16,123456789012345.6,0.0001,0.00001,-1.5e-7,1e100]",
+            &plain,
+            "[1.0, 1e+16, 123456789012345.6, 0.0001, 1e-05, -1.5e-07, 1e+100]",
+        );
+    }
+
+    #[test]
+    fn the_options_of_json_dumps_are_honoured() {
+        let indented = Options {
+            indent: Some(2),
+            sorted: true,
+            ..Options::default()
+        };
+        check(
+            r#"{"b":[1,2],"a":{}}"#,
+            &indented,
+            "{\n  \"a\": {},\n  \"b\": [\n    1,\n    2\n  ]\n}",
+        );
+        let tight = Options {
+            ascii: true,
+            separators: Some((",".into(), ":".into())),
+            ..Options::default()
+        };
+        check(
+            r#"{"a":["é","🙂"]}"#,
+            &tight,
+            r#"{"a":["\u00e9","\ud83d\ude42"]}"#,
+        );
+    }
 }

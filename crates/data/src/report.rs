@@ -123,7 +123,12 @@ impl fmt::Display for DropReason {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} pairs of {} rows", self.pairs, self.rows)?;
+        writeln!(
+            f,
+            "{} of {}",
+            counted(self.pairs, "pair"),
+            counted(self.rows, "row")
+        )?;
         writeln!(
             f,
             "{} tokens, {} of them scored; longest sequence {}",
@@ -136,7 +141,7 @@ impl fmt::Display for Report {
             ),
             (
                 self.identical,
-                "with identical chosen and rejected: they teach no preference",
+                "with identical chosen and rejected, which teach no preference",
             ),
             (
                 self.border_moved,
@@ -144,7 +149,7 @@ impl fmt::Display for Report {
             ),
         ] {
             if count > 0 {
-                writeln!(f, "{count} pairs {meaning}")?;
+                writeln!(f, "{} {meaning}", counted(count, "pair"))?;
             }
         }
         self.write_dropped(f)?;
@@ -167,7 +172,7 @@ impl Report {
         if self.dropped.is_empty() {
             return Ok(());
         }
-        writeln!(f, "{} rows dropped:", self.dropped.len())?;
+        writeln!(f, "{} dropped:", counted(self.dropped.len(), "row"))?;
         for Dropped { place, reason } in self.dropped.iter().take(LISTED_MAX) {
             writeln!(f, "  {place}: {reason}")?;
         }
@@ -206,6 +211,11 @@ impl fmt::Display for Example {
         }
         Ok(())
     }
+}
+
+fn counted(count: usize, noun: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {noun}{plural}")
 }
 
 /// Start and end on one line; line breaks and other control characters are escaped.

@@ -1,0 +1,10 @@
+//! What the crate promises, through its public interface. Tests of `../shared` say aloud when it is absent.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod chat;
+mod formats;
+mod plan;
+mod refusals;
+mod report;
+mod support;
+mod tokens;
