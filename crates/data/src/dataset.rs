@@ -105,12 +105,14 @@ pub fn load(
     }
     if kept.is_empty() {
         let Dropped { place, reason } = &dropped[0];
-        return Err(no_pairs(
-            files,
-            rows.len(),
-            &format!("every row was dropped, the first at {place}: {reason}"),
-            "raise data.max_length, or give rows with shorter prompts",
-        ));
+        let cure = match reason {
+            DropReason::EmptyPrompt => "give rows with a prompt",
+            DropReason::EmptyCompletion { .. } => {
+                "raise data.max_length, or give rows with shorter prompts"
+            }
+        };
+        let reason = format!("every row was dropped, the first at {place}: {reason}");
+        return Err(no_pairs(files, rows.len(), &reason, cure));
     }
     let truncated = kept.iter().filter(|row| row.truncated).count();
     let border_moved = kept.iter().filter(|row| row.border_moved).count();

@@ -89,18 +89,18 @@ pub struct Example {
     pub rejected: String,
 }
 
-/// Counts `lengths` into powers of two, from the shortest bucket that has any to the longest.
+/// Counts `lengths` into buckets that end at powers of two, as limits mostly do, from the shortest that has any to the longest.
 pub(crate) fn buckets(lengths: &[usize]) -> Vec<Bucket> {
     let mut buckets: Vec<Bucket> = Vec::new();
-    let mut from = 1;
     let longest = lengths.iter().copied().max().unwrap_or(0);
+    let (mut from, mut to) = (1, 1);
     while from <= longest {
-        let to = 2 * from - 1;
-        let count = lengths.iter().filter(|&&n| from <= n && n <= to).count();
+        let within = lengths.iter().filter(|&&n| from <= n && n <= to);
+        let count = within.count();
         if count > 0 || !buckets.is_empty() {
             buckets.push(Bucket { from, to, count });
         }
-        from = to + 1;
+        (from, to) = (to + 1, 2 * to);
     }
     buckets
 }

@@ -37,26 +37,8 @@ fn the_report_counts_and_shows_what_became_of_the_rows() {
         report.tokens,
         dataset.pairs.iter().map(data::Pair::tokens).sum::<u64>()
     );
-    assert_eq!(
-        report.lengths,
-        [
-            Bucket {
-                from: 4,
-                to: 7,
-                count: 1
-            },
-            Bucket {
-                from: 8,
-                to: 15,
-                count: 4
-            },
-            Bucket {
-                from: 16,
-                to: 31,
-                count: 1
-            },
-        ]
-    );
+    let buckets = [(5, 8, 1), (9, 16, 5)].map(|(from, to, count)| Bucket { from, to, count });
+    assert_eq!(report.lengths, buckets);
 
     let text = report
         .to_string()
@@ -71,9 +53,8 @@ fn the_report_counts_and_shows_what_became_of_the_rows() {
 1 row dropped:
   pairs.jsonl:2: no completion left: the prompt alone has 28 tokens and data.max_length is 16
 sequences by tokens of prompt + completion:
-       4 – 7            1 ██████████
-       8 – 15           4 ████████████████████████████████████████
-      16 – 31           1 ██████████
+       5 – 8            1 ████████
+       9 – 16           5 ████████████████████████████████████████
 pairs.jsonl:1 as the model sees it, scored tokens in ⟦ ⟧:
   prompt    <s>one
   chosen   ⟦yes\\n</s>⟧
