@@ -101,7 +101,7 @@ pub(crate) fn examine(folder: &Path, entry: &FileEntry) -> Result<Vec<Damage>, F
     };
     let path = folder.join(&entry.name);
     let mut digester = Digester::default();
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = buffer(entry.bytes);
     loop {
         match file.read(&mut buffer) {
             Ok(0) => break,
@@ -166,7 +166,7 @@ pub(crate) fn locate(file: &File, entry: &FileEntry, chunk: u64) -> io::Result<V
 }
 
 fn checksum(file: &File, piece: &PieceEntry) -> io::Result<u32> {
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = buffer(piece.end() - piece.offset);
     let mut checksum = 0;
     let mut offset = piece.offset;
     while offset < piece.end() {
@@ -176,6 +176,11 @@ fn checksum(file: &File, piece: &PieceEntry) -> io::Result<u32> {
         offset += count as u64;
     }
     Ok(checksum)
+}
+
+/// Memory for reading `bytes` in turns.
+fn buffer(bytes: u64) -> Vec<u8> {
+    vec![0; bytes.clamp(1, 1 << 20) as usize]
 }
 
 fn whole(entry: &FileEntry, reason: String) -> Damage {

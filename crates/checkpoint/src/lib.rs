@@ -1,9 +1,70 @@
-//! Sharded training checkpoints: format, commit, verification, resharding, export. Needs no ML stack.
+//! Sharded training checkpoints: format, commit, verification, reading at any world size, export. Needs no ML stack.
+//!
+//! ```text
+//! every rank                     coordinator                         whoever resumes
+//! write_rank ──RankFile (JSON)──► commit ──manifest.json──►  newest ► Checkpoint::read(tensor, kind, range)
+//!                                   then retain                       export ► a Hugging Face model directory
+//! ```
+//!
+//! # What is promised
+//! - **C1** A checkpoint is visible only when its manifest is in place, and the manifest is put there only after every file
+//!   was read back. A crash anywhere leaves the previous checkpoint; so does saving a step a second time, because file names
+//!   carry the generation and the new manifest replaces the old one in one rename. [`retain`] removes older checkpoints only
+//!   after it has read the newest one whole.
+//! - **C2** Every byte is covered: of a rank file by crc32c of its chunk and of its piece and by BLAKE3 of the file, of the
+//!   manifest by its own BLAKE3 and by comparison with fixed bytes. What differs is named by file, tensor and offset, before
+//!   any value of it is handed out.
+//! - **C3** A read asks for elements of a tensor and not for a rank, so any world size reads what any other wrote.
+//!
+//! # Layout
+//! ```text
+//! DIR/step-00000100/                                        step, at least 8 digits
+//!     rank-00000-of-00002.generation-3.safetensors          one per rank
+//!     rank-00001-of-00002.generation-3.safetensors
+//!     manifest.json                                         last
+//! ```
+//! Other files in the folder are never read. `*.tmp` and rank files that the manifest does not list are remains of saves that
+//! were cut short; the next commit of the step, or [`retain`], removes them.
+//!
+//! # A rank file, byte by byte
+//! ```text
+//! 0    8   length n of the header, u64 little endian, a multiple of 8
+//! 8    n   header: JSON, padded with spaces at the end
+//!            {"__metadata__": {"format": "caldpo-checkpoint", "step": "100", "generation": "3", "rank": "0", "world": "2"},
+//!             "model/NAME@START":  {"dtype": "F32", "shape": [LEN], "data_offsets": [BEGIN, END]},   the weight
+//!             "first/NAME@START":  ..                                                                 its first moment
+//!             "second/NAME@START": ..}                                                                its second moment
+//! 8+n      data: the pieces in the header's order without gaps, f32 little endian
+//! ```
+//! NAME is the tensor's Hugging Face name, START the piece's first element in the tensor's row-major order, LEN its number of
+//! elements. It is a safetensors file like any other; only the manifest says whether it belongs to a checkpoint.
+//!
+//! # The manifest, byte by byte
+//! ```text
+//! 0    11  {"blake3":"
+//! 11   64  BLAKE3 of the content, hexadecimal
+//! 75   14  ","manifest":␊
+//! 89   m   content: JSON on one line
+//!            {"version": 1,
+//!             "state": {"step", "epoch", "updates", "seed"},
+//!             "generation", "world",
+//!             "info": {"model_digest", "tokenizer_digest", "data_digest", "run_digest", "tool_version"},
+//!             "tensors": [{"name", "shape"}, ..],
+//!             "files": [{"rank", "name", "bytes", "blake3", "chunks": [crc32c of each 8 MiB, ..],
+//!                        "pieces": [{"tensor", "kind": "weight" | "first_moment" | "second_moment",
+//!                                    "start", "len", "offset", "crc32c"}, ..]}, ..]}
+//! 89+m 3   ␊}␊
+//! ```
+//! The envelope never changes; `version` counts changes of the content and of the rank files.
+//!
+//! Deliberately absent: object stores, a thread that writes in the background (the trainer's), and any opinion on which run a
+//! checkpoint may resume (the digests are compared by whoever resumes).
 
 mod commit;
 mod coverage;
 mod damage;
 mod digest;
+mod export;
 mod folder;
 mod history;
 mod manifest;
@@ -15,6 +76,7 @@ pub use commit::{CommitError, CommittedCheckpoint, commit};
 pub use coverage::CoverageError;
 pub use damage::Damage;
 pub use digest::CHUNK_BYTES;
+pub use export::{ExportDtype, ExportError, ExportSummary, export};
 pub use folder::MANIFEST;
 pub use history::{Newest, newest, retain};
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestError, ManifestInfo};
