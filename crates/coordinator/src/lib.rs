@@ -4,3 +4,7 @@
 //! and its journal ([`run_directory`]), plots ([`plots`]), the summary ([`summary`]) and what a person sees ([`ui`]).
 
 pub mod config;
+pub mod plots;
+pub mod run_directory;
+pub mod summary;
+mod timestamp;

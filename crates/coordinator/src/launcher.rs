@@ -1,0 +1,134 @@
+//! Worker processes on this machine: this program's own executable, started with its hidden subcommand.
+//!
+//! Children ignore Ctrl-C (the coordinator decides what it means) and leave when their standard input closes, which the
+//! kernel does for them when this process dies in whatever way. Their log lines go to `<output>/logs/worker-N.log`.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::process::{Child, Command};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use crate::driver::Input;
+
+/// Lines of a dead worker's log that are shown.
+const LOG_LINES_SHOWN: usize = 5;
+
+/// How long workers may take to leave after the job's end before they are killed.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(15);
+
+/// How workers are started.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// Where they find the coordinator.
+    pub url: String,
+    /// How many.
+    pub workers: u32,
+    /// Compute threads of each.
+    pub threads: usize,
+    /// `auto`, `cpu` or `cuda`.
+    pub backend: String,
+    /// Folder of their logs.
+    pub logs: PathBuf,
+    /// Whether they log JSON.
+    pub json_logs: bool,
+}
+
+/// Running worker processes. Dropping it closes their standard inputs and kills them.
+pub struct Workers {
+    watchers: Vec<tokio::task::JoinHandle<()>>,
+}
+
+/// A worker process that is gone.
+#[derive(Clone, Debug)]
+pub struct ChildExit {
+    /// Its number, from 0 (not its rank).
+    pub number: u32,
+    /// How it ended.
+    pub status: String,
+    /// Exit code, when it left by itself.
+    pub code: Option<i32>,
+    /// The end of its log.
+    pub log_tail: String,
+    /// Its log.
+    pub log: PathBuf,
+}
+
+/// Starts the workers; each exit becomes an [`Input::ChildExited`].
+///
+/// # Errors
+/// If a process or its log file cannot be made.
+pub fn launch(launch: &Launch, inputs: &mpsc::Sender<Input>) -> anyhow::Result<Workers> {
+    let program = std::env::current_exe().context("find this program's own file")?;
+    std::fs::create_dir_all(&launch.logs)
+        .with_context(|| format!("create {}", launch.logs.display()))?;
+    let mut watchers = Vec::new();
+    for number in 0..launch.workers {
+        let log = launch.logs.join(format!("worker-{number}.log"));
+        let child = start(launch, &program, &log)?;
+        watchers.push(tokio::spawn(watch(child, number, log, inputs.clone())));
+    }
+    Ok(Workers { watchers })
+}
+
+fn start(launch: &Launch, program: &Path, log: &Path) -> anyhow::Result<Child> {
+    let file = File::create(log).with_context(|| format!("create {}", log.display()))?;
+    let same = file.try_clone().context("share a log file")?;
+    let mut command = Command::new(program);
+    command
+        .arg("worker")
+        .args(["--coordinator", &launch.url, "--once", "--child"])
+        .args(["--threads", &launch.threads.to_string()])
+        .args(["--backend", &launch.backend])
+        .args(["--log", if launch.json_logs { "json" } else { "text" }])
+        .stdin(Stdio::piped())
+        .stdout(same)
+        .stderr(file)
+        .kill_on_drop(true);
+    command
+        .spawn()
+        .with_context(|| format!("start {}", program.display()))
+}
+
+async fn watch(mut child: Child, number: u32, log: PathBuf, inputs: mpsc::Sender<Input>) {
+    // `wait` closes standard input first, which is the sign to leave: hold it until the process is gone.
+    let stdin = child.stdin.take();
+    let status = child.wait().await;
+    drop(stdin);
+    let exit = ChildExit {
+        number,
+        code: status.as_ref().ok().and_then(ExitStatus::code),
+        status: match &status {
+            Ok(status) => status.to_string(),
+            Err(error) => format!("cannot be waited for: {error}"),
+        },
+        log_tail: tail(&log),
+        log,
+    };
+    // A driver that is gone has ended its job.
+    drop(inputs.send(Input::ChildExited(exit)).await);
+}
+
+impl Workers {
+    /// Waits for all of them to leave, and kills those that do not.
+    pub async fn leave(self) {
+        for watcher in self.watchers {
+            let stop = watcher.abort_handle();
+            if timeout(LEAVE_PATIENCE, watcher).await.is_err() {
+                // Dropping the watcher kills its child.
+                stop.abort();
+            }
+        }
+    }
+}
+
+fn tail(log: &Path) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(LOG_LINES_SHOWN)..].join("\n")
+}

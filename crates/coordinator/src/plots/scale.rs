@@ -1,0 +1,114 @@
+//! Which part of the number line a panel shows, and how a number is written on it.
+
+use std::ops::Range;
+
+/// A target farther out than this many times the largest log-ratio would flatten the curves.
+const TARGET_REACH: f64 = 3.0;
+/// A solved pair's loss falls without end; what is smaller than this part of the largest value is at the bottom.
+const LOG_DEPTH: f64 = 1e-5;
+/// Free space above and below the curves, of their span.
+const MARGIN: f64 = 0.08;
+
+/// The range that shows all finite `values`, zero, and the targets when they are near enough to be seen beside the curves.
+pub(super) fn reward_range(values: impl Iterator<Item = f64>, target: Option<f64>) -> Range<f64> {
+    let finite = values.filter(|value| value.is_finite());
+    let (mut low, mut high) = finite.fold((0.0_f64, 0.0_f64), |(low, high), value| {
+        (low.min(value), high.max(value))
+    });
+    if let Some(target) = target
+        && target_fits(low, high, target)
+    {
+        (low, high) = (low.min(-target), high.max(target));
+    }
+    if high - low < 1e-9 {
+        (low, high) = (-1.0, 1.0);
+    }
+    let margin = (high - low) * MARGIN;
+    low - margin..high + margin
+}
+
+/// Whether the curves are still readable with the targets in view.
+pub(super) fn target_fits(low: f64, high: f64, target: f64) -> bool {
+    let reach = high.max(-low);
+    // Before the first step everything is 0, and then the targets are all there is to see.
+    reach == 0.0 || target <= TARGET_REACH * reach
+}
+
+/// Three digits that matter, with a sign.
+pub(super) fn signed(value: f64) -> String {
+    let sign = if value < 0.0 { "−" } else { "+" };
+    format!("{sign}{}", plain(value.abs()))
+}
+
+/// Three digits that matter.
+pub(super) fn plain(value: f64) -> String {
+    let text = match value.abs() {
+        size if size >= 1e5 => return format!("{value:.1e}"),
+        size if size >= 100.0 => return format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        size if size >= 0.1 || size == 0.0 => format!("{value:.2}"),
+        size if size >= 1e-3 => format!("{value:.3}"),
+        _ => return format!("{value:.0e}"),
+    };
+    let trimmed = text.trim_end_matches('0').trim_end_matches('.');
+    if trimmed.is_empty() {
+        "0".into()
+    } else {
+        trimmed.to_owned()
+    }
+}
+
+/// Decades that hold the positive `values` that matter; one decade where there are none.
+pub(super) fn log_range(values: impl Iterator<Item = f64>) -> Range<f64> {
+    let positive = values.filter(|value| value.is_finite() && *value > 0.0);
+    let (low, high) = positive.fold((f64::INFINITY, 0.0_f64), |(low, high), value| {
+        (low.min(value), high.max(value))
+    });
+    if high <= 0.0 {
+        return 0.1..1.0;
+    }
+    let low = low.max(high * LOG_DEPTH);
+    let (low, high) = (low.log10().floor(), (high * 1.05).log10().ceil());
+    10_f64.powf(low)..10_f64.powf(high.max(low + 1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn near_targets_are_in_view_and_far_ones_do_not_flatten_the_curves() {
+        let near = reward_range([2.8, -4.3].into_iter(), Some(5.0));
+        assert!(near.contains(&5.0) && near.contains(&-5.0));
+        let far = reward_range([2.8, -4.3].into_iter(), Some(250.0));
+        assert!(far.end < 4.0 && far.start > -6.0, "{far:?}");
+        let none = reward_range([f64::NAN, -4.3].into_iter(), None);
+        assert!(none.contains(&0.0) && none.contains(&-4.3));
+    }
+
+    #[test]
+    fn a_run_without_a_row_has_a_range() {
+        assert!(!reward_range(std::iter::empty(), None).is_empty());
+        assert!(reward_range([0.0].into_iter(), Some(5.0)).contains(&5.0));
+        assert!(!log_range([f64::NAN, 0.0].into_iter()).is_empty());
+    }
+
+    #[test]
+    fn decades_hold_their_values() {
+        assert_eq!(log_range([0.3, 50.0].into_iter()), 0.1..100.0);
+        assert_eq!(log_range([0.5].into_iter()), 0.1..1.0);
+        assert_eq!(log_range([50.0, 1e-200].into_iter()), 1e-4..100.0);
+    }
+
+    #[test]
+    fn numbers_keep_three_digits() {
+        let check = |value: f64, text: &str| assert_eq!(signed(value), text);
+        check(2.812, "+2.81");
+        check(-42.04, "−42");
+        check(-1394.6, "−1395");
+        check(0.0, "+0");
+        check(0.0123, "+0.012");
+        assert_eq!(plain(5.0), "5");
+        assert_eq!(plain(500_000.0), "5.0e5");
+    }
+}

@@ -1,0 +1,259 @@
+//! `<output>/`: everything a run leaves behind, and the journal it goes on from.
+//!
+//! ```text
+//! run.json        what makes the run this run; another run is refused by it
+//! config.toml     resolved configuration
+//! journal.log     the truth: one checksummed record per decision (storage::log)
+//! metrics.jsonl   projection of the surviving commits, one row a step
+//! eval.jsonl      one row per evaluation
+//! samples.jsonl   greedy continuations before and after
+//! events.jsonl    time, kind, text
+//! summary.json    the outcome
+//! plots/          rewards.png, rewards.svg
+//! export/         the trained model (written by the exporter)
+//! checkpoints/    unless checkpoint.path says otherwise (written by the workers)
+//! .lock           held by the coordinator that works here
+//! ```
+
+mod error;
+mod projection;
+mod run_file;
+
+use std::{
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use protocol::{EvaluationRow, MetricsRow, Note, Record, RunFacts, Sample, surviving};
+use serde_json::{Value, json};
+use storage::{LineFile, Lock, atomic_write, create_directory, log::Log};
+
+use crate::{plots::Drawing, summary::Summary, timestamp::rfc3339};
+use projection::Projection;
+use run_file::RunFile;
+
+pub use error::{Difference, RunDirectoryError};
+pub use projection::SampleRow;
+
+/// Names that make a directory without `run.json` somebody else's.
+const OWN_FILES: [&str; 7] = [
+    "config.toml",
+    "journal.log",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "samples.jsonl",
+    "events.jsonl",
+    "summary.json",
+];
+
+/// A run's directory, held by this process alone.
+pub struct RunDirectory {
+    path: PathBuf,
+    journal: Log,
+    metrics: Projection<MetricsRow>,
+    evaluations: Projection<EvaluationRow>,
+    samples: Projection<SampleRow>,
+    events: LineFile,
+    run: RunFile,
+    _lock: Lock,
+}
+
+/// What [`RunDirectory::open`] found.
+pub struct Opened {
+    /// The directory.
+    pub directory: RunDirectory,
+    /// The journal's records, oldest first; none for a new run.
+    pub records: Vec<Record>,
+    /// Bytes of a torn last record that were cut off the journal.
+    pub torn_bytes: u64,
+}
+
+impl RunDirectory {
+    /// Creates the directory, or opens the one that the same run left; `config.toml` becomes `config_toml`.
+    ///
+    /// # Errors
+    /// Nothing is changed in a directory that another run or coordinator owns, except for the lock file.
+    pub fn open(
+        path: &Path,
+        identity: &Value,
+        config_toml: &str,
+    ) -> Result<Opened, RunDirectoryError> {
+        create_directory(path)?;
+        let lock = Lock::acquire(&path.join(".lock"))?;
+        let run = enter(path, identity)?;
+        atomic_write(&path.join("config.toml"), config_toml.as_bytes())?;
+        let journal_path = path.join("journal.log");
+        let opened = Log::open(&journal_path)?;
+        let records = parse_records(&journal_path, &opened.records)?;
+        let commits = surviving(&records).map_err(|source| RunDirectoryError::Contradiction {
+            path: journal_path,
+            source,
+        })?;
+        let committed = commits.len() as u64;
+        let rows = commits.into_iter().map(|commit| commit.row).collect();
+        let directory = Self {
+            path: path.to_owned(),
+            journal: opened.log,
+            metrics: Projection::of(&path.join("metrics.jsonl"), rows)?,
+            evaluations: Projection::open(&path.join("eval.jsonl"), committed)?,
+            samples: Projection::open(&path.join("samples.jsonl"), committed)?,
+            events: LineFile::open(&path.join("events.jsonl"))?,
+            run,
+            _lock: lock,
+        };
+        Ok(Opened {
+            directory,
+            records,
+            torn_bytes: opened.torn_bytes,
+        })
+    }
+
+    /// Appends to the journal; durable when it returns. A rewind also removes the later rows everywhere.
+    pub fn journal(&mut self, record: &Record) -> Result<(), RunDirectoryError> {
+        let payload = serde_json::to_vec(record).expect("a record has only strings for keys");
+        self.journal.append(&payload)?;
+        if let Record::Rewind { to, .. } = record {
+            self.metrics.rewind(to.0)?;
+            self.evaluations.rewind(to.0)?;
+            self.samples.rewind(to.0)?;
+        }
+        Ok(())
+    }
+
+    /// Writes what the workers found into `run.json`.
+    ///
+    /// # Errors
+    /// [`RunDirectoryError::OtherInputs`] when an earlier part of the run found something else.
+    pub fn agree(&mut self, facts: &RunFacts) -> Result<(), RunDirectoryError> {
+        let agreed = self.run.agree(facts);
+        agreed.map_err(|differences| RunDirectoryError::OtherInputs {
+            path: self.path.clone(),
+            differences,
+        })?;
+        self.run.write(&self.path.join("run.json"))
+    }
+
+    /// Appends a committed step to `metrics.jsonl`; its commit is journaled before.
+    ///
+    /// # Panics
+    /// If it is not the step after the last.
+    pub fn record_step(&mut self, row: MetricsRow) -> Result<(), RunDirectoryError> {
+        let next = self.metrics.rows().len() as u64 + 1;
+        assert_eq!(row.report.step, next, "metrics.jsonl has one row a step");
+        self.metrics.append(row)
+    }
+
+    /// Appends an evaluation and its samples, durably. A resumed run evaluates the same weights again: the first row stays.
+    pub fn record_evaluation(
+        &mut self,
+        row: EvaluationRow,
+        samples: &[Sample],
+    ) -> Result<(), RunDirectoryError> {
+        let later = |last: Option<u64>| last.is_none_or(|last| last < row.step);
+        if !samples.is_empty() && later(self.samples.rows().last().map(|it| it.step)) {
+            self.samples.append(SampleRow {
+                step: row.step,
+                samples: samples.to_vec(),
+            })?;
+            self.samples.sync()?;
+        }
+        if later(self.evaluations.rows().last().map(|it| it.step)) {
+            self.evaluations.append(row)?;
+            self.evaluations.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Appends to `events.jsonl`.
+    pub fn event(&mut self, now: SystemTime, note: &Note) -> Result<(), RunDirectoryError> {
+        let line = json!({"time": rfc3339(now), "kind": note.kind, "text": note.text});
+        Ok(self.events.append(&line.to_string())?)
+    }
+
+    /// Writes `summary.json`, and makes the rows and events durable.
+    pub fn write_summary(&mut self, summary: &Summary) -> Result<(), RunDirectoryError> {
+        self.metrics.sync()?;
+        self.events.sync()?;
+        let mut text = serde_json::to_string_pretty(summary).expect("a summary is JSON");
+        text.push('\n');
+        Ok(atomic_write(&self.summary_path(), text.as_bytes())?)
+    }
+
+    /// Writes `plots/rewards.png` and `plots/rewards.svg`.
+    pub fn write_plots(&self, drawing: &Drawing) -> Result<(), RunDirectoryError> {
+        let png = self.plot_path();
+        create_directory(&self.path.join("plots"))?;
+        atomic_write(&png, &drawing.png)?;
+        Ok(atomic_write(
+            &png.with_extension("svg"),
+            drawing.svg.as_bytes(),
+        )?)
+    }
+
+    /// Rows of the committed steps.
+    pub fn metrics(&self) -> &[MetricsRow] {
+        self.metrics.rows()
+    }
+
+    /// Rows of the evaluations.
+    pub fn evaluations(&self) -> &[EvaluationRow] {
+        self.evaluations.rows()
+    }
+
+    /// Samples, the oldest first.
+    pub fn samples(&self) -> &[SampleRow] {
+        self.samples.rows()
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the trained model goes.
+    pub fn export_path(&self) -> PathBuf {
+        self.path.join("export")
+    }
+
+    /// The plot for people; the SVG lies beside it.
+    pub fn plot_path(&self) -> PathBuf {
+        self.path.join("plots").join("rewards.png")
+    }
+
+    /// The summary.
+    pub fn summary_path(&self) -> PathBuf {
+        self.path.join("summary.json")
+    }
+}
+
+/// Reads or writes `run.json`; refuses a directory that is not this run's.
+fn enter(path: &Path, identity: &Value) -> Result<RunFile, RunDirectoryError> {
+    let run_path = path.join("run.json");
+    if let Some(run) = RunFile::read(&run_path)? {
+        let differences = run.differences(identity);
+        if !differences.is_empty() {
+            let path = path.to_owned();
+            return Err(RunDirectoryError::AnotherRun { path, differences });
+        }
+        return Ok(run);
+    }
+    if let Some(found) = OWN_FILES.into_iter().find(|name| path.join(name).exists()) {
+        let path = path.to_owned();
+        return Err(RunDirectoryError::NotARun { path, found });
+    }
+    let run = RunFile::new(identity);
+    // First of all files, so that a crash during the first start does not leave something that looks foreign.
+    run.write(&run_path)?;
+    Ok(run)
+}
+
+fn parse_records(path: &Path, payloads: &[Vec<u8>]) -> Result<Vec<Record>, RunDirectoryError> {
+    let records = payloads.iter().enumerate().map(|(index, payload)| {
+        serde_json::from_slice(payload).map_err(|error| RunDirectoryError::Record {
+            path: path.to_owned(),
+            index: index + 1,
+            reason: error.to_string(),
+        })
+    });
+    records.collect()
+}

@@ -1,0 +1,163 @@
+//! Content of `summary.json`: how a run ended, in numbers that a script can read.
+
+use std::{path::PathBuf, time::SystemTime};
+
+use protocol::{Cause, EvaluationRow, MetricsRow, Outcome, RunFacts};
+use serde::Serialize;
+
+use crate::{config::Config, timestamp::rfc3339};
+
+/// Where the run's results are; absent what was not written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Artifacts {
+    /// Newest verified checkpoint.
+    pub checkpoint: Option<PathBuf>,
+    /// Trained model in Hugging Face's layout.
+    pub export: Option<PathBuf>,
+    /// Plot for people.
+    pub plot: Option<PathBuf>,
+}
+
+/// Reference values of the run's generations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ReferenceCounts {
+    /// Found in the store.
+    pub reused: u64,
+    /// Computed.
+    pub computed: u64,
+}
+
+/// Sums over the committed steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Totals {
+    /// Committed steps.
+    pub steps: u64,
+    /// Those whose gradient was not finite, and whose update was dropped.
+    pub skipped_steps: u64,
+    /// Pairs, counted each time they were trained on.
+    pub pairs: u64,
+    /// Tokens, unpadded, the prompt counted for both completions.
+    pub tokens: u64,
+    /// Time in steps.
+    pub seconds: f64,
+    /// Tokens divided by seconds; 0 where there was no step.
+    pub tokens_per_second: f64,
+    /// Pairs divided by seconds; 0 where there was no step.
+    pub pairs_per_second: f64,
+}
+
+/// `summary.json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// `job.name`.
+    pub name: String,
+    /// `completed`, `interrupted` or `failed`.
+    pub outcome: &'static str,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Who is to act on a failure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cause: Option<Cause>,
+    /// When this was written, RFC 3339.
+    pub time: String,
+    /// Version of the program.
+    pub tool_version: &'static str,
+    /// `objective.kind`.
+    pub objective: String,
+    /// t = 1/(2β) where the objective calibrates to ±t.
+    pub target: Option<f64>,
+    /// Worker processes.
+    pub workers: u32,
+    /// What the workers found; absent when they never loaded.
+    pub facts: Option<RunFacts>,
+    /// Sums over the committed steps.
+    pub totals: Totals,
+    /// Reference values.
+    pub reference: ReferenceCounts,
+    /// First evaluation: step 0, unless the run never got there.
+    pub before: Option<EvaluationRow>,
+    /// Last evaluation, when it is not the first.
+    pub after: Option<EvaluationRow>,
+    /// The last committed step.
+    pub last_step: Option<MetricsRow>,
+    /// Where the results are.
+    #[serde(flatten)]
+    pub artifacts: Artifacts,
+}
+
+/// What a summary is made of besides the configuration.
+pub struct Ending<'a> {
+    /// How the run ended.
+    pub outcome: &'a Outcome,
+    /// What the workers found.
+    pub facts: Option<&'a RunFacts>,
+    /// Rows of the committed steps.
+    pub metrics: &'a [MetricsRow],
+    /// Rows of the evaluations.
+    pub evaluations: &'a [EvaluationRow],
+    /// Reference values.
+    pub reference: ReferenceCounts,
+    /// Where the results are.
+    pub artifacts: Artifacts,
+}
+
+impl Summary {
+    /// Sums a run up.
+    pub fn new(config: &Config, ending: Ending, now: SystemTime) -> Self {
+        let (outcome, reason, cause) = match ending.outcome {
+            Outcome::Completed => ("completed", None, None),
+            Outcome::Interrupted { .. } => ("interrupted", None, None),
+            Outcome::Failed { cause, reason } => ("failed", Some(reason.clone()), Some(*cause)),
+        };
+        let (before, after) = before_after(ending.evaluations);
+        Self {
+            name: config.job.name.clone(),
+            outcome,
+            reason,
+            cause,
+            time: rfc3339(now),
+            tool_version: env!("CARGO_PKG_VERSION"),
+            objective: config.objective().to_owned(),
+            target: config.target(),
+            workers: config.cluster.workers,
+            facts: ending.facts.cloned(),
+            totals: Totals::of(ending.metrics),
+            reference: ending.reference,
+            before: before.copied(),
+            after: after.copied(),
+            last_step: ending.metrics.last().copied(),
+            artifacts: ending.artifacts,
+        }
+    }
+}
+
+impl Totals {
+    /// Sums rows up.
+    pub fn of(rows: &[MetricsRow]) -> Self {
+        let mut totals = Self::default();
+        for row in rows {
+            totals.steps += 1;
+            totals.skipped_steps += u64::from(!row.report.finite);
+            totals.pairs += row.report.pairs;
+            totals.tokens += row.report.tokens;
+            totals.seconds += row.seconds;
+        }
+        if totals.seconds > 0.0 {
+            totals.tokens_per_second = totals.tokens as f64 / totals.seconds;
+            totals.pairs_per_second = totals.pairs as f64 / totals.seconds;
+        }
+        totals
+    }
+}
+
+/// The first evaluation, and the last when there is another.
+pub(crate) fn before_after(
+    rows: &[EvaluationRow],
+) -> (Option<&EvaluationRow>, Option<&EvaluationRow>) {
+    match rows {
+        [] => (None, None),
+        [only] => (Some(only), None),
+        [first, .., last] => (Some(first), Some(last)),
+    }
+}

@@ -1,0 +1,377 @@
+//! What a run directory keeps, goes on from, and refuses.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{fs, path::Path, time::UNIX_EPOCH};
+
+use coordinator::run_directory::{Opened, RunDirectory, RunDirectoryError};
+use protocol::{
+    CommitRecord, EvaluationRow, Generation, Incarnation, MetricsRow, Note, Record, RunFacts,
+    Sample, Statistics, Step, StepReport,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn identity() -> Value {
+    json!({"job": {"seed": 7}, "objective": {"kind": "cal_dpo", "beta": 0.1}, "data": {"train": ["a"]}})
+}
+
+fn row(step: u64) -> MetricsRow {
+    MetricsRow {
+        report: StepReport {
+            step,
+            finite: true,
+            statistics: Statistics {
+                loss: 1.0 / 3.0 + step as f64,
+                log_ratios_chosen: f64::NAN,
+                ..Statistics::default()
+            },
+            grad_norm: 0.1 + 0.2,
+            ..StepReport::default()
+        },
+        tokens_per_second: 900.0,
+        world_size: 2,
+        generation: 1,
+        seconds: 0.25,
+    }
+}
+
+fn evaluation(step: u64) -> EvaluationRow {
+    EvaluationRow {
+        step,
+        pairs: 3,
+        ..EvaluationRow::default()
+    }
+}
+
+fn sample() -> Vec<Sample> {
+    vec![Sample {
+        prompt: "once".into(),
+        text: "upon a time".into(),
+    }]
+}
+
+fn open(path: &Path) -> Result<Opened, RunDirectoryError> {
+    RunDirectory::open(path, &identity(), "# resolved\n")
+}
+
+fn commit(directory: &mut RunDirectory, step: u64) {
+    let row = row(step);
+    let record = Record::Commit(CommitRecord { apply: true, row });
+    directory.journal(&record).unwrap();
+    directory.record_step(row).unwrap();
+}
+
+/// A run of `steps` steps with evaluations at 0, 2, 4, ….
+fn run(steps: u64) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut directory = open(folder.path()).unwrap().directory;
+    let members = vec![Incarnation(1), Incarnation(2)];
+    let generation = Generation(1);
+    directory
+        .journal(&Record::Generation {
+            generation,
+            members,
+        })
+        .unwrap();
+    for step in 0..=steps {
+        if step > 0 {
+            commit(&mut directory, step);
+        }
+        if step % 2 == 0 {
+            directory
+                .record_evaluation(evaluation(step), &sample())
+                .unwrap();
+        }
+    }
+    folder
+}
+
+fn read(folder: &TempDir, name: &str) -> String {
+    fs::read_to_string(folder.path().join(name)).unwrap()
+}
+
+fn check_refused(opened: Result<Opened, RunDirectoryError>, parts: &[&str]) {
+    let error = opened.err().expect("the directory is refused").to_string();
+    for part in parts {
+        assert!(error.contains(part), "`{part}` is missing in: {error}");
+    }
+}
+
+#[test]
+fn a_new_directory_is_made_with_its_parents() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("runs/first");
+    let opened = open(&path).unwrap();
+    assert!(opened.records.is_empty());
+    assert_eq!(
+        fs::read_to_string(path.join("config.toml")).unwrap(),
+        "# resolved\n"
+    );
+    let run: Value =
+        serde_json::from_str(&fs::read_to_string(path.join("run.json")).unwrap()).unwrap();
+    assert_eq!(run["identity"], identity());
+}
+
+#[test]
+fn a_row_has_its_metric_names_and_its_floats_round_trip() {
+    let folder = run(1);
+    let line: Value =
+        serde_json::from_str(read(&folder, "metrics.jsonl").lines().next().unwrap()).unwrap();
+    assert_eq!(line["loss"].as_f64(), Some(1.0 / 3.0 + 1.0));
+    assert_eq!(line["grad_norm"].as_f64(), Some(0.1 + 0.2));
+    assert_eq!(line["log_ratios/chosen"], Value::Null);
+    assert_eq!(line["step"], 1);
+}
+
+#[test]
+fn the_same_run_goes_on_where_it_was() {
+    let folder = run(3);
+    let before = read(&folder, "metrics.jsonl");
+    let mut opened = open(folder.path()).unwrap();
+    assert_eq!(opened.records.len(), 4);
+    assert_eq!(opened.directory.metrics().len(), 3);
+    assert_eq!(opened.directory.evaluations().len(), 2);
+    assert_eq!(opened.directory.samples()[0].samples, sample());
+    commit(&mut opened.directory, 4);
+    let after = read(&folder, "metrics.jsonl");
+    assert!(after.starts_with(&before));
+    assert_eq!(after.lines().count(), 4);
+}
+
+#[test]
+fn two_coordinators_cannot_hold_one_directory() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = open(folder.path()).unwrap();
+    check_refused(
+        open(folder.path()),
+        &["held by process", &std::process::id().to_string()],
+    );
+    drop(first);
+    open(folder.path()).unwrap();
+}
+
+#[test]
+fn another_run_is_refused_with_the_keys_that_differ() {
+    let folder = run(1);
+    let other = json!({"job": {"seed": 8}, "objective": {"kind": "cal_dpo", "beta": 0.05}, "data": {"train": ["a"]}, "train": {"steps": 3}});
+    let config = read(&folder, "config.toml");
+    let refused = RunDirectory::open(folder.path(), &other, "# other\n");
+    check_refused(
+        refused,
+        &[
+            "job.seed is 7 there, 8 here",
+            "objective.beta is 0.1 there, 0.05 here",
+            "train.steps is absent there, 3 here",
+            "job.output",
+        ],
+    );
+    assert_eq!(read(&folder, "config.toml"), config);
+    let refused = RunDirectory::open(folder.path(), &other, "").err().unwrap();
+    assert!(!refused.to_string().contains("data.train"));
+}
+
+#[test]
+fn files_of_somebody_else_are_refused_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("config.toml"), "mine").unwrap();
+    check_refused(open(folder.path()), &["config.toml", "no run.json"]);
+    assert_eq!(read(&folder, "config.toml"), "mine");
+}
+
+#[test]
+fn other_files_in_the_directory_do_not_matter() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("console.log"), "…").unwrap();
+    open(folder.path()).unwrap();
+}
+
+#[test]
+fn a_start_that_died_before_its_journal_is_begun_again() {
+    let folder = tempfile::tempdir().unwrap();
+    drop(open(folder.path()).unwrap());
+    for name in ["config.toml", "journal.log", "metrics.jsonl", "eval.jsonl"] {
+        fs::remove_file(folder.path().join(name)).unwrap();
+    }
+    assert!(open(folder.path()).unwrap().records.is_empty());
+}
+
+#[test]
+fn a_row_that_died_with_the_process_comes_back_from_the_journal() {
+    let folder = run(3);
+    let whole = read(&folder, "metrics.jsonl");
+    for cut in [whole.len() - 1, whole.len() / 2, 5, 0] {
+        fs::write(folder.path().join("metrics.jsonl"), &whole[..cut]).unwrap();
+        drop(open(folder.path()).unwrap());
+        assert_eq!(read(&folder, "metrics.jsonl"), whole, "cut at {cut}");
+    }
+}
+
+#[test]
+fn a_row_that_the_journal_does_not_know_is_removed() {
+    let folder = run(2);
+    let whole = read(&folder, "metrics.jsonl");
+    let extra = serde_json::to_string(&row(3)).unwrap();
+    fs::write(
+        folder.path().join("metrics.jsonl"),
+        format!("{whole}{extra}\n"),
+    )
+    .unwrap();
+    let late = serde_json::to_string(&evaluation(3)).unwrap();
+    let evaluations = read(&folder, "eval.jsonl");
+    fs::write(
+        folder.path().join("eval.jsonl"),
+        format!("{evaluations}{late}\n"),
+    )
+    .unwrap();
+    drop(open(folder.path()).unwrap());
+    assert_eq!(read(&folder, "metrics.jsonl"), whole);
+    assert_eq!(read(&folder, "eval.jsonl"), evaluations);
+}
+
+#[test]
+fn earlier_rows_stay_byte_for_byte() {
+    let folder = run(3);
+    // The same values, written by a program that spaces its JSON otherwise.
+    let spaced = read(&folder, "metrics.jsonl").replacen("\"step\":1", "\"step\": 1", 1);
+    fs::write(folder.path().join("metrics.jsonl"), &spaced).unwrap();
+    let mut opened = open(folder.path()).unwrap();
+    commit(&mut opened.directory, 4);
+    assert!(read(&folder, "metrics.jsonl").starts_with(&spaced));
+    let to = Step(1);
+    let reason = String::new();
+    opened
+        .directory
+        .journal(&Record::Rewind { to, reason })
+        .unwrap();
+    assert_eq!(
+        read(&folder, "metrics.jsonl"),
+        format!("{}\n", spaced.lines().next().unwrap())
+    );
+}
+
+#[test]
+fn a_rewind_removes_later_rows_now_and_at_the_next_start() {
+    let folder = run(5);
+    let mut opened = open(folder.path()).unwrap();
+    let to = Step(2);
+    let reason = "the newest checkpoint holds step 2".into();
+    opened
+        .directory
+        .journal(&Record::Rewind { to, reason })
+        .unwrap();
+    assert_eq!(opened.directory.metrics().len(), 2);
+    assert_eq!(read(&folder, "metrics.jsonl").lines().count(), 2);
+    assert_eq!(read(&folder, "eval.jsonl").lines().count(), 2);
+    assert_eq!(read(&folder, "samples.jsonl").lines().count(), 2);
+    commit(&mut opened.directory, 3);
+    drop(opened);
+    let opened = open(folder.path()).unwrap();
+    let steps: Vec<_> = opened
+        .directory
+        .metrics()
+        .iter()
+        .map(|row| row.report.step)
+        .collect();
+    assert_eq!(steps, [1, 2, 3]);
+}
+
+#[test]
+fn an_evaluation_that_is_repeated_keeps_its_first_row() {
+    let folder = run(2);
+    let mut opened = open(folder.path()).unwrap();
+    let repeated = EvaluationRow {
+        pairs: 99,
+        ..evaluation(2)
+    };
+    opened
+        .directory
+        .record_evaluation(repeated, &sample())
+        .unwrap();
+    assert_eq!(opened.directory.evaluations().last().unwrap().pairs, 3);
+    assert_eq!(read(&folder, "samples.jsonl").lines().count(), 2);
+}
+
+#[test]
+fn damage_is_named_and_nothing_is_changed() {
+    let folder = run(2);
+    let good = read(&folder, "eval.jsonl");
+    fs::write(
+        folder.path().join("eval.jsonl"),
+        good.replacen("\"pairs\":3", "\"pairs\":x", 1),
+    )
+    .unwrap();
+    check_refused(open(folder.path()), &["eval.jsonl:1", "not a row"]);
+    fs::write(folder.path().join("eval.jsonl"), good).unwrap();
+
+    let run_json = read(&folder, "run.json");
+    fs::write(folder.path().join("run.json"), &run_json[..10]).unwrap();
+    check_refused(open(folder.path()), &["run.json", "restore it"]);
+    fs::write(folder.path().join("run.json"), run_json).unwrap();
+
+    let path = folder.path().join("journal.log");
+    let mut journal = fs::read(&path).unwrap();
+    journal[100] ^= 1;
+    fs::write(&path, journal).unwrap();
+    check_refused(open(folder.path()), &["journal.log", "damaged"]);
+}
+
+#[test]
+fn a_torn_journal_loses_its_last_commit_everywhere() {
+    let folder = run(4);
+    let path = folder.path().join("journal.log");
+    let journal = fs::read(&path).unwrap();
+    fs::write(&path, &journal[..journal.len() - 3]).unwrap();
+    let opened = open(folder.path()).unwrap();
+    assert!(opened.torn_bytes > 0);
+    assert_eq!(opened.directory.metrics().len(), 3);
+    assert_eq!(opened.directory.evaluations().last().unwrap().step, 2);
+}
+
+#[test]
+fn facts_are_kept_and_other_inputs_are_refused() {
+    let folder = run(1);
+    let facts = RunFacts {
+        steps_total: 10,
+        data_digest: "aa".into(),
+        committed: 0,
+        ..RunFacts::default()
+    };
+    open(folder.path())
+        .unwrap()
+        .directory
+        .agree(&facts)
+        .unwrap();
+    let run: Value = serde_json::from_str(&read(&folder, "run.json")).unwrap();
+    assert_eq!(run["facts"]["data_digest"], "aa");
+    let mut opened = open(folder.path()).unwrap();
+    let later = RunFacts {
+        committed: 5,
+        ..facts.clone()
+    };
+    opened.directory.agree(&later).unwrap();
+    let other = RunFacts {
+        data_digest: "bb".into(),
+        ..facts
+    };
+    let error = opened.directory.agree(&other).unwrap_err().to_string();
+    assert!(
+        error.contains("data_digest is \"aa\" there, \"bb\" here"),
+        "{error}"
+    );
+}
+
+#[test]
+fn events_have_a_time_a_kind_and_a_text() {
+    let folder = run(0);
+    let mut opened = open(folder.path()).unwrap();
+    let text = "two \"lines\"\nof text".to_owned();
+    opened
+        .directory
+        .event(UNIX_EPOCH, &Note { kind: "join", text })
+        .unwrap();
+    let line: Value = serde_json::from_str(read(&folder, "events.jsonl").trim_end()).unwrap();
+    assert_eq!(line["time"], "1970-01-01T00:00:00.000Z");
+    assert_eq!(line["kind"], "join");
+    assert_eq!(line["text"], "two \"lines\"\nof text");
+}
