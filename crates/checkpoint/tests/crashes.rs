@@ -5,6 +5,7 @@ mod support;
 
 use std::{
     fs,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -135,7 +136,7 @@ fn a_commit_reads_the_files_back() {
 }
 
 #[test]
-fn c2_every_flipped_bit_is_found_and_its_file_and_tensor_named() {
+fn c2_a_flipped_bit_in_any_byte_is_found_and_its_file_and_tensor_named() {
     let directory = tempfile::tempdir().unwrap();
     let dir = directory.path();
     let folder = save(dir, 20, 2).path;
@@ -145,10 +146,13 @@ fn c2_every_flipped_bit_is_found_and_its_file_and_tensor_named() {
         let whole = fs::read(&path).unwrap();
         let entry = manifest.files.iter().find(|entry| entry.name == name);
         for byte in 0..whole.len() {
-            let mut damaged = whole.clone();
-            damaged[byte] ^= 1 << (byte % 8);
-            fs::write(&path, &damaged).unwrap();
+            // In place: some file systems sync a file that is written anew.
+            let file = fs::File::options().write(true).open(&path).unwrap();
+            let flipped = [whole[byte] ^ (1 << (byte % 8))];
+            file.write_all_at(&flipped, byte as u64).unwrap();
             let verified = Checkpoint::open(&folder).and_then(|checkpoint| checkpoint.verify());
+            let read = reads_whole(&folder, 20);
+            file.write_all_at(&whole[byte..=byte], byte as u64).unwrap();
             let error = verified.expect_err("detected");
             assert!(error.to_string().contains(&name), "{error}");
             let Some(entry) = entry else {
@@ -173,9 +177,8 @@ fn c2_every_flipped_bit_is_found_and_its_file_and_tensor_named() {
             let region = damages[0].offset..damages[0].offset + damages[0].bytes;
             assert!(region.contains(&(byte as u64)), "byte {byte} in {region:?}");
             // Reading does not use it either.
-            assert!(reads_whole(&folder, 20).is_err(), "byte {byte}");
+            assert!(read.is_err(), "byte {byte}");
         }
-        fs::write(&path, &whole).unwrap();
     }
     reads_whole(&folder, 20).unwrap();
 }

@@ -10,7 +10,7 @@ use super::{ExportDtype, ExportError};
 use crate::{
     manifest::Manifest,
     parts::{Kind, TensorSpec},
-    rank_file::safetensors_header,
+    rank_file::{encode, safetensors_header},
     read::Checkpoint,
 };
 
@@ -43,8 +43,12 @@ pub(super) fn write(
         for start in (0..len).step_by(BLOCK) {
             values.resize(BLOCK.min(len - start), 0.0);
             checkpoint.read(&spec.name, Kind::Weight, start, &mut values)?;
-            bytes.clear();
-            encode(&values, dtype, &mut bytes);
+            match dtype {
+                ExportDtype::F32 => encode(&values, f32::to_le_bytes, &mut bytes),
+                ExportDtype::Bf16 => {
+                    encode(&values, |it| bf16::from_f32(it).to_le_bytes(), &mut bytes);
+                }
+            }
             file.append(&bytes)?;
             written += bytes.len() as u64;
         }
@@ -73,17 +77,6 @@ fn header(manifest: &Manifest, dtype: ExportDtype) -> Vec<u8> {
         start = end;
     }
     safetensors_header(header)
-}
-
-fn encode(values: &[f32], dtype: ExportDtype, bytes: &mut Vec<u8>) {
-    match dtype {
-        ExportDtype::F32 => bytes.extend(values.iter().flat_map(|value| value.to_le_bytes())),
-        ExportDtype::Bf16 => bytes.extend(
-            values
-                .iter()
-                .flat_map(|&value| bf16::from_f32(value).to_le_bytes()),
-        ),
-    }
 }
 
 fn elements(spec: &TensorSpec) -> usize {
