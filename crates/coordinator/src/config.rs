@@ -19,7 +19,7 @@ use sections::{Section, refuse};
 
 pub use layers::Sources;
 pub use refusal::ConfigError;
-pub use sections::{CheckpointSection, ClusterSection, JobSection};
+pub use sections::{Backend, CheckpointSection, ClusterSection, JobSection};
 
 /// Sections of the coordinator.
 const OWN: [&str; 4] = ["job", "checkpoint", "cluster", "telemetry"];

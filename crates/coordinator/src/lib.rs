@@ -4,7 +4,9 @@
 //! and its journal ([`run_directory`]), plots ([`plots`]), the summary ([`summary`]) and what a person sees ([`ui`]).
 
 pub mod config;
+mod numbers;
 pub mod plots;
 pub mod run_directory;
 pub mod summary;
 mod timestamp;
+pub mod ui;

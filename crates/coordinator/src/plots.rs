@@ -18,8 +18,9 @@ use plotters::{
 };
 use protocol::{EvaluationRow, MetricsRow, Statistics};
 
+use crate::numbers::{plain, signed};
 use render::{FONT, Picture, render};
-use scale::{log_range, plain, reward_range, signed, target_fits};
+use scale::{log_range, reward_range, target_fits};
 
 pub use render::Drawing;
 
@@ -137,7 +138,7 @@ impl RewardPlot<'_> {
         let observed = values().filter(|value| value.is_finite());
         let (low, high) = observed.fold((0.0_f64, 0.0_f64), |(l, h), v| (l.min(v), h.max(v)));
         if let Some(target) = self.target.filter(|target| target_fits(low, high, *target)) {
-            for (value, color, above) in [(target, CHOSEN, -24), (-target, REJECTED, 18)] {
+            for (value, color, above) in [(target, CHOSEN, -24), (-target, REJECTED, 24)] {
                 let line = [(0.0, value), (steps.end, value)];
                 chart
                     .draw_series(DashedLineSeries::new(line, 14, 10, color.stroke_width(3)))

@@ -323,6 +323,12 @@ fn wrong_types_are_refused() {
         &[],
         &["model (from CALDPO__MODEL)", "expected a section [model]"],
     );
+    check_refused(
+        &[],
+        &[],
+        &["cluster.backend=gpu"],
+        &["cluster.backend", "`cuda`"],
+    );
     check_refused(&[], &[], &["job.seed=1.5"], &["job.seed", "1.5"]);
 }
 
@@ -361,6 +367,14 @@ fn impossible_values_are_refused() {
     refused("job.name=a/b", &["job.name", "a/b"]);
     refused("job.output=\"\"", &["job.output", "empty"]);
     refused("job.seed=-1", &["job.seed", "-1"]);
+}
+
+#[test]
+fn cores_are_shared_out_evenly_unless_threads_are_named() {
+    let cluster = |set: &[&str]| load(&[], &[], set).unwrap().cluster;
+    assert_eq!(cluster(&["cluster.workers=2"]).threads_per_worker(9), 4);
+    assert_eq!(cluster(&["cluster.workers=4"]).threads_per_worker(2), 1);
+    assert_eq!(cluster(&["cluster.threads=3"]).threads_per_worker(2), 3);
 }
 
 #[test]

@@ -44,6 +44,8 @@ pub struct ClusterSection {
     /// Threads of each worker. Default: the cores shared out evenly.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
+    /// What workers compute on.
+    pub backend: Backend,
     /// Silence after which a worker counts as lost.
     pub heartbeat_timeout_seconds: f64,
     /// How long workers may take to join.
@@ -54,6 +56,29 @@ pub struct ClusterSection {
     pub step_timeout_seconds: f64,
     /// How long the last checkpoint may take to become durable.
     pub save_timeout_seconds: f64,
+}
+
+/// What workers compute on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Backend {
+    /// CUDA where a GPU and a program built for it are there, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// CUDA, or nothing.
+    Cuda,
+}
+
+impl Backend {
+    /// As in the configuration and on a worker's command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
 }
 
 /// Takes keys out of one section and refuses what nobody asked for.
@@ -158,6 +183,7 @@ impl ClusterSection {
             listen: section.required("listen")?,
             workers: section.required("workers")?,
             threads: section.optional("threads")?,
+            backend: section.required("backend")?,
             heartbeat_timeout_seconds: section.required("heartbeat_timeout_seconds")?,
             join_timeout_seconds: section.required("join_timeout_seconds")?,
             form_timeout_seconds: section.required("form_timeout_seconds")?,
@@ -169,6 +195,12 @@ impl ClusterSection {
             .validate()
             .map_err(|(key, reason)| refuse(merged, key, reason))?;
         Ok(parsed)
+    }
+
+    /// Compute threads of each worker on a machine of `cores` cores.
+    pub fn threads_per_worker(&self, cores: usize) -> usize {
+        self.threads
+            .unwrap_or_else(|| (cores / self.workers as usize).max(1))
     }
 
     fn validate(&self) -> Result<(), (&'static str, String)> {

@@ -1,4 +1,4 @@
-//! Which part of the number line a panel shows, and how a number is written on it.
+//! Which part of the number line a panel shows.
 
 use std::ops::Range;
 
@@ -32,30 +32,6 @@ pub(super) fn target_fits(low: f64, high: f64, target: f64) -> bool {
     let reach = high.max(-low);
     // Before the first step everything is 0, and then the targets are all there is to see.
     reach == 0.0 || target <= TARGET_REACH * reach
-}
-
-/// Three digits that matter, with a sign.
-pub(super) fn signed(value: f64) -> String {
-    let sign = if value < 0.0 { "−" } else { "+" };
-    format!("{sign}{}", plain(value.abs()))
-}
-
-/// Three digits that matter.
-pub(super) fn plain(value: f64) -> String {
-    let text = match value.abs() {
-        size if size >= 1e5 => return format!("{value:.1e}"),
-        size if size >= 100.0 => return format!("{value:.0}"),
-        size if size >= 10.0 => format!("{value:.1}"),
-        size if size >= 0.1 || size == 0.0 => format!("{value:.2}"),
-        size if size >= 1e-3 => format!("{value:.3}"),
-        _ => return format!("{value:.0e}"),
-    };
-    let trimmed = text.trim_end_matches('0').trim_end_matches('.');
-    if trimmed.is_empty() {
-        "0".into()
-    } else {
-        trimmed.to_owned()
-    }
 }
 
 /// Decades that hold the positive `values` that matter; one decade where there are none.
@@ -98,17 +74,5 @@ mod tests {
         assert_eq!(log_range([0.3, 50.0].into_iter()), 0.1..100.0);
         assert_eq!(log_range([0.5].into_iter()), 0.1..1.0);
         assert_eq!(log_range([50.0, 1e-200].into_iter()), 1e-4..100.0);
-    }
-
-    #[test]
-    fn numbers_keep_three_digits() {
-        let check = |value: f64, text: &str| assert_eq!(signed(value), text);
-        check(2.812, "+2.81");
-        check(-42.04, "−42");
-        check(-1394.6, "−1395");
-        check(0.0, "+0");
-        check(0.0123, "+0.012");
-        assert_eq!(plain(5.0), "5");
-        assert_eq!(plain(500_000.0), "5.0e5");
     }
 }

@@ -1,0 +1,32 @@
+//! What a person at the terminal sees: before (a banner), while it runs (a bar, or plain lines), and after (a table).
+//!
+//! Everything is text made from values; only [`Console`] writes.
+
+mod banner;
+mod console;
+mod report;
+
+pub use banner::Banner;
+pub use console::Console;
+pub use report::Report;
+
+/// Columns that text is wrapped to.
+const WIDTH: usize = 100;
+
+/// `text` on lines of at most `width` characters, broken at spaces; line ends and runs of spaces become one space.
+fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        let last = lines.last_mut().expect("it starts with one line");
+        let fits = last.chars().count() + 1 + word.chars().count() <= width;
+        if last.is_empty() {
+            last.push_str(word);
+        } else if fits {
+            last.push(' ');
+            last.push_str(word);
+        } else {
+            lines.push(word.to_owned());
+        }
+    }
+    lines
+}

@@ -1,0 +1,126 @@
+//! The first thing a person sees: what will run, on what, and where it will be found.
+
+use std::{fmt, fs};
+
+use toml::Value;
+
+use crate::{config::Config, numbers::plain};
+
+/// The banner of a run. Displays as lines, the last one without its end.
+pub struct Banner {
+    rows: Vec<(&'static str, String)>,
+}
+
+impl Banner {
+    /// A banner for `config` on this machine; `resumed` is the step that a continued run goes on from.
+    pub fn new(config: &Config, resumed: Option<u64>) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = config.cluster.workers;
+        let threads = config.cluster.threads_per_worker(cores);
+        let mut rows = vec![
+            ("run", run(config, resumed)),
+            ("objective", objective(config)),
+            ("model", text(config, "model", "path")),
+            ("data", data(config)),
+            (
+                "workers",
+                format!(
+                    "{workers} × {threads} thread{} on {}, backend {}",
+                    plural(threads),
+                    machine(cores),
+                    config.cluster.backend.as_str()
+                ),
+            ),
+            ("output", config.job.output.display().to_string()),
+            ("checkpoints", checkpoints(config)),
+        ];
+        rows.retain(|(_, text)| !text.is_empty());
+        Self { rows }
+    }
+}
+
+impl fmt::Display for Banner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "coordinator {}", env!("CARGO_PKG_VERSION"))?;
+        for (name, text) in &self.rows {
+            write!(f, "\n  {name:<12} {text}")?;
+        }
+        Ok(())
+    }
+}
+
+fn run(config: &Config, resumed: Option<u64>) -> String {
+    let name = &config.job.name;
+    match resumed {
+        Some(step) => format!("{name}, continued after step {step}"),
+        None => format!("{name}, seed {}", config.job.seed),
+    }
+}
+
+fn objective(config: &Config) -> String {
+    let mut text = config.objective().to_owned();
+    if let Some(beta) = config.training_value("objective", "beta").and_then(number) {
+        text = format!("{text}, β = {beta}");
+    }
+    if let Some(target) = config.target() {
+        text = format!(
+            "{text}: chosen to +{0}, rejected to −{0} nats",
+            plain(target)
+        );
+    }
+    text
+}
+
+fn data(config: &Config) -> String {
+    let train = files(config, "train");
+    let eval = files(config, "eval");
+    match (train.is_empty(), eval.is_empty()) {
+        (true, _) => String::new(),
+        (false, true) => format!("{train}; none held out"),
+        (false, false) => format!("{train}; held out: {eval}"),
+    }
+}
+
+fn files(config: &Config, key: &str) -> String {
+    let listed = config.training_value("data", key).and_then(Value::as_array);
+    let names = listed.into_iter().flatten().filter_map(Value::as_str);
+    names.collect::<Vec<_>>().join(", ")
+}
+
+fn checkpoints(config: &Config) -> String {
+    let path = config.checkpoint.path.display();
+    match config.checkpoint.every_steps {
+        0 => format!("{path}, at the end"),
+        every => format!("{path}, every {every} step{}", plural(every as usize)),
+    }
+}
+
+fn machine(cores: usize) -> String {
+    let memory = memory_gib().map_or_else(String::new, |gib| format!(", {gib:.1} GiB memory"));
+    format!("{cores} core{}{memory}", plural(cores))
+}
+
+/// Of the machine; `None` where the kernel does not say.
+fn memory_gib() -> Option<f64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib / f64::from(1 << 20))
+}
+
+fn text(config: &Config, section: &str, key: &str) -> String {
+    let value = config.training_value(section, key);
+    value.and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
+fn number(value: &Value) -> Option<f64> {
+    value
+        .as_float()
+        .or(value.as_integer().map(|whole| whole as f64))
+}
+
+fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
+}
