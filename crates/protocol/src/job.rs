@@ -108,6 +108,11 @@ pub enum Action {
         /// Greedy continuations with the same weights.
         samples: Vec<Sample>,
     },
+    /// Show and keep rank 0's account of the data files.
+    DataReport {
+        /// Several lines for a person.
+        text: String,
+    },
     /// Append to `events.jsonl`.
     Note(Note),
     /// A long phase of a rank moved.
@@ -142,6 +147,8 @@ pub struct Job {
     verdict: Option<CoordinatorMessage>,
     /// The last evaluation that was recorded.
     evaluated: Option<u64>,
+    /// Whether the data report was handed out.
+    reported: bool,
 }
 
 impl Job {
@@ -158,6 +165,7 @@ impl Job {
             saves: BTreeMap::new(),
             verdict: None,
             evaluated: None,
+            reported: false,
             spec,
         };
         let mut actions = Vec::new();
@@ -236,7 +244,8 @@ impl Job {
             generation,
             message,
         } = from;
-        if job != self.spec.id {
+        // A worker may not know the name of the only job here.
+        if !job.0.is_empty() && job != self.spec.id {
             let reason = format!("this coordinator runs job {}, not {job}", self.spec.id);
             return self.send(incarnation, CoordinatorMessage::Stop { reason }, actions);
         }
@@ -293,6 +302,12 @@ impl Job {
             }
             WorkerMessage::Progress { phase, done, total } => {
                 self.progress(now_ms, incarnation, (phase, done, total), actions);
+            }
+            WorkerMessage::DataReport { text } => {
+                // Once a generation: a repetition is not shown again.
+                if rank == Rank(0) && !std::mem::replace(&mut self.reported, true) {
+                    actions.push(Action::DataReport { text });
+                }
             }
             WorkerMessage::Ready {
                 facts,

@@ -17,7 +17,7 @@ pub const WIRE_VERSION: u32 = 1;
 /// A worker's message with its fences.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FromWorker {
-    /// The job it believes to work for.
+    /// The job it believes to work for; empty for the only job of a coordinator that runs one.
     pub job: JobId,
     /// Its own incarnation.
     pub incarnation: Incarnation,
@@ -65,6 +65,11 @@ pub enum WorkerMessage {
         done: u64,
         /// Units in all.
         total: u64,
+    },
+    /// What became of the rows of the data files, sent by rank 0 once they are read.
+    DataReport {
+        /// Several lines for a person.
+        text: String,
     },
     /// Loaded, reference values durable, collective connected.
     Ready {

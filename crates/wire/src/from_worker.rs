@@ -24,7 +24,7 @@ impl TryFrom<proto::FromWorker> for FromWorker {
 
     fn try_from(it: proto::FromWorker) -> Result<Self, WireError> {
         Ok(Self {
-            job: JobId(text("FromWorker.job", it.job)?),
+            job: JobId(it.job),
             incarnation: Incarnation(from_one("FromWorker.incarnation", it.incarnation)?),
             generation: Generation(it.generation),
             message: required("FromWorker.message", it.message)?.try_into()?,
@@ -51,6 +51,7 @@ impl From<WorkerMessage> for Message {
             WorkerMessage::Progress { phase, done, total } => {
                 Self::Progress(proto::Progress { phase, done, total })
             }
+            WorkerMessage::DataReport { text } => Self::DataReport(proto::DataReport { text }),
             WorkerMessage::Ready {
                 facts,
                 reference_reused,
@@ -102,6 +103,9 @@ impl TryFrom<Message> for WorkerMessage {
                 phase: text("Progress.phase", it.phase)?,
                 done: it.done,
                 total: it.total,
+            },
+            Message::DataReport(it) => Self::DataReport {
+                text: text("DataReport.text", it.text)?,
             },
             Message::Ready(it) => Self::Ready {
                 facts: required("Ready.facts", it.facts)?.try_into()?,

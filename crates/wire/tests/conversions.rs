@@ -91,6 +91,9 @@ fn worker_messages() -> Vec<WorkerMessage> {
             reason: "disk full".into(),
         },
         WorkerMessage::Finished,
+        WorkerMessage::DataReport {
+            text: "all good".into(),
+        },
     ];
     for awaits in [
         Awaits::Nothing,
@@ -273,7 +276,6 @@ fn a_workers_message_that_breaks_a_rule_is_refused_by_field() {
             refused::<_, FromWorker>(at($place), spoil, $field);
         };
     }
-    refused::<_, FromWorker>(at(0), |it| it.job.clear(), "FromWorker.job");
     refused::<_, FromWorker>(at(0), |it| it.incarnation = 0, "FromWorker.incarnation");
     refused::<_, FromWorker>(at(0), |it| it.message = None, "FromWorker.message");
     spoil!(0, Join, |it| it.build.clear(), "Join.build");
@@ -312,10 +314,11 @@ fn a_workers_message_that_breaks_a_rule_is_refused_by_field() {
     spoil!(5, Saved, |it| it.step = 0, "Saved.step");
     spoil!(5, Saved, |it| it.shard.clear(), "Saved.shard");
     spoil!(6, SaveFailed, |it| it.step = 0, "SaveFailed.step");
-    spoil!(8, Beat, |it| it.awaits = 0, "Beat.awaits");
-    spoil!(8, Beat, |it| it.awaits = 99, "Beat.awaits");
-    spoil!(13, Failed, |it| it.cause = 0, "Failed.cause");
-    spoil!(13, Failed, |it| it.cause = -1, "Failed.cause");
+    spoil!(8, DataReport, |it| it.text.clear(), "DataReport.text");
+    spoil!(9, Beat, |it| it.awaits = 0, "Beat.awaits");
+    spoil!(9, Beat, |it| it.awaits = 99, "Beat.awaits");
+    spoil!(14, Failed, |it| it.cause = 0, "Failed.cause");
+    spoil!(14, Failed, |it| it.cause = -1, "Failed.cause");
 }
 
 #[test]
@@ -358,11 +361,11 @@ fn a_coordinators_message_that_breaks_a_rule_is_refused_by_field() {
 #[test]
 fn a_refusal_is_an_invalid_argument_to_the_caller() {
     let error = WireError::Missing {
-        field: "FromWorker.job",
+        field: "FromWorker.message",
     };
     let status = tonic::Status::from(error);
     assert_eq!(status.code(), tonic::Code::InvalidArgument);
-    assert!(status.message().contains("FromWorker.job"));
+    assert!(status.message().contains("FromWorker.message"));
 }
 
 #[test]

@@ -1,1 +1,20 @@
-//! A session with the coordinator around a trainer; the worker program.
+//! One worker process: a session with the coordinator around one process's training.
+//!
+//! ```text
+//! cli ─► agent: connect ─► Join ─► Welcome ─► Form ─► load, connect ranks, reference pass ─► Ready
+//!          session task (tokio): beats, messages in and out     │
+//!          training thread: trainer::Trainer::run over Gate ◄───┘
+//! ```
+//! The session task never computes and the training thread never touches the network of the control plane, so a long step
+//! cannot silence the beats. When the session ends or is told to stop, the collective is aborted and the training thread
+//! finds out at its next wait.
+//!
+//! Not here: the step itself (`trainer`), message formats (`wire`), decisions about a job (`protocol`).
+
+mod agent;
+pub mod backend;
+pub mod cli;
+mod gate;
+pub mod job;
+pub mod log;
+mod session;

@@ -1,0 +1,285 @@
+//! A worker's life in one job: join, form, load, train, leave.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use collective::tcp::Rendezvous;
+use collective::{Collective, CollectiveError, single};
+use model::Device;
+use protocol::{
+    Awaits, Cause, CoordinatorMessage, Generation, Incarnation, RunFacts, Step, ToWorker,
+    WIRE_VERSION, WorkerMessage,
+};
+use tokio::runtime::Handle;
+use trainer::{End, Facts, Membership, Setup, Spec, TrainError, Trainer};
+
+use crate::gate::{Gate, ProgressTeller};
+use crate::job::{self, JobError};
+use crate::session::{Session, SessionError};
+
+/// Version that all members of a job must share.
+pub(crate) const BUILD: &str = env!("CARGO_PKG_VERSION");
+
+/// How long a worker tries to reach its coordinator.
+const CONNECT_PATIENCE: Duration = Duration::from_mins(1);
+
+/// How long ranks wait for each other's connections; all of them were just formed.
+const RENDEZVOUS_PATIENCE: Duration = Duration::from_mins(1);
+
+/// How long one collective operation may take. The coordinator notices a dead or silent rank much sooner and stops the
+/// others, which aborts their collectives; this bound only keeps a fault in that machinery from waiting for ever.
+const COLLECTIVE_PATIENCE: Duration = Duration::from_hours(1);
+
+/// What a worker needs to take part in jobs.
+pub(crate) struct Options {
+    pub url: String,
+    pub device: Device,
+    /// Where the other ranks reach this one.
+    pub listen: IpAddr,
+}
+
+/// How a job ended for this worker.
+#[derive(Debug)]
+pub(crate) enum Ending {
+    /// The job is done, or interrupted with its state saved.
+    Finished,
+    /// The coordinator said so, or is gone.
+    Left(SessionError),
+    /// This worker could not go on, and said so.
+    Failed { cause: Cause, reason: String },
+}
+
+#[derive(Debug, thiserror::Error)]
+enum AgentError {
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error(transparent)]
+    Job(#[from] JobError),
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    #[error("the training thread panicked: {0}")]
+    Panicked(String),
+}
+
+/// Takes part in one job from Join to its end.
+pub(crate) fn serve(options: &Options, runtime: &Handle) -> Ending {
+    let incarnation = match incarnation() {
+        Ok(incarnation) => incarnation,
+        Err(reason) => {
+            return Ending::Failed {
+                cause: Cause::Fatal,
+                reason,
+            };
+        }
+    };
+    let session = Session::open(runtime, &options.url, incarnation, CONNECT_PATIENCE);
+    let mut session = match session {
+        Ok(session) => session,
+        Err(error) => return Ending::Left(error),
+    };
+    let result = take_part(options, &mut session);
+    // An error that follows from the session's end is not this worker's own.
+    if let (Err(_), Some(error)) = (&result, session.over()) {
+        return Ending::Left(error);
+    }
+    let ending = match result {
+        Ok(()) => {
+            drop(session.voice().say(WorkerMessage::Finished));
+            Ending::Finished
+        }
+        Err(error) => {
+            let (cause, reason) = (error.cause(), error.to_string());
+            let failed = WorkerMessage::Failed {
+                cause,
+                reason: reason.clone(),
+            };
+            drop(session.voice().say(failed));
+            Ending::Failed { cause, reason }
+        }
+    };
+    session.flush();
+    ending
+}
+
+fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError> {
+    let rendezvous = Rendezvous::bind(options.listen)?;
+    let voice = session.voice().clone();
+    voice.say(WorkerMessage::Join {
+        build: BUILD.into(),
+        wire_version: WIRE_VERSION,
+        address: rendezvous.address(),
+    })?;
+    let (config_toml, checkpoint_dir) = wait(session, |heard| match heard.message {
+        CoordinatorMessage::Welcome {
+            config_toml,
+            checkpoint_dir,
+        } => Some((config_toml, checkpoint_dir)),
+        _ => None,
+    })?;
+    let spec = job::parse(&config_toml)?;
+    voice.await_next(Awaits::Form);
+    let form = wait(session, |heard| match heard.message {
+        CoordinatorMessage::Form {
+            rank,
+            addresses,
+            secret,
+            committed,
+            resume,
+        } => Some(Formed {
+            rank: rank.0,
+            generation: heard.generation,
+            addresses,
+            secret,
+            committed,
+            resume: resume.map(PathBuf::from),
+        }),
+        _ => None,
+    })?;
+    voice.await_next(Awaits::Nothing);
+
+    let collective = form.connect(rendezvous)?;
+    voice.enter(form.generation, Some(collective.aborter()));
+    voice.know(form.committed);
+    // A thread of its own: a panic in it is told to the coordinator instead of a silent death.
+    std::thread::scope(|scope| {
+        let training = std::thread::Builder::new().name("training".into());
+        let training = training
+            .spawn_scoped(scope, || {
+                let checkpoints = checkpoint_dir.into();
+                train(options, session, &spec, &form, collective, checkpoints)
+            })
+            .map_err(|source| TrainError::Thread {
+                thread: "training",
+                source,
+            })?;
+        training
+            .join()
+            .unwrap_or_else(|panic| Err(AgentError::Panicked(words(&*panic))))
+    })
+}
+
+struct Formed {
+    rank: u32,
+    generation: Generation,
+    addresses: Vec<String>,
+    secret: [u8; 32],
+    committed: Step,
+    resume: Option<PathBuf>,
+}
+
+impl Formed {
+    fn connect(&self, rendezvous: Rendezvous) -> Result<Box<dyn Collective>, CollectiveError> {
+        if self.addresses.len() == 1 {
+            return Ok(Box::new(single(self.generation.0)));
+        }
+        let deadline = Instant::now() + RENDEZVOUS_PATIENCE;
+        let tcp = rendezvous.connect(
+            self.rank as usize,
+            &self.addresses,
+            self.generation.0,
+            self.secret,
+            deadline,
+        )?;
+        Ok(Box::new(tcp))
+    }
+}
+
+fn train(
+    options: &Options,
+    session: &mut Session,
+    spec: &Spec,
+    form: &Formed,
+    collective: Box<dyn Collective>,
+    checkpoints: PathBuf,
+) -> Result<(), AgentError> {
+    let voice = session.voice().clone();
+    let mut teller = ProgressTeller::new(voice.clone());
+    let mut progress = |phase: &str, done, total| teller.tell(phase, done, total);
+    let setup = Setup::load(spec, &options.device, &mut progress)?;
+    if form.rank == 0 {
+        let (train, eval) = setup.reports();
+        let mut text = train.to_string();
+        if let Some(eval) = eval {
+            text = format!("training pairs\n{text}\n\nheld-out pairs\n{eval}");
+        }
+        voice.say(WorkerMessage::DataReport { text })?;
+    }
+    let facts = setup.facts();
+    let membership = Membership {
+        collective,
+        step_deadline: COLLECTIVE_PATIENCE,
+        checkpoints,
+        resume: form.resume.clone(),
+        generation: form.generation.0,
+    };
+    let (trainer, counts) = Trainer::new(setup, membership, &mut progress)?;
+    voice.say(WorkerMessage::Ready {
+        facts: to_protocol(facts, trainer.committed()),
+        reference_reused: counts.reused,
+        reference_computed: counts.computed,
+    })?;
+    let mut gate = Gate::new(session, form.rank);
+    match trainer.run(&mut gate)? {
+        End::Finished => Ok(()),
+        End::Stopped => Err(SessionError::Stopped("the job stops here".into()).into()),
+    }
+}
+
+/// The first message that `wanted` takes.
+fn wait<T>(session: &Session, wanted: impl Fn(ToWorker) -> Option<T>) -> Result<T, SessionError> {
+    loop {
+        let heard = session.hear(Duration::from_secs(1))?;
+        if let Some(answer) = heard.and_then(&wanted) {
+            return Ok(answer);
+        }
+    }
+}
+
+fn to_protocol(facts: Facts, committed: u64) -> RunFacts {
+    RunFacts {
+        steps_total: facts.steps_total,
+        pairs: facts.pairs,
+        eval_pairs: facts.eval_pairs,
+        parameters: facts.parameters,
+        model_digest: facts.model_digest,
+        tokenizer_digest: facts.tokenizer_digest,
+        data_digest: facts.data_digest,
+        committed,
+    }
+}
+
+/// A number that no other life of any worker has.
+fn incarnation() -> Result<Incarnation, String> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(|error| format!("read random bytes: {error}"))?;
+    // 0 would read as "unset" on the wire.
+    Ok(Incarnation(u64::from_le_bytes(bytes).max(1)))
+}
+
+impl AgentError {
+    fn cause(&self) -> Cause {
+        match self {
+            Self::Job(_) => Cause::Config,
+            Self::Session(_) | Self::Collective(_) => Cause::Temporary,
+            Self::Panicked(_) => Cause::Fatal,
+            Self::Train(error) => match error.cause() {
+                trainer::Cause::Config => Cause::Config,
+                trainer::Cause::Temporary => Cause::Temporary,
+                trainer::Cause::Fatal => Cause::Fatal,
+            },
+        }
+    }
+}
+
+/// What a panic said.
+fn words(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("without a message")
+        .to_owned()
+}

@@ -1,0 +1,61 @@
+//! The device that a worker computes on.
+
+use clap::ValueEnum;
+use model::Device;
+
+/// Which backend to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// CUDA when this program has it and a device is there, else the CPU.
+    #[default]
+    Auto,
+    /// burn's flex backend.
+    Cpu,
+    /// burn's CUDA backend.
+    Cuda,
+}
+
+/// A backend that cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct BackendError(&'static str);
+
+/// The device for `backend`.
+///
+/// # Errors
+/// If CUDA is asked for and cannot be had.
+pub fn device(backend: Backend) -> Result<Device, BackendError> {
+    match backend {
+        Backend::Cpu => Ok(Device::flex()),
+        Backend::Auto => Ok(cuda().unwrap_or_else(|_| Device::flex())),
+        Backend::Cuda => cuda(),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda() -> Result<Device, BackendError> {
+    // Asked before any CUDA call: without a driver or a device the list is empty and nothing panics.
+    let devices = Device::enumerate(burn::tensor::DeviceType::Cuda);
+    devices.into_iter().next().ok_or(BackendError(
+        "no CUDA device is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --backend cpu",
+    ))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> Result<Device, BackendError> {
+    Err(BackendError(
+        "this program was built without CUDA; build with --features cuda, or use --backend cpu",
+    ))
+}
+
+#[cfg(all(test, not(feature = "cuda")))]
+mod tests {
+    use super::{Backend, device};
+
+    #[test]
+    fn a_build_without_cuda_says_so_and_auto_falls_back_to_the_cpu() {
+        let error = device(Backend::Cuda).expect_err("no CUDA in this build");
+        assert!(error.to_string().contains("--features cuda"));
+        assert!(device(Backend::Auto).is_ok());
+    }
+}

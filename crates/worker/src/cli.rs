@@ -1,0 +1,311 @@
+//! The command line of a worker. `coordinator` carries it as a hidden subcommand, so that one program is enough on one machine.
+
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, Subcommand, ValueEnum};
+use data::DataConfig;
+use protocol::Cause;
+use serde_json::{Map, Value, json};
+use tokio::runtime::Runtime;
+use trainer::{BenchRequest, Dtype, ScoreRequest, TrainError};
+
+use crate::agent::{Ending, Options, serve};
+use crate::backend::{Backend, device};
+use crate::log::{self, LogFormat};
+use crate::session::EXIT_TEMPORARY;
+
+const EXIT_FAILED: u8 = 1;
+const EXIT_USAGE: u8 = 2;
+
+/// Arguments of the `worker` program.
+#[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    serve: Serve,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Write the log-probs of every pair under a model, one JSON object a line.
+    Score(Score),
+    /// Time training steps on this process alone and print one JSON line.
+    Bench(Bench),
+}
+
+#[derive(Args, Debug)]
+struct Serve {
+    /// URL of the coordinator, such as <http://head:7070>.
+    #[arg(long, required = true)]
+    coordinator: Option<String>,
+    /// Leave with the end of the first job instead of waiting for the next.
+    #[arg(long)]
+    once: bool,
+    /// Address of this machine on which the other workers reach this one.
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    listen: IpAddr,
+    #[command(flatten)]
+    compute: Compute,
+    /// How log lines are written.
+    #[arg(long, value_enum, default_value_t)]
+    log: LogFormat,
+    /// Started by a coordinator on this machine: leave when standard input closes, and let Ctrl-C be the coordinator's.
+    #[arg(long, hide = true)]
+    child: bool,
+}
+
+#[derive(Args, Debug)]
+struct Compute {
+    /// Where to compute.
+    #[arg(long, value_enum, default_value_t)]
+    backend: Backend,
+    /// Threads of this process on the CPU; by default one a core.
+    #[arg(long)]
+    threads: Option<usize>,
+}
+
+#[derive(Args, Debug)]
+struct Score {
+    /// Hugging Face directory.
+    #[arg(long)]
+    model: PathBuf,
+    /// Preference pairs, JSONL.
+    #[arg(long)]
+    data: PathBuf,
+    /// Where to write: `index, chosen_logp, rejected_logp, chosen_tokens, rejected_tokens` a pair.
+    #[arg(long)]
+    out: PathBuf,
+    /// Most tokens of prompt + completion.
+    #[arg(long, default_value_t = 1024)]
+    max_length: usize,
+    /// Write the token ids too.
+    #[arg(long)]
+    ids: bool,
+    /// Most tokens that go through the model at once.
+    #[arg(long, default_value_t = 2048)]
+    micro_batch_tokens: usize,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+#[derive(Args, Debug)]
+struct Bench {
+    /// Hugging Face directory.
+    #[arg(long)]
+    model: PathBuf,
+    /// Preference pairs, JSONL, taken in file order.
+    #[arg(long)]
+    data: PathBuf,
+    /// Pairs of one step.
+    #[arg(long, default_value_t = 8)]
+    batch_pairs: usize,
+    /// Timed steps.
+    #[arg(long, default_value_t = 6)]
+    steps: u64,
+    /// Steps before them.
+    #[arg(long, default_value_t = 2)]
+    warmup: u64,
+    /// Most tokens of prompt + completion.
+    #[arg(long, default_value_t = 1024)]
+    max_length: usize,
+    /// Most tokens that go through the model at once.
+    #[arg(long, default_value_t = 2048)]
+    micro_batch_tokens: usize,
+    /// Arithmetic of forward and backward.
+    #[arg(long, value_enum, default_value_t)]
+    dtype: Arithmetic,
+    /// Keep only the inputs of blocks for the backward.
+    #[arg(long)]
+    gradient_checkpointing: bool,
+    /// Add where the time went.
+    #[arg(long)]
+    profile: bool,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Arithmetic {
+    #[default]
+    F32,
+    Bf16,
+}
+
+/// Runs the program and says how it ended: 0 done, 1 failed, 2 bad usage or configuration, 75 try again.
+pub fn run(arguments: &Arguments) -> ExitCode {
+    match &arguments.command {
+        None => serve_jobs(&arguments.serve),
+        Some(Command::Score(score)) => report(run_score(score)),
+        Some(Command::Bench(bench)) => report(run_bench(bench)),
+    }
+}
+
+fn report(result: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = result else {
+        return ExitCode::SUCCESS;
+    };
+    eprintln!("error: {error:#}");
+    let config = error
+        .downcast_ref::<TrainError>()
+        .is_some_and(|error| error.cause() == trainer::Cause::Config);
+    ExitCode::from(if config { EXIT_USAGE } else { EXIT_FAILED })
+}
+
+fn serve_jobs(arguments: &Serve) -> ExitCode {
+    log::start(arguments.log);
+    let prepared = prepare(arguments);
+    let (options, runtime) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    loop {
+        let ending = serve(&options, runtime.handle());
+        let code = match &ending {
+            Ending::Finished => {
+                tracing::info!("the job is done");
+                0
+            }
+            Ending::Left(error) => {
+                tracing::warn!("{error}");
+                EXIT_TEMPORARY
+            }
+            Ending::Failed { cause, reason } => {
+                tracing::error!("{reason}");
+                match cause {
+                    Cause::Config => EXIT_USAGE,
+                    Cause::Temporary => EXIT_TEMPORARY,
+                    Cause::Fatal => EXIT_FAILED,
+                }
+            }
+        };
+        if arguments.once {
+            return ExitCode::from(code);
+        }
+        // A serving worker outlives its jobs, their failures included; it knocks again after a moment.
+        std::thread::sleep(Duration::from_secs(2));
+    }
+}
+
+fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Runtime)> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .context("start the network thread")?;
+    if arguments.child {
+        follow_parent(&runtime)?;
+    }
+    let options = Options {
+        url: arguments
+            .coordinator
+            .clone()
+            .context("--coordinator is missing")?,
+        device: arguments.compute.prepare()?,
+        listen: arguments.listen,
+    };
+    Ok((options, runtime))
+}
+
+/// Ties this process to the coordinator that started it: the pipe on standard input closes when that process ends, however
+/// it ends, and a Ctrl-C in the terminal is for the coordinator to handle.
+fn follow_parent(runtime: &Runtime) -> anyhow::Result<()> {
+    let entered = runtime.enter();
+    let mut interrupts = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())
+        .context("listen for interrupts")?;
+    drop(entered);
+    runtime.spawn(async move { while interrupts.recv().await.is_some() {} });
+    let follow = || {
+        let mut byte = [0];
+        while matches!(std::io::stdin().read(&mut byte), Ok(1..)) {}
+        std::process::exit(i32::from(EXIT_TEMPORARY));
+    };
+    std::thread::Builder::new()
+        .name("parent".into())
+        .spawn(follow)
+        .context("start the thread that watches standard input")?;
+    Ok(())
+}
+
+impl Compute {
+    /// Sets the number of threads, once a process, and finds the device.
+    fn prepare(&self) -> anyhow::Result<model::Device> {
+        if let Some(threads) = self.threads {
+            anyhow::ensure!(threads > 0, "--threads must be at least 1");
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build_global()
+                .context("start compute threads")?;
+        }
+        Ok(device(self.backend)?)
+    }
+}
+
+fn run_score(arguments: &Score) -> anyhow::Result<()> {
+    let device = arguments.compute.prepare()?;
+    let request = ScoreRequest {
+        model: arguments.model.clone(),
+        data: data_config(&arguments.data, arguments.max_length)?,
+        micro_batch_tokens: arguments.micro_batch_tokens,
+    };
+    let file = File::create(&arguments.out)
+        .with_context(|| format!("create {}", arguments.out.display()))?;
+    let mut out = BufWriter::new(file);
+    let pairs = trainer::score(&request, &device, &mut |scored| -> anyhow::Result<()> {
+        let mut line = Map::new();
+        line.insert("index".into(), scored.index.into());
+        line.insert("chosen_logp".into(), scored.chosen_logp.into());
+        line.insert("rejected_logp".into(), scored.rejected_logp.into());
+        line.insert("chosen_tokens".into(), scored.pair.chosen.len().into());
+        line.insert("rejected_tokens".into(), scored.pair.rejected.len().into());
+        if arguments.ids {
+            line.insert("prompt_ids".into(), json!(scored.pair.prompt));
+            line.insert("chosen_ids".into(), json!(scored.pair.chosen));
+            line.insert("rejected_ids".into(), json!(scored.pair.rejected));
+        }
+        writeln!(out, "{}", Value::Object(line)).context("write a line")
+    })?;
+    out.flush()
+        .with_context(|| format!("write {}", arguments.out.display()))?;
+    eprintln!("{pairs} pairs scored, {}", arguments.out.display());
+    Ok(())
+}
+
+fn run_bench(arguments: &Bench) -> anyhow::Result<()> {
+    let device = arguments.compute.prepare()?;
+    let request = BenchRequest {
+        model: arguments.model.clone(),
+        data: data_config(&arguments.data, arguments.max_length)?,
+        batch_pairs: arguments.batch_pairs,
+        micro_batch_tokens: arguments.micro_batch_tokens,
+        steps: arguments.steps,
+        warmup: arguments.warmup,
+        dtype: match arguments.dtype {
+            Arithmetic::F32 => Dtype::F32,
+            Arithmetic::Bf16 => Dtype::Bf16,
+        },
+        gradient_checkpointing: arguments.gradient_checkpointing,
+    };
+    let mut result = trainer::bench(&request, &device)?;
+    if !arguments.profile {
+        result.profile = None;
+    }
+    println!("{}", serde_json::to_string(&result).context("write JSON")?);
+    Ok(())
+}
+
+/// `[data]` with everything but the file and the length at its default.
+fn data_config(file: &std::path::Path, max_length: usize) -> anyhow::Result<DataConfig> {
+    let config = json!({ "train": [file], "max_length": max_length });
+    serde_json::from_value(config).context("describe the data")
+}

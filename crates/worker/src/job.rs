@@ -1,0 +1,268 @@
+//! A job's configuration as a worker reads it: the sections that define training, from resolved TOML to [`Spec`] and back.
+//!
+//! The coordinator keeps its own sections (`[checkpoint]`, `[cluster]`, …) to itself and hands the rest here, once to check
+//! a job before anything starts and once in every worker.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use toml::Table;
+use trainer::Spec;
+
+/// Sections of [`Spec`], as in the configuration file.
+const SECTIONS: [&str; 8] = [
+    "model",
+    "data",
+    "objective",
+    "reference",
+    "optimizer",
+    "schedule",
+    "train",
+    "evaluate",
+];
+
+/// Sections whose change makes another run; with the seed they are a run's identity.
+const IDENTITY: [&str; 6] = [
+    "model",
+    "data",
+    "objective",
+    "optimizer",
+    "schedule",
+    "train",
+];
+
+/// A checked job.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// What the trainer takes.
+    pub spec: Spec,
+    /// The same as TOML sections with all defaults filled in.
+    pub resolved: Table,
+    /// What makes this run another run if it changes.
+    pub identity: Value,
+}
+
+/// A key that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {reason}")]
+pub struct JobError {
+    /// Dotted path of the key.
+    pub key: String,
+    /// What is wrong and what would be right.
+    pub reason: String,
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct JobSection {
+    #[serde(default)]
+    seed: u64,
+}
+
+/// Checks `[job] seed` and the sections that define training, and fills in defaults.
+///
+/// # Errors
+/// The first key that is unknown, of a wrong type, or impossible.
+pub fn resolve(sections: &Table) -> Result<Resolved, JobError> {
+    let mut table = sections.clone();
+    let job = table.remove("job").unwrap_or_else(|| Table::new().into());
+    let job: JobSection = deserialize("job", job)?;
+    let seed = i64::try_from(job.seed).map_err(|_| JobError {
+        key: "job.seed".into(),
+        reason: format!("must be below 2^63, got {}", job.seed),
+    })?;
+    for (name, value) in &table {
+        if !SECTIONS.contains(&name.as_str()) {
+            return Err(JobError {
+                key: name.clone(),
+                reason: format!("unknown section{}", nearest(name, &SECTIONS)),
+            });
+        }
+        if !value.is_table() {
+            return Err(JobError {
+                key: name.clone(),
+                reason: format!("must be a section, got {}", value.type_str()),
+            });
+        }
+    }
+    table.insert("seed".into(), seed.into());
+    let spec: Spec = deserialize("", table.into())?;
+    spec.validate().map_err(|error| JobError {
+        key: error.key,
+        reason: error.reason,
+    })?;
+
+    let mut resolved = Table::try_from(&spec).map_err(|error| JobError {
+        key: "job".into(),
+        reason: error.to_string(),
+    })?;
+    resolved.remove("seed");
+    resolved.insert(
+        "job".into(),
+        Table::from_iter([("seed".into(), seed.into())]).into(),
+    );
+    let mut identity = serde_json::Map::new();
+    for name in IDENTITY {
+        let section = resolved.get(name).map(serde_json::to_value);
+        identity.insert(
+            name.into(),
+            section.and_then(Result::ok).unwrap_or(Value::Null),
+        );
+    }
+    identity.insert("seed".into(), job.seed.into());
+    Ok(Resolved {
+        spec,
+        resolved,
+        identity: identity.into(),
+    })
+}
+
+/// The spec of a job's resolved configuration text, as the coordinator sends it.
+///
+/// # Errors
+/// Text that is not TOML; what [`resolve`] refuses.
+pub fn parse(text: &str) -> Result<Spec, JobError> {
+    let table = text.parse::<Table>().map_err(|error| JobError {
+        key: "configuration".into(),
+        reason: error.to_string(),
+    })?;
+    resolve(&table).map(|resolved| resolved.spec)
+}
+
+fn deserialize<T: for<'de> Deserialize<'de>>(
+    section: &str,
+    value: toml::Value,
+) -> Result<T, JobError> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let path = error.path().to_string();
+        let key = [section, &path]
+            .into_iter()
+            .filter(|part| !part.is_empty() && *part != ".")
+            .collect::<Vec<_>>()
+            .join(".");
+        explain(key, &error.into_inner().to_string())
+    })
+}
+
+/// Turns serde's words into key and reason; an unknown field becomes part of the key, with the nearest valid name.
+fn explain(key: String, message: &str) -> JobError {
+    let message = message.trim();
+    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    let Some((field, valid)) = quoted.split_first() else {
+        return JobError {
+            key,
+            reason: message.into(),
+        };
+    };
+    if message.starts_with("unknown field") {
+        // serde's path already ends in the field for structs, but not for tagged enums.
+        let key = if key.ends_with(*field) {
+            key
+        } else if key.is_empty() {
+            (*field).to_owned()
+        } else {
+            format!("{key}.{field}")
+        };
+        return JobError {
+            key,
+            reason: format!("unknown key{}", nearest(field, valid)),
+        };
+    }
+    if message.starts_with("unknown variant") {
+        return JobError {
+            key,
+            reason: format!("`{field}` is not a choice{}", nearest(field, valid)),
+        };
+    }
+    if message.starts_with("missing field") {
+        return JobError {
+            key: if key.is_empty() {
+                (*field).to_owned()
+            } else {
+                format!("{key}.{field}")
+            },
+            reason: "is required and missing".into(),
+        };
+    }
+    JobError {
+        key,
+        reason: message.into(),
+    }
+}
+
+/// `; did you mean X?` when a name is near, and the list of what is valid.
+fn nearest(name: &str, valid: &[&str]) -> String {
+    let near = valid
+        .iter()
+        .map(|candidate| (strsim::damerau_levenshtein(name, candidate), candidate))
+        .filter(|(distance, _)| *distance <= 3)
+        .min();
+    let hint = near.map_or(String::new(), |(_, name)| {
+        format!("; did you mean `{name}`?")
+    });
+    if valid.is_empty() {
+        return hint;
+    }
+    format!("{hint} (valid: {})", valid.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::{Table, resolve};
+
+    const SMALL: &str = r#"
+        [job]
+        seed = 7
+        [model]
+        path = "model"
+        [data]
+        train = ["train.jsonl"]
+        [objective]
+        kind = "cal_dpo"
+        [reference]
+        store = "cache"
+        [train]
+        steps = 3
+    "#;
+
+    fn table(text: &str) -> Table {
+        text.parse().unwrap()
+    }
+
+    fn refused(text: &str) -> String {
+        resolve(&table(text)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_resolved_job_resolves_to_itself() {
+        let first = resolve(&table(SMALL)).unwrap();
+        let again = resolve(&first.resolved).unwrap();
+        assert_eq!(first.resolved, again.resolved);
+        assert_eq!(first.identity, again.identity);
+        assert_eq!(first.spec.seed, 7);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_path_and_the_nearest_valid_one() {
+        let text = SMALL.replace("kind = \"cal_dpo\"", "kind = \"cal_dpo\"\nbetta = 0.1");
+        let error = refused(&text);
+        assert!(error.contains("objective.betta"), "{error}");
+        assert!(error.contains("did you mean `beta`"), "{error}");
+        let error = refused(&SMALL.replace("steps = 3", "stebs = 3"));
+        assert!(error.contains("train.stebs"), "{error}");
+        assert!(error.contains("did you mean `steps`"), "{error}");
+        let error = refused(&format!("{SMALL}\n[optimiser]\nlearning_rate = 1e-4"));
+        assert!(error.contains("did you mean `optimizer`"), "{error}");
+    }
+
+    #[test]
+    fn wrong_types_and_impossible_values_are_named() {
+        let error = refused(&SMALL.replace("steps = 3", "steps = \"three\""));
+        assert!(error.starts_with("train.steps: "), "{error}");
+        let error = refused(&SMALL.replace("kind = \"cal_dpo\"", "kind = \"cal_dpo\"\nbeta = 0.0"));
+        assert!(error.starts_with("objective.beta: "), "{error}");
+        let error = refused(&SMALL.replace("cal_dpo", "caldpo"));
+        assert!(error.contains("did you mean `cal_dpo`"), "{error}");
+    }
+}

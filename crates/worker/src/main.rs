@@ -1,0 +1,17 @@
+//! The `worker` program.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Trains as one rank of a job, scores pairs, or measures speed.
+#[derive(Parser)]
+#[command(name = "worker", version)]
+struct Program {
+    #[command(flatten)]
+    arguments: worker::cli::Arguments,
+}
+
+fn main() -> ExitCode {
+    worker::cli::run(&Program::parse().arguments)
+}
