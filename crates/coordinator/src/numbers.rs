@@ -4,7 +4,11 @@ use std::time::Duration;
 
 /// Three digits that matter, with a sign.
 pub(crate) fn signed(value: f64) -> String {
-    let sign = if value < 0.0 { "−" } else { "+" };
+    let sign = match value {
+        _ if value < 0.0 => "−",
+        _ if value > 0.0 => "+",
+        _ => "",
+    };
     format!("{sign}{}", plain(value.abs()))
 }
 
@@ -60,7 +64,8 @@ mod tests {
         check(2.812, "+2.81");
         check(-42.04, "−42");
         check(-1394.6, "−1395");
-        check(0.0, "+0");
+        check(0.0, "0");
+        check(f64::NAN, "NaN");
         check(0.0123, "+0.012");
         assert_eq!(plain(5.0), "5");
         assert_eq!(plain(500_000.0), "5.0e5");

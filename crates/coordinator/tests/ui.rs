@@ -230,8 +230,20 @@ fn a_run_that_stops_early_still_shows_its_last_step() {
     check(
         &lines[1],
         &["step 3/100: skipped, the gradient is not finite"],
-        &["loss"],
+        &["loss", "grad norm"],
     );
+}
+
+#[test]
+fn the_time_left_is_that_of_this_process() {
+    let out = Shared::default();
+    let mut console = Console::lines(Box::new(out.clone()));
+    let start = Instant::now();
+    console.step(start, &row(100), 200);
+    console.step(start + Duration::from_secs(4), &row(102), 200);
+    let lines = out.lines();
+    check(&lines[0], &["50.0 s left"], &[]);
+    check(&lines[1], &["3 min 16 s left"], &[]);
 }
 
 #[test]
@@ -255,7 +267,7 @@ fn ranks_add_up_in_a_phase() {
     assert_eq!(out.lines()[..4], expected);
     check(
         &out.lines()[4],
-        &["step 0 held-out (1,230 pairs): chosen +0, rejected +0, accuracy 0.87"],
+        &["step 0 held-out (1,230 pairs): chosen 0, rejected 0, accuracy 0.87"],
         &[],
     );
 }
@@ -308,6 +320,7 @@ fn a_run_that_did_not_complete_says_why_and_what_to_do() {
     };
     let failed = summary(&outcome, &[evaluation(0, 0.0, 0.0)]);
     let text = report(&failed, 240, &[samples(0, "one")]);
+    assert!(!text.contains("objective.beta"));
     check(
         &text,
         &[
@@ -316,6 +329,21 @@ fn a_run_that_did_not_complete_says_why_and_what_to_do() {
         ],
         &["before"],
     );
+}
+
+#[test]
+fn targets_that_are_out_of_reach_are_told_with_a_beta_that_fits() {
+    let mut far = summary(
+        &Outcome::Completed,
+        &[evaluation(0, 0.0, 0.0), evaluation(4, 2.0, -4.0)],
+    );
+    check(&report(&far, 4, &[]), &[], &["objective.beta"]);
+    far.target = Some(250.0);
+    let says = [
+        "targets ±250 are 62 times the largest held-out log-ratio",
+        "objective.beta=0.12",
+    ];
+    check(&report(&far, 4, &[]), &says, &[]);
 }
 
 #[test]

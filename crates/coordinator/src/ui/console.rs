@@ -9,14 +9,14 @@ use std::{
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use protocol::{EvaluationRow, MetricsRow};
 
-use crate::numbers::{grouped, plain, signed};
+use crate::numbers::{duration, grouped, plain, signed};
 
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 /// So that time passes visibly when steps are long.
 const TICK: Duration = Duration::from_millis(500);
 
 const STEP_BAR: &str =
-    "{spinner:.green} step {pos}/{len} [{bar:20.green/dim}] {eta} left · {prefix}\n  {wide_msg}";
+    "{spinner:.green} step {pos}/{len} [{bar:24.green/dim}] {elapsed} · {prefix}\n  {msg}";
 const PHASE_BAR: &str =
     "{spinner:.green} {prefix} {pos}/{len} [{bar:32.cyan/dim}] {elapsed} elapsed";
 
@@ -26,6 +26,8 @@ pub struct Console {
     /// Each rank's place in the phase that is shown.
     places: BTreeMap<u32, (u64, u64)>,
     showing: Showing,
+    /// When this process saw its first step, and which.
+    first: Option<(Instant, u64)>,
 }
 
 enum Screen {
@@ -50,8 +52,8 @@ impl Console {
     /// On standard error: a bar when that is a terminal, else lines.
     pub fn stderr() -> Self {
         if std::io::stderr().is_terminal() {
-            let target = ProgressDrawTarget::stderr();
-            return Self::on(Screen::Bar(ProgressBar::with_draw_target(None, target)));
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+            return Self::on(Screen::Bar(bar.with_style(style("{msg}"))));
         }
         Self::lines(Box::new(std::io::stderr()))
     }
@@ -70,12 +72,17 @@ impl Console {
             screen,
             places: BTreeMap::new(),
             showing: Showing::Nothing,
+            first: None,
         }
     }
 
     /// Shows text that stays: the banner, the data report, notes. Above the bar, where there is one.
     pub fn say(&mut self, text: &str) {
         match &mut self.screen {
+            // A bar that shows nothing yet would leave an empty line.
+            Screen::Bar(_) if self.showing == Showing::Nothing => {
+                drop(writeln!(std::io::stderr(), "{text}"));
+            }
             Screen::Bar(bar) => bar.suspend(|| drop(writeln!(std::io::stderr(), "{text}"))),
             Screen::Lines { out, .. } => drop(writeln!(out, "{text}")),
         }
@@ -107,32 +114,46 @@ impl Console {
 
     /// A step was committed.
     pub fn step(&mut self, now: Instant, row: &MetricsRow, steps_total: u64) {
-        let step = row.report.step;
-        let begins = self.showing != Showing::Steps;
-        if begins {
+        if self.showing != Showing::Steps {
             self.flush(now);
             self.begin(Showing::Steps, STEP_BAR);
         }
+        let step = row.report.step;
+        let left = self.left(now, row, steps_total);
         match &self.screen {
             Screen::Bar(bar) => {
-                if begins {
-                    // A resumed run did not just do all earlier steps at once.
-                    bar.set_length(steps_total);
-                    bar.set_position(step.saturating_sub(1));
-                    bar.reset_eta();
-                }
+                bar.set_length(steps_total);
+                bar.set_prefix(left);
+                bar.set_message(format!(
+                    "{}\n  {} · {}",
+                    loss(row),
+                    rewards(row),
+                    rates(row)
+                ));
                 bar.set_position(step);
-                bar.set_prefix(rates(row));
-                bar.set_message(terms(row));
             }
             Screen::Lines { .. } => {
-                let line = format!("step {step}/{steps_total}: {} · {}", terms(row), rates(row));
-                self.progress_line(now, line);
+                let text = format!("{} · {} · {} · {left}", loss(row), rewards(row), rates(row));
+                self.progress_line(now, format!("step {step}/{steps_total}: {text}"));
                 if step == steps_total {
                     self.flush(now);
                 }
             }
         }
+    }
+
+    /// Time until the last step, by the steps that this process saw: a resumed run did not do the earlier ones.
+    fn left(&mut self, now: Instant, row: &MetricsRow, steps_total: u64) -> String {
+        let step = row.report.step;
+        let (since, first) = *self.first.get_or_insert((now, step));
+        let seen = step.saturating_sub(first);
+        let seconds_per_step = match seen {
+            0 => row.seconds,
+            _ => now.duration_since(since).as_secs_f64() / seen as f64,
+        };
+        let seconds = seconds_per_step * steps_total.saturating_sub(step) as f64;
+        let left = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+        format!("{} left", duration(left))
     }
 
     /// Held-out pairs were evaluated.
@@ -156,14 +177,16 @@ impl Console {
             bar.disable_steady_tick();
             bar.finish_and_clear();
         }
+        self.showing = Showing::Nothing;
     }
 
     fn begin(&mut self, showing: Showing, template: &str) {
         self.showing = showing;
         if let Screen::Bar(bar) = &self.screen {
-            let style = ProgressStyle::with_template(template).expect("the template is fixed");
+            bar.set_prefix("");
+            bar.set_message("");
+            bar.set_style(style(template));
             bar.reset();
-            bar.set_style(style.progress_chars("━━╌"));
             bar.enable_steady_tick(TICK);
         }
     }
@@ -196,29 +219,37 @@ impl Console {
     }
 }
 
-/// Loss, log-ratios, accuracy and gradient norm of a step.
-fn terms(row: &MetricsRow) -> String {
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template)
+        .expect("the templates are fixed")
+        .progress_chars("━━╌")
+}
+
+/// Loss with its terms, and the gradient's norm before clipping.
+fn loss(row: &MetricsRow) -> String {
     let report = &row.report;
     if !report.finite {
         return "skipped, the gradient is not finite".into();
     }
     let statistics = &report.statistics;
-    let parts = if statistics.loss_calibration == 0.0 {
-        String::new()
-    } else {
+    let mut terms = String::new();
+    if statistics.loss_calibration != 0.0 {
         let pairwise = plain(statistics.loss_pairwise);
-        format!(
-            " ({pairwise} pairwise + {} calibration)",
-            plain(statistics.loss_calibration)
-        )
-    };
+        let calibration = plain(statistics.loss_calibration);
+        terms = format!(" ({pairwise} pairwise + {calibration} calibration)");
+    }
+    let (loss, norm) = (plain(statistics.loss), plain(report.grad_norm));
+    format!("loss {loss}{terms} · grad norm {norm}")
+}
+
+/// Log-ratios and accuracy of a step's pairs.
+fn rewards(row: &MetricsRow) -> String {
+    let statistics = &row.report.statistics;
     format!(
-        "loss {}{parts} · chosen {} · rejected {} · accuracy {:.2} · grad norm {}",
-        plain(statistics.loss),
+        "chosen {} · rejected {} · accuracy {:.2}",
         signed(statistics.log_ratios_chosen),
         signed(statistics.log_ratios_rejected),
-        statistics.rewards_accuracies,
-        plain(report.grad_norm),
+        statistics.rewards_accuracies
     )
 }
 

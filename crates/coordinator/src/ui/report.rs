@@ -13,6 +13,8 @@ use crate::{
     summary::Summary,
 };
 
+/// Targets farther out than so many times what the log-ratios reached are told.
+const TARGET_TIMES_MAX: f64 = 10.0;
 /// Samples that are shown.
 const SAMPLES_SHOWN: usize = 2;
 /// Characters of a text that are shown.
@@ -38,6 +40,9 @@ impl fmt::Display for Report<'_> {
         if let Some(before) = &self.summary.before {
             let after = self.summary.after.as_ref();
             writeln!(f, "{}\n", table(before, after))?;
+        }
+        if let Some(advice) = self.advice() {
+            writeln!(f, "{advice}\n")?;
         }
         self.samples(f)?;
         let artifacts = &self.summary.artifacts;
@@ -84,6 +89,28 @@ impl Report<'_> {
             );
         }
         text
+    }
+
+    /// What to do about targets that nothing comes near: their gradient is a constant push, and the calibration does not
+    /// calibrate.
+    fn advice(&self) -> Option<String> {
+        let target = self.summary.target?;
+        let statistics = self.summary.after?.statistics;
+        let reach = statistics
+            .log_ratios_chosen
+            .abs()
+            .max(statistics.log_ratios_rejected.abs());
+        let times = target / reach;
+        if reach == 0.0 || times.is_nan() || times <= TARGET_TIMES_MAX {
+            return None;
+        }
+        let advice = format!(
+            "the targets ±{} are {times:.0} times the largest held-out log-ratio, so that calibration only pushes; \
+             --set objective.beta={} would put them within reach",
+            plain(target),
+            plain(0.5 / reach)
+        );
+        Some(wrap(&advice, WIDTH).join("\n"))
     }
 
     fn samples(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
