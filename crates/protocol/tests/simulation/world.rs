@@ -76,6 +76,7 @@ pub struct World {
     /// Reports that reached the living coordinator, by generation and step.
     votes: BTreeMap<(u64, u64), BTreeSet<u64>>,
     evaluations: BTreeSet<(u64, u64)>,
+    manifests: BTreeSet<(u64, u64)>,
     rows: u64,
     completed: bool,
     pub faults: u64,
@@ -112,6 +113,7 @@ impl World {
             collectives: BTreeMap::new(),
             votes: BTreeMap::new(),
             evaluations: BTreeSet::new(),
+            manifests: BTreeSet::new(),
             rows: 0,
             completed: false,
             faults: 0,
@@ -369,6 +371,10 @@ impl World {
             } => {
                 assert_eq!(shards.len(), world as usize);
                 let (life, step) = (self.life, step.0);
+                assert!(
+                    self.manifests.insert((life, step)),
+                    "step {step} saved twice"
+                );
                 let delay_ms = self.random.between(1, 100);
                 self.after(delay_ms, Happens::Manifest { life, step, shards });
             }

@@ -1,0 +1,356 @@
+//! Workers that are lost, silent, slow or broken, phase by phase, and what the job makes of each.
+
+#![allow(clippy::unwrap_used, reason = "a test's unwrap is an assertion")]
+
+mod support;
+
+use protocol::{
+    Action, Awaits, Cause, Event, Incarnation, JobPolicy, Outcome, Recovery, Step, Waiting,
+    WorkerMessage,
+};
+use support::{Play, journaled, outcome, policy, stopped};
+
+fn lose(play: &mut Play, incarnation: u64) -> Vec<Action> {
+    play.event(Event::Disconnected {
+        incarnation: Incarnation(incarnation),
+    })
+}
+
+fn failed(actions: &[Action], cause: Cause, parts: &[&str]) {
+    match outcome(actions) {
+        Some(Outcome::Failed {
+            cause: found,
+            reason,
+        }) => {
+            assert_eq!(found, cause, "{reason}");
+            for part in parts {
+                assert!(reason.contains(part), "{reason:?} does not say {part:?}");
+            }
+        }
+        other => panic!("{other:?} instead of a failure that says {parts:?}"),
+    }
+}
+
+/// A job of two whose last step is committed and being saved.
+fn draining() -> Play {
+    let mut play = Play::stepping(policy(2), 1);
+    play.step(true);
+    play
+}
+
+/// A job of two whose checkpoint is visible and whose members leave.
+fn finishing() -> Play {
+    let mut play = draining();
+    play.checkpoint(1);
+    play
+}
+
+#[test]
+fn a_worker_lost_before_the_generation_is_formed_leaves_its_place_to_another() {
+    let mut play = Play::new(policy(2), Recovery::default()).0;
+    play.join(1);
+    assert_eq!(outcome(&lose(&mut play, 1)), None);
+    assert_eq!(
+        play.job.waiting(),
+        Waiting::Join {
+            joined: 0,
+            world: 2
+        }
+    );
+    play.join(3);
+    play.join(4);
+    assert!(matches!(play.job.waiting(), Waiting::Ready { .. }));
+}
+
+#[test]
+fn a_worker_lost_while_loading_ends_the_job_and_stops_the_others() {
+    let mut play = Play::new(policy(3), Recovery::default()).0;
+    play.join_all();
+    let progress = WorkerMessage::Progress {
+        phase: "reference pass".into(),
+        done: 3,
+        total: 8,
+    };
+    play.say(2, progress);
+    let actions = lose(&mut play, 2);
+    let parts = [
+        "rank 1 (worker 2)",
+        "reference pass 3/8",
+        "connection closed",
+    ];
+    failed(&actions, Cause::Temporary, &parts);
+    assert_eq!(stopped(&actions), [1, 3]);
+}
+
+#[test]
+fn a_worker_lost_in_a_step_ends_the_job_without_its_commit() {
+    let mut play = Play::stepping(policy(2), 5);
+    play.step(true);
+    play.prepare(1, support::report(2, true));
+    let actions = lose(&mut play, 2);
+    failed(&actions, Cause::Temporary, &["rank 1", "computes step 2"]);
+    assert_eq!(stopped(&actions), [1]);
+    assert_eq!(journaled(&actions), []);
+    assert!(
+        actions
+            .iter()
+            .any(|it| matches!(it, Action::Note(note) if note.kind == "lost"))
+    );
+}
+
+#[test]
+fn a_worker_lost_before_the_last_checkpoint_ends_the_job_resumable() {
+    failed(
+        &lose(&mut draining(), 1),
+        Cause::Temporary,
+        &["rank 0", "saves step 1"],
+    );
+}
+
+#[test]
+fn a_worker_lost_once_all_is_durable_harms_nothing() {
+    let mut play = finishing();
+    assert_eq!(outcome(&lose(&mut play, 2)), None);
+    let done = play.say(1, WorkerMessage::Finished);
+    assert_eq!(outcome(&done), Some(Outcome::Completed));
+
+    let mut play = finishing();
+    play.say(1, WorkerMessage::Finished);
+    assert_eq!(lose(&mut play, 1), [], "it left as it should");
+    let failure = WorkerMessage::Failed {
+        cause: Cause::Fatal,
+        reason: "at exit".into(),
+    };
+    assert_eq!(outcome(&play.say(2, failure)), Some(Outcome::Completed));
+}
+
+#[test]
+fn a_loss_of_somebody_else_changes_nothing() {
+    let mut play = Play::stepping(policy(1), 5);
+    assert_eq!(lose(&mut play, 9), []);
+}
+
+#[test]
+fn a_silent_worker_is_lost_after_the_heartbeat_timeout_and_not_before() {
+    let mut play = Play::stepping(policy(2), 5);
+    assert_eq!(outcome(&play.pass(4_999, &[1])), None);
+    assert_eq!(play.job.next_deadline(), Some(play.now_ms + 1));
+    let parts = ["rank 1", "silent for 5 s"];
+    failed(&play.pass(1, &[1]), Cause::Temporary, &parts);
+}
+
+#[test]
+fn a_silent_worker_loses_its_place_among_those_who_gather() {
+    let mut play = Play::new(policy(2), Recovery::default()).0;
+    play.join(1);
+    assert_eq!(outcome(&play.pass(5_000, &[])), None);
+    assert_eq!(play.job.workers(), []);
+}
+
+#[test]
+fn workers_that_do_not_come_end_the_job_after_the_join_timeout() {
+    let mut play = Play::new(policy(2), Recovery::default()).0;
+    play.join(1);
+    let actions = play.pass(20_000, &[1]);
+    failed(
+        &actions,
+        Cause::Temporary,
+        &["1 of 2 have", "for 20 s", "join timeout"],
+    );
+    assert_eq!(stopped(&actions), [1]);
+}
+
+#[test]
+fn loading_may_take_as_long_as_it_goes_on() {
+    let mut play = Play::new(policy(2), Recovery::default()).0;
+    play.join_all();
+    play.ready(1, support::facts(5, 0));
+    for done in 1..=5 {
+        assert_eq!(outcome(&play.pass(29_000, &[1, 2])), None);
+        let phase = "reference pass".into();
+        play.say(
+            2,
+            WorkerMessage::Progress {
+                phase,
+                done,
+                total: 9,
+            },
+        );
+    }
+    let stuck = WorkerMessage::Progress {
+        phase: "reference pass".into(),
+        done: 5,
+        total: 9,
+    };
+    play.pass(29_000, &[1, 2]);
+    play.say(2, stuck);
+    let parts = [
+        "rank 1 to be ready",
+        "no progress for 30 s",
+        "reference pass 5/9",
+    ];
+    failed(&play.pass(1_000, &[1, 2]), Cause::Temporary, &parts);
+}
+
+#[test]
+fn a_step_that_takes_too_long_ends_the_job_and_names_who_is_late() {
+    let mut play = Play::stepping(policy(3), 5);
+    play.prepare(1, support::report(1, true));
+    play.prepare(3, support::report(1, true));
+    let parts = ["rank 1 to compute step 1", "for 40 s", "step timeout"];
+    failed(&play.pass(40_000, &[1, 2, 3]), Cause::Temporary, &parts);
+}
+
+#[test]
+fn each_step_has_its_own_time() {
+    let mut play = Play::stepping(policy(1), 5);
+    play.pass(30_000, &[1]);
+    play.step(true);
+    assert_eq!(outcome(&play.pass(30_000, &[1])), None);
+}
+
+#[test]
+fn a_last_checkpoint_that_takes_too_long_ends_the_job() {
+    let mut play = draining();
+    play.save(1, 1);
+    let parts = ["rank 1 to save step 1", "for 50 s"];
+    failed(&play.pass(50_000, &[1, 2]), Cause::Temporary, &parts);
+
+    let mut play = draining();
+    play.save(1, 1);
+    play.save(2, 1);
+    let parts = ["checkpoint of step 1 to be verified", "for 50 s"];
+    failed(&play.pass(50_000, &[1, 2]), Cause::Temporary, &parts);
+}
+
+#[test]
+fn a_worker_that_does_not_leave_does_not_keep_a_durable_run_from_completing() {
+    let mut play = finishing();
+    play.say(1, WorkerMessage::Finished);
+    let actions = play.pass(40_000, &[2]);
+    assert_eq!(outcome(&actions), Some(Outcome::Completed));
+}
+
+#[test]
+fn a_failed_checkpoint_in_training_is_told_and_training_goes_on() {
+    let policy = JobPolicy {
+        save_every: Some(1),
+        ..policy(2)
+    };
+    let mut play = Play::stepping(policy, 5);
+    play.step(true);
+    let reason = "disk full".to_string();
+    let actions = play.say(
+        2,
+        WorkerMessage::SaveFailed {
+            step: Step(1),
+            reason,
+        },
+    );
+    let [Action::Note(note)] = actions.as_slice() else {
+        panic!("{actions:?}");
+    };
+    assert_eq!(note.kind, "checkpoint");
+    assert!(
+        note.text.contains("rank 1 (worker 2): disk full"),
+        "{}",
+        note.text
+    );
+    assert_eq!(play.save(1, 1), [], "given up");
+    play.step(true);
+    let failure = Event::CheckpointFailed {
+        step: Step(2),
+        reason: "torn".into(),
+    };
+    assert!(matches!(play.event(failure).as_slice(), [Action::Note(_)]));
+    play.step(true);
+    assert_eq!(play.job.committed(), Step(3));
+}
+
+#[test]
+fn a_failed_last_checkpoint_ends_the_job() {
+    let reason = "disk full".to_string();
+    let actions = draining().say(
+        1,
+        WorkerMessage::SaveFailed {
+            step: Step(1),
+            reason,
+        },
+    );
+    failed(
+        &actions,
+        Cause::Fatal,
+        &["checkpoint of step 1", "rank 0", "disk full"],
+    );
+    let failure = Event::CheckpointFailed {
+        step: Step(1),
+        reason: "torn".into(),
+    };
+    failed(
+        &draining().event(failure),
+        Cause::Fatal,
+        &["checkpoint of step 1", "torn"],
+    );
+}
+
+#[test]
+fn a_worker_that_cannot_go_on_ends_the_job_with_its_cause() {
+    for cause in [Cause::Config, Cause::Temporary, Cause::Fatal] {
+        let mut play = Play::stepping(policy(2), 5);
+        let reason = "model.path does not exist".to_string();
+        let actions = play.say(2, WorkerMessage::Failed { cause, reason });
+        failed(
+            &actions,
+            cause,
+            &["rank 1 (worker 2): model.path does not exist"],
+        );
+        assert_eq!(stopped(&actions), [1]);
+    }
+}
+
+#[test]
+fn a_worker_that_fails_before_its_form_is_heard() {
+    let failure = || WorkerMessage::Failed {
+        cause: Cause::Config,
+        reason: "no such key".into(),
+    };
+    let mut play = Play::new(policy(2), Recovery::default()).0;
+    play.join(1);
+    failed(
+        &play.say_in(1, 0, failure()),
+        Cause::Config,
+        &["worker 1", "no such key"],
+    );
+
+    let mut play = Play::new(policy(2), Recovery::default()).0;
+    play.join_all();
+    failed(
+        &play.say_in(1, 0, failure()),
+        Cause::Config,
+        &["rank 0 (worker 1)", "no such key"],
+    );
+}
+
+#[test]
+fn workers_tell_what_they_do_and_when_they_were_heard() {
+    let mut play = Play::stepping(policy(2), 5);
+    play.now_ms += 100;
+    play.prepare(2, support::report(1, true));
+    let seen: Vec<_> = play
+        .job
+        .workers()
+        .into_iter()
+        .map(|it| (it.phase, it.last_heard_ms))
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            ("computes step 1".into(), 1_000),
+            ("prepared step 1".into(), 1_100)
+        ]
+    );
+    play.prepare(1, support::report(1, true));
+    play.beat(1, 1, Awaits::Nothing);
+    let known: Vec<_> = play.job.workers().iter().map(|it| it.committed).collect();
+    assert_eq!(known, [Step(1), Step(0)]);
+}

@@ -1,0 +1,199 @@
+//! What a restarted coordinator makes of a journal, and that records read back as they were written.
+
+#![allow(clippy::unwrap_used, reason = "a test's unwrap is an assertion")]
+
+mod support;
+
+use protocol::{
+    Generation, Incarnation, Record, Recovery, RecoveryError, Statistics, Step, recover, surviving,
+};
+use support::{commit, facts};
+
+fn generation(number: u64) -> Record {
+    Record::Generation {
+        generation: Generation(number),
+        members: vec![Incarnation(5)],
+    }
+}
+
+fn rewind(to: u64) -> Record {
+    Record::Rewind {
+        to: Step(to),
+        reason: "why".into(),
+    }
+}
+
+#[test]
+fn an_empty_journal_starts_at_the_beginning() {
+    assert_eq!(recover(&[], None), Ok(Recovery::default()));
+}
+
+#[test]
+fn commits_that_no_checkpoint_holds_are_rewound() {
+    let journal = [
+        generation(1),
+        commit(1, 1, true),
+        commit(2, 1, true),
+        commit(3, 1, true),
+    ];
+    let recovery = recover(&journal, Some(Step(2))).unwrap();
+    assert_eq!(
+        (recovery.committed, recovery.generation),
+        (Step(2), Generation(1))
+    );
+    assert_eq!(recovery.highest_committed, Step(3));
+    assert!(matches!(
+        recovery.rewind,
+        Some(Record::Rewind { to: Step(2), .. })
+    ));
+    assert_eq!(recover(&journal, Some(Step(3))).unwrap().rewind, None);
+}
+
+#[test]
+fn m3_rewound_commits_do_not_survive_and_their_steps_come_once() {
+    let journal = [
+        generation(1),
+        commit(1, 1, true),
+        commit(2, 1, true),
+        rewind(1),
+        generation(2),
+        commit(2, 2, true),
+    ];
+    let rows: Vec<_> = surviving(&journal)
+        .unwrap()
+        .iter()
+        .map(|it| (it.row.report.step, it.row.generation))
+        .collect();
+    assert_eq!(rows, [(1, 1), (2, 2)]);
+    assert_eq!(
+        recover(&journal, Some(Step(2))).unwrap().generation,
+        Generation(2)
+    );
+}
+
+#[test]
+fn m2_a_journal_that_a_checkpoint_has_overtaken_is_refused() {
+    let journal = [generation(1), commit(1, 1, true)];
+    let error = recover(&journal, Some(Step(2))).unwrap_err();
+    let expected = RecoveryError::CheckpointAhead {
+        checkpoint: Step(2),
+        committed: Step(1),
+    };
+    assert_eq!(error, expected);
+}
+
+#[test]
+fn m3_a_step_missing_or_doubled_in_the_journal_is_refused() {
+    for (steps, committed, found) in [([1, 3], 1, 3), ([1, 1], 1, 1), ([2, 3], 0, 2)] {
+        let journal = steps.map(|step| commit(step, 1, true));
+        let gap = RecoveryError::Gap {
+            committed: Step(committed),
+            found: Step(found),
+        };
+        assert_eq!(surviving(&journal), Err(gap));
+    }
+}
+
+#[test]
+fn a_rewind_that_goes_forward_is_refused() {
+    let journal = [commit(1, 1, true), rewind(2)];
+    let error = RecoveryError::RewindForward {
+        to: Step(2),
+        committed: Step(1),
+    };
+    assert_eq!(surviving(&journal), Err(error));
+}
+
+#[test]
+fn t6_skips_in_a_row_are_counted_up_to_the_checkpoint() {
+    let applied = [true, false, true, false, false, true];
+    let journal: Vec<_> = (1..)
+        .zip(applied)
+        .map(|(step, it)| commit(step, 1, it))
+        .collect();
+    let skipped = |at| recover(&journal, Some(Step(at))).unwrap().skipped;
+    assert_eq!([2, 3, 4, 5, 6].map(skipped), [1, 0, 1, 2, 0]);
+}
+
+#[test]
+fn a_completed_run_stays_completed_though_its_checkpoints_may_be_gone() {
+    let journal = [
+        generation(1),
+        commit(1, 1, true),
+        Record::Completed { step: Step(1) },
+    ];
+    let recovery = recover(&journal, None).unwrap();
+    assert!(recovery.completed && recovery.rewind.is_none());
+    assert_eq!(recovery.committed, Step(1));
+}
+
+#[test]
+fn records_read_back_as_they_were_written() {
+    let records = [
+        generation(3),
+        Record::Facts { facts: facts(7, 0) },
+        commit(1, 3, true),
+        Record::Checkpoint { step: Step(1) },
+        rewind(0),
+        Record::Completed { step: Step(1) },
+    ];
+    for record in records {
+        let json = serde_json::to_string(&record).unwrap();
+        assert_eq!(
+            serde_json::from_str::<Record>(&json).unwrap(),
+            record,
+            "{json}"
+        );
+    }
+}
+
+#[test]
+fn a_row_keeps_every_digit_of_its_floats_in_json_and_a_nan_reads_back_as_nan() {
+    let Record::Commit(mut it) = commit(1, 1, true) else {
+        panic!("a commit");
+    };
+    let odd = [
+        0.1 + 0.2,
+        -0.0,
+        1e-300,
+        f64::MAX,
+        1.0 / 3.0,
+        5.0,
+        -7.25,
+        1e22,
+        2e-8,
+        3.0,
+        f64::NAN,
+    ];
+    it.row.report.statistics = Statistics::from_values(odd);
+    it.row.report.grad_norm = f64::NAN;
+    let json = serde_json::to_string(&Record::Commit(it)).unwrap();
+    let Record::Commit(back) = serde_json::from_str(&json).unwrap() else {
+        panic!("{json}");
+    };
+    let bits = |values: [(&str, f64); 11]| values.map(|(_, value)| value.to_bits());
+    let (wrote, read) = (
+        it.row.report.statistics.values(),
+        back.row.report.statistics.values(),
+    );
+    assert_eq!(bits(read), bits(wrote), "{json}");
+    assert!(back.row.report.grad_norm.is_nan());
+}
+
+#[test]
+fn a_metrics_row_has_the_names_that_trl_uses() {
+    let Record::Commit(it) = commit(1, 1, true) else {
+        panic!("a commit");
+    };
+    let json = serde_json::to_value(it.row).unwrap();
+    let names: Vec<_> = json
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    let expected = "step epoch finite loss loss/pairwise loss/calibration rewards/chosen rewards/rejected \
+        rewards/margins rewards/accuracies log_ratios/chosen log_ratios/rejected logps/chosen logps/rejected \
+        grad_norm learning_rate tokens pairs tokens_per_second world_size generation seconds";
+    assert_eq!(names, expected.split_whitespace().collect::<Vec<_>>());
+}

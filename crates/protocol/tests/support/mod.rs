@@ -1,0 +1,270 @@
+//! A job under test with its clock, spoken to by workers 1, 2, … of ranks 0, 1, ….
+
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use protocol::{
+    Action, Awaits, CommitRecord, CoordinatorMessage, Event, FromWorker, Generation, Incarnation,
+    Job, JobId, JobPolicy, JobSpec, MetricsRow, Outcome, Record, Recovery, RunFacts, Step,
+    StepReport, WIRE_VERSION, WorkerMessage,
+};
+
+pub struct Play {
+    pub job: Job,
+    pub now_ms: u64,
+    pub world: u64,
+}
+
+pub fn policy(world: u64) -> JobPolicy {
+    JobPolicy {
+        world: world as u32,
+        save_every: None,
+        evaluate_every: None,
+        heartbeat_timeout_ms: 5_000,
+        join_timeout_ms: 20_000,
+        form_timeout_ms: 30_000,
+        step_timeout_ms: 40_000,
+        save_timeout_ms: 50_000,
+        skipped_steps_max: 3,
+    }
+}
+
+pub fn spec(policy: JobPolicy, recovery: Recovery) -> JobSpec {
+    let committed = recovery.committed;
+    JobSpec {
+        id: JobId("run".into()),
+        policy,
+        build: "build".into(),
+        config_toml: "[job]".into(),
+        checkpoint_dir: "checkpoints".into(),
+        secret: [7; 32],
+        recovery,
+        resume: (committed.0 > 0).then(|| format!("step-{committed}")),
+    }
+}
+
+pub fn facts(steps_total: u64, committed: u64) -> RunFacts {
+    RunFacts {
+        steps_total,
+        committed,
+        pairs: 100,
+        model_digest: "aa".into(),
+        ..RunFacts::default()
+    }
+}
+
+pub fn report(step: u64, finite: bool) -> StepReport {
+    StepReport {
+        step,
+        finite,
+        grad_norm: if finite { 1.0 } else { f64::NAN },
+        learning_rate: 1e-3,
+        tokens: 500,
+        pairs: 8,
+        ..StepReport::default()
+    }
+}
+
+pub fn commit(step: u64, generation: u64, apply: bool) -> Record {
+    let row = MetricsRow {
+        report: report(step, apply),
+        tokens_per_second: 250.0,
+        world_size: 2,
+        generation,
+        seconds: 2.0,
+    };
+    Record::Commit(CommitRecord { apply, row })
+}
+
+impl Play {
+    /// A job that gathers, and what it did first.
+    pub fn new(policy: JobPolicy, recovery: Recovery) -> (Self, Vec<Action>) {
+        let world = policy.world.into();
+        let now_ms = 1_000;
+        let (job, actions) = Job::new(spec(policy, recovery), now_ms);
+        (Self { job, now_ms, world }, actions)
+    }
+
+    /// A job whose members compute their first step, of `steps_total`.
+    pub fn stepping(policy: JobPolicy, steps_total: u64) -> Self {
+        let mut play = Self::new(policy, Recovery::default()).0;
+        play.join_all();
+        let actions = play.ready_all(steps_total);
+        assert_eq!(
+            told(&actions).len() as u64,
+            play.world,
+            "all are told to go"
+        );
+        play
+    }
+
+    pub fn event(&mut self, event: Event) -> Vec<Action> {
+        self.job.handle(self.now_ms, event)
+    }
+
+    /// A worker speaks in the job's generation.
+    pub fn say(&mut self, incarnation: u64, message: WorkerMessage) -> Vec<Action> {
+        let generation = self.job.generation().0;
+        self.say_in(incarnation, generation, message)
+    }
+
+    pub fn say_in(
+        &mut self,
+        incarnation: u64,
+        generation: u64,
+        message: WorkerMessage,
+    ) -> Vec<Action> {
+        self.event(Event::Message(FromWorker {
+            job: JobId("run".into()),
+            incarnation: Incarnation(incarnation),
+            generation: Generation(generation),
+            message,
+        }))
+    }
+
+    pub fn join(&mut self, incarnation: u64) -> Vec<Action> {
+        self.say_in(incarnation, 0, join_message("build", WIRE_VERSION))
+    }
+
+    pub fn join_all(&mut self) -> Vec<Action> {
+        (1..=self.world).flat_map(|it| self.join(it)).collect()
+    }
+
+    pub fn ready(&mut self, incarnation: u64, facts: RunFacts) -> Vec<Action> {
+        let message = WorkerMessage::Ready {
+            facts,
+            reference_reused: 3,
+            reference_computed: 4,
+        };
+        self.say(incarnation, message)
+    }
+
+    pub fn ready_all(&mut self, steps_total: u64) -> Vec<Action> {
+        let facts = facts(steps_total, self.job.committed().0);
+        (1..=self.world)
+            .flat_map(|it| self.ready(it, facts.clone()))
+            .collect()
+    }
+
+    pub fn prepare(&mut self, incarnation: u64, report: StepReport) -> Vec<Action> {
+        self.say(incarnation, WorkerMessage::Prepared { report })
+    }
+
+    /// All members prepare the next step.
+    pub fn step(&mut self, finite: bool) -> Vec<Action> {
+        let report = report(self.job.committed().0 + 1, finite);
+        (1..=self.world)
+            .flat_map(|it| self.prepare(it, report))
+            .collect()
+    }
+
+    pub fn save(&mut self, incarnation: u64, step: u64) -> Vec<Action> {
+        let shard = format!("shard of {incarnation}");
+        self.say(
+            incarnation,
+            WorkerMessage::Saved {
+                step: Step(step),
+                shard,
+            },
+        )
+    }
+
+    /// All members save `step`, and its checkpoint becomes visible.
+    pub fn checkpoint(&mut self, step: u64) -> Vec<Action> {
+        let mut actions: Vec<_> = (1..=self.world)
+            .flat_map(|it| self.save(it, step))
+            .collect();
+        actions.extend(self.event(Event::CheckpointCommitted { step: Step(step) }));
+        actions
+    }
+
+    pub fn finish_all(&mut self) -> Vec<Action> {
+        (1..=self.world)
+            .flat_map(|it| self.say(it, WorkerMessage::Finished))
+            .collect()
+    }
+
+    pub fn beat(&mut self, incarnation: u64, committed: u64, awaits: Awaits) -> Vec<Action> {
+        self.say(
+            incarnation,
+            WorkerMessage::Beat {
+                committed: Step(committed),
+                awaits,
+            },
+        )
+    }
+
+    /// Time passes; `alive` beat every second.
+    pub fn pass(&mut self, ms: u64, alive: &[u64]) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let end_ms = self.now_ms + ms;
+        while self.now_ms < end_ms {
+            self.now_ms = end_ms.min(self.now_ms + 1_000);
+            for incarnation in alive {
+                actions.extend(self.beat(*incarnation, 0, Awaits::Nothing));
+            }
+            if self
+                .job
+                .next_deadline()
+                .is_some_and(|at_ms| at_ms <= self.now_ms)
+            {
+                actions.extend(self.event(Event::Tick));
+            }
+        }
+        actions
+    }
+}
+
+pub fn join_message(build: &str, wire_version: u32) -> WorkerMessage {
+    WorkerMessage::Join {
+        build: build.into(),
+        wire_version,
+        address: "127.0.0.1:4000".into(),
+    }
+}
+
+/// What workers are told, by incarnation.
+pub fn told(actions: &[Action]) -> Vec<(u64, CoordinatorMessage)> {
+    let sends = actions.iter().filter_map(|action| match action {
+        Action::Send(to) => Some((to.incarnation.0, to.message.clone())),
+        _ => None,
+    });
+    sends.collect()
+}
+
+pub fn journaled(actions: &[Action]) -> Vec<Record> {
+    let records = actions.iter().filter_map(|action| match action {
+        Action::Journal(record) => Some(record.clone()),
+        _ => None,
+    });
+    records.collect()
+}
+
+pub fn outcome(actions: &[Action]) -> Option<Outcome> {
+    let mut ends = actions.iter().filter_map(|action| match action {
+        Action::Done(outcome) => Some(outcome.clone()),
+        _ => None,
+    });
+    let end = ends.next();
+    if end.is_some() {
+        let last = matches!(actions.last(), Some(Action::Done(_)));
+        assert!(last && ends.next().is_none(), "Done comes once, and last");
+    }
+    end
+}
+
+/// Who is told to stop.
+pub fn stopped(actions: &[Action]) -> Vec<u64> {
+    let stop = |(_, message): &(u64, CoordinatorMessage)| {
+        matches!(message, CoordinatorMessage::Stop { .. })
+    };
+    told(actions)
+        .into_iter()
+        .filter(stop)
+        .map(|it| it.0)
+        .collect()
+}
+
+/// Index of the first action that matches.
+pub fn place(actions: &[Action], what: impl Fn(&Action) -> bool) -> usize {
+    actions.iter().position(what).expect("the action is there")
+}
