@@ -2,6 +2,8 @@
 //!
 //! The tests live in `tests/tests`; this library holds only what several of them need.
 
+pub mod quickstart;
+
 use std::path::PathBuf;
 
 /// The workspace root.
