@@ -2,11 +2,24 @@
 //!
 //! What needs no server is here as plain functions and values: the layered configuration ([`config`]), the run directory
 //! and its journal ([`run_directory`]), plots ([`plots`]), the summary ([`summary`]) and what a person sees ([`ui`]).
+//!
+//! ```text
+//! run: open run directory ─► recover ─► serve, launch workers ─► driver ─► finish: export, plots, summary
+//!      driver: inputs of sessions, processes, signals ─► protocol::Job ─► actions, strictly in order
+//! ```
+//! Decisions about a job are `protocol`'s; training is the workers'.
 
 pub mod config;
+mod driver;
+mod finish;
+mod launcher;
+pub mod log;
 mod numbers;
 pub mod plots;
+pub mod run;
 pub mod run_directory;
+mod server;
+pub mod status;
 pub mod summary;
 mod timestamp;
 pub mod ui;

@@ -8,6 +8,8 @@
 //! eval.jsonl      one row per evaluation
 //! samples.jsonl   greedy continuations before and after
 //! events.jsonl    time, kind, text
+//! data-report.txt what became of the rows of the data files
+//! logs/           worker-N.log of this machine's workers
 //! summary.json    the outcome
 //! plots/          rewards.png, rewards.svg
 //! export/         the trained model (written by the exporter)
@@ -168,6 +170,15 @@ impl RunDirectory {
     pub fn event(&mut self, now: SystemTime, note: &Note) -> Result<(), RunDirectoryError> {
         let line = json!({"time": rfc3339(now), "kind": note.kind, "text": note.text});
         Ok(self.events.append(&line.to_string())?)
+    }
+
+    /// Writes what became of the data files' rows to `data-report.txt`.
+    pub fn write_data_report(&self, text: &str) -> Result<(), RunDirectoryError> {
+        let text = format!("{text}\n");
+        Ok(atomic_write(
+            &self.path.join("data-report.txt"),
+            text.as_bytes(),
+        )?)
     }
 
     /// Writes `summary.json`, and makes the rows and events durable.

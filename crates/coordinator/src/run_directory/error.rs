@@ -126,3 +126,13 @@ fn list(differences: &[Difference]) -> String {
     let listed: Vec<_> = differences.iter().map(Difference::to_string).collect();
     listed.join("; ")
 }
+
+impl RunDirectoryError {
+    /// Whether another configuration, not another attempt, is the cure.
+    pub fn is_usage(&self) -> bool {
+        matches!(
+            self,
+            Self::AnotherRun { .. } | Self::OtherInputs { .. } | Self::NotARun { .. }
+        )
+    }
+}

@@ -1,0 +1,356 @@
+//! The one owner of a running job: takes inputs from sessions, processes, disk and signals, hands them to [`protocol::Job`]
+//! with the time, and executes what it answers, strictly in order.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::Context;
+use checkpoint::{ManifestInfo, RankFile};
+use protocol::{
+    Action, Cause, CoordinatorMessage, Event, FromWorker, Incarnation, Job, Note, Outcome, Record,
+    RunFacts, Step, ToWorker, Waiting, WorkerMessage,
+};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant as TokioInstant, sleep_until};
+use wire::proto;
+
+use crate::launcher::ChildExit;
+use crate::run_directory::{RunDirectory, RunDirectoryError};
+use crate::server::ToSession;
+use crate::summary::ReferenceCounts;
+use crate::ui::Console;
+
+/// What reaches the driver. The queue that carries it is bounded; senders wait.
+#[derive(Debug)]
+pub enum Input {
+    /// A session spoke for the first time; answers go here.
+    Connected(Incarnation, ToSession),
+    /// A worker's message.
+    Message(FromWorker),
+    /// A session ended.
+    Disconnected(Incarnation),
+    /// Somebody asks how things are.
+    Status(oneshot::Sender<proto::Status>),
+    /// A checkpoint became visible, or did not.
+    Checkpoint(Step, Result<(), String>),
+    /// A worker process of this machine is gone.
+    ChildExited(ChildExit),
+    /// A signal, or somebody, wants the job to stop.
+    StopRequested(String),
+}
+
+/// Where checkpoints go and how many stay.
+#[derive(Clone, Debug)]
+pub struct Checkpoints {
+    /// Their folder.
+    pub directory: PathBuf,
+    /// How many verified ones stay.
+    pub keep_last: usize,
+    /// Digest of what defines the run.
+    pub run_digest: String,
+}
+
+/// A job and everything its actions touch.
+pub struct Driver<'a> {
+    job: Job,
+    directory: &'a mut RunDirectory,
+    console: &'a mut Console,
+    checkpoints: Checkpoints,
+    /// For the results of work that is done beside the loop.
+    inputs: mpsc::Sender<Input>,
+    sessions: BTreeMap<Incarnation, ToSession>,
+    references: BTreeMap<Incarnation, ReferenceCounts>,
+    start: Instant,
+    outcome: Option<Outcome>,
+}
+
+/// How a job ended.
+#[derive(Debug)]
+pub struct Driven {
+    /// Its outcome.
+    pub outcome: Outcome,
+    /// What the members agreed on.
+    pub facts: Option<RunFacts>,
+    /// Over all members.
+    pub references: ReferenceCounts,
+}
+
+impl<'a> Driver<'a> {
+    /// A driver for `job`, whose clock started at `start`.
+    pub fn new(
+        job: Job,
+        start: Instant,
+        directory: &'a mut RunDirectory,
+        console: &'a mut Console,
+        checkpoints: Checkpoints,
+        inputs: mpsc::Sender<Input>,
+    ) -> Self {
+        Self {
+            job,
+            directory,
+            console,
+            checkpoints,
+            inputs,
+            sessions: BTreeMap::new(),
+            references: BTreeMap::new(),
+            start,
+            outcome: None,
+        }
+    }
+
+    /// Runs the job to its end. `first` are the actions of its creation.
+    ///
+    /// # Errors
+    /// The run directory cannot be written: nothing more can be promised, and the journal says where the run stands.
+    pub async fn run(
+        mut self,
+        first: Vec<Action>,
+        queue: &mut mpsc::Receiver<Input>,
+    ) -> anyhow::Result<Driven> {
+        self.execute(first)?;
+        while self.outcome.is_none() {
+            let deadline = self
+                .job
+                .next_deadline()
+                .map_or(self.start + Duration::from_hours(24), |at_ms| {
+                    self.start + Duration::from_millis(at_ms)
+                });
+            // What has arrived goes first, so that a coordinator that slept does not take its workers for silent.
+            let event = tokio::select! {
+                biased;
+                input = queue.recv() => match input {
+                    Some(input) => self.event(input),
+                    None => anyhow::bail!("the driver's inputs closed"),
+                },
+                () = sleep_until(TokioInstant::from_std(deadline)) => Some(Event::Tick),
+            };
+            if let Some(event) = event {
+                let actions = self.job.handle(self.now_ms(), event);
+                self.execute(actions)?;
+            }
+        }
+        self.console.finish(Instant::now());
+        let outcome = self.outcome.context("the job has no outcome")?;
+        let references = self.references.values();
+        Ok(Driven {
+            outcome,
+            facts: self.job.facts().cloned(),
+            references: references.fold(ReferenceCounts::default(), |sum, counts| {
+                ReferenceCounts {
+                    reused: sum.reused + counts.reused,
+                    computed: sum.computed + counts.computed,
+                }
+            }),
+        })
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.start.elapsed().as_millis() as u64
+    }
+
+    /// The job's event in an input, if it concerns the job.
+    fn event(&mut self, input: Input) -> Option<Event> {
+        match input {
+            Input::Connected(incarnation, session) => {
+                self.sessions.insert(incarnation, session);
+                None
+            }
+            Input::Message(message) => {
+                if let WorkerMessage::Ready {
+                    reference_reused,
+                    reference_computed,
+                    ..
+                } = &message.message
+                {
+                    let counts = ReferenceCounts {
+                        reused: *reference_reused,
+                        computed: *reference_computed,
+                    };
+                    self.references.insert(message.incarnation, counts);
+                }
+                Some(Event::Message(message))
+            }
+            Input::Disconnected(incarnation) => {
+                self.sessions.remove(&incarnation);
+                Some(Event::Disconnected { incarnation })
+            }
+            Input::Status(answer) => {
+                let last = self.directory.metrics().last();
+                let status = wire::status(&self.job, self.now_ms(), last);
+                // Whoever asked may have gone.
+                drop(answer.send(status));
+                None
+            }
+            Input::Checkpoint(step, Ok(())) => Some(Event::CheckpointCommitted { step }),
+            Input::Checkpoint(step, Err(reason)) => Some(Event::CheckpointFailed { step, reason }),
+            Input::ChildExited(exit) => {
+                self.child_exited(&exit);
+                None
+            }
+            Input::StopRequested(reason) => Some(Event::StopRequested { reason }),
+        }
+    }
+
+    /// A process that dies in its session is the job's to judge, by that session's end; one that dies before it joined is
+    /// unknown to the job, and waiting for it would be waiting in vain.
+    fn child_exited(&mut self, exit: &ChildExit) {
+        tracing::debug!(worker = exit.number, status = %exit.status, "worker process ended");
+        if exit.code == Some(0) || !matches!(self.job.waiting(), Waiting::Join { .. }) {
+            return;
+        }
+        let mut reason = format!(
+            "worker process {} ended before it joined ({}); its log is {}",
+            exit.number,
+            exit.status,
+            exit.log.display()
+        );
+        if !exit.log_tail.is_empty() {
+            reason = format!("{reason} and ends with:\n{}", exit.log_tail);
+        }
+        let cause = match exit.code {
+            Some(2) => Cause::Config,
+            Some(75) | None => Cause::Temporary,
+            Some(_) => Cause::Fatal,
+        };
+        self.outcome = Some(Outcome::Failed { cause, reason });
+    }
+
+    fn execute(&mut self, actions: Vec<Action>) -> anyhow::Result<()> {
+        for action in actions {
+            match action {
+                Action::Journal(record) => {
+                    if let Record::Facts { facts } = &record
+                        && let Err(refusal) = self.directory.agree(facts)
+                    {
+                        return self.refuse(refusal);
+                    }
+                    self.directory.journal(&record)?;
+                }
+                Action::Send(message) => self.send(message),
+                Action::CommitCheckpoint { step, shards, .. } => {
+                    self.commit_checkpoint(step, shards);
+                }
+                Action::RecordStep(row) => {
+                    self.directory.record_step(row)?;
+                    let total = self.job.facts().map_or(0, |facts| facts.steps_total);
+                    self.console.step(Instant::now(), &row, total);
+                    tracing::info!(
+                        step = row.report.step,
+                        loss = row.report.statistics.loss,
+                        grad_norm = row.report.grad_norm,
+                        seconds = row.seconds,
+                        "step"
+                    );
+                }
+                Action::RecordEvaluation { row, samples } => {
+                    self.directory.record_evaluation(row, &samples)?;
+                    self.console.evaluation(&row);
+                    tracing::info!(
+                        step = row.step,
+                        chosen = row.statistics.log_ratios_chosen,
+                        rejected = row.statistics.log_ratios_rejected,
+                        "evaluation"
+                    );
+                }
+                Action::DataReport { text } => {
+                    self.console.say(&text);
+                    self.directory.write_data_report(&text)?;
+                }
+                Action::Note(note) => self.note(&note)?,
+                Action::Progress {
+                    rank,
+                    phase,
+                    done,
+                    total,
+                } => {
+                    let now = Instant::now();
+                    self.console.phase(now, rank.0, &phase, done, total);
+                }
+                Action::Done(outcome) => {
+                    self.outcome.get_or_insert(outcome);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, note: &Note) -> Result<(), RunDirectoryError> {
+        self.directory.event(SystemTime::now(), note)?;
+        tracing::info!(kind = note.kind, "{}", note.text);
+        if ["lost", "skip", "rewind", "stop", "ready"].contains(&note.kind) {
+            self.console.say(&note.text);
+        }
+        Ok(())
+    }
+
+    /// The members found other inputs than this run's earlier parts: nobody goes on.
+    fn refuse(&mut self, refusal: RunDirectoryError) -> anyhow::Result<()> {
+        if !matches!(refusal, RunDirectoryError::OtherInputs { .. }) {
+            return Err(refusal.into());
+        }
+        let reason = refusal.to_string();
+        let generation = self.job.generation();
+        for incarnation in self.sessions.keys().copied().collect::<Vec<_>>() {
+            self.send(ToWorker {
+                incarnation,
+                generation,
+                message: CoordinatorMessage::Stop {
+                    reason: reason.clone(),
+                },
+            });
+        }
+        self.outcome = Some(Outcome::Failed {
+            cause: Cause::Config,
+            reason,
+        });
+        Ok(())
+    }
+
+    fn send(&mut self, message: ToWorker) {
+        let incarnation = message.incarnation;
+        let Some(session) = self.sessions.get(&incarnation) else {
+            return;
+        };
+        // A worker that does not read is lost; dropping its session tells the job so.
+        if session.try_send(Ok(message.into())).is_err() {
+            tracing::warn!(%incarnation, "a worker does not read its messages");
+            self.sessions.remove(&incarnation);
+        }
+    }
+
+    /// Verifies and publishes beside the loop; training goes on meanwhile.
+    fn commit_checkpoint(&self, step: Step, shards: Vec<String>) {
+        let facts = self.job.facts();
+        let digest = |get: fn(&RunFacts) -> &String| facts.map(get).cloned().unwrap_or_default();
+        let info = ManifestInfo {
+            model_digest: digest(|facts| &facts.model_digest),
+            tokenizer_digest: digest(|facts| &facts.tokenizer_digest),
+            data_digest: digest(|facts| &facts.data_digest),
+            run_digest: self.checkpoints.run_digest.clone(),
+            tool_version: env!("CARGO_PKG_VERSION").into(),
+        };
+        let (checkpoints, inputs) = (self.checkpoints.clone(), self.inputs.clone());
+        tokio::task::spawn_blocking(move || {
+            let committed = commit(&checkpoints, &shards, &info);
+            let result = committed.map_err(|error| format!("{error:#}"));
+            // A driver that is gone has ended its job.
+            drop(inputs.blocking_send(Input::Checkpoint(step, result)));
+        });
+    }
+}
+
+fn commit(checkpoints: &Checkpoints, shards: &[String], info: &ManifestInfo) -> anyhow::Result<()> {
+    let mut ranks = Vec::new();
+    for (rank, shard) in shards.iter().enumerate() {
+        let file: RankFile = serde_json::from_str(shard)
+            .with_context(|| format!("read what rank {rank} says of its file"))?;
+        ranks.push(file);
+    }
+    checkpoint::commit(&checkpoints.directory, &ranks, info)?;
+    // The new one is in place; that an old one could not be removed is no reason to doubt it.
+    if let Err(error) = checkpoint::retain(&checkpoints.directory, checkpoints.keep_last) {
+        tracing::warn!("old checkpoints stay: {error}");
+    }
+    Ok(())
+}

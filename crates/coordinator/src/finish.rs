@@ -1,0 +1,135 @@
+//! After the last event: export, plots, summary, and what a person reads at the end.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use anyhow::Context;
+use checkpoint::{ExportDtype, newest};
+use protocol::{Outcome, RunFacts};
+
+use crate::config::Config;
+use crate::plots::{RewardPlot, draw};
+use crate::run_directory::RunDirectory;
+use crate::summary::{Artifacts, Ending, ReferenceCounts, Summary};
+use crate::ui::Report;
+
+/// What is known at the end of a run.
+pub struct Finished<'a> {
+    /// How it ended.
+    pub outcome: &'a Outcome,
+    /// What the members agreed on.
+    pub facts: Option<&'a RunFacts>,
+    /// Reference values of this start of the run.
+    pub references: ReferenceCounts,
+    /// The command that continues an unfinished run.
+    pub same_command: &'a str,
+}
+
+/// Writes what a run leaves behind and returns the report for a person. May be called again: an export that is there stays.
+///
+/// # Errors
+/// What could not be written. A plot that cannot be drawn is only a warning.
+pub fn finish(
+    config: &Config,
+    directory: &mut RunDirectory,
+    finished: &Finished,
+) -> anyhow::Result<String> {
+    let checkpoint = newest(&config.checkpoint.path)
+        .context("look for checkpoints")?
+        .found
+        .map(|(_, path)| path);
+    let export = match (finished.outcome, &checkpoint) {
+        (Outcome::Completed, Some(checkpoint)) => {
+            Some(export(config, directory, checkpoint).context("export the model")?)
+        }
+        (Outcome::Completed, None) => anyhow::bail!(
+            "{}: the run is complete, but no checkpoint holds its weights; it cannot be exported again",
+            config.checkpoint.path.display()
+        ),
+        _ => None,
+    };
+    let plot = match plot(config, directory) {
+        Ok(plot) => plot,
+        Err(error) => {
+            tracing::warn!("{error:#}");
+            None
+        }
+    };
+    let next = next_command(config, finished, export.as_ref());
+    let ending = Ending {
+        outcome: finished.outcome,
+        facts: finished.facts,
+        metrics: directory.metrics(),
+        evaluations: directory.evaluations(),
+        reference: finished.references,
+        artifacts: Artifacts {
+            checkpoint,
+            export,
+            plot,
+        },
+    };
+    let summary = Summary::new(config, ending, SystemTime::now());
+    directory.write_summary(&summary)?;
+    let report = Report {
+        summary: &summary,
+        steps_total: finished.facts.map(|facts| facts.steps_total),
+        samples: directory.samples(),
+        summary_path: &directory.summary_path(),
+        next: &next,
+    };
+    Ok(report.to_string())
+}
+
+fn export(
+    config: &Config,
+    directory: &RunDirectory,
+    checkpoint: &std::path::Path,
+) -> anyhow::Result<PathBuf> {
+    let out = directory.export_path();
+    if out.join("model.safetensors").exists() {
+        return Ok(out);
+    }
+    let model = config.training_value("model", "path");
+    let model = model
+        .and_then(toml::Value::as_str)
+        .context("model.path is missing")?;
+    let dtype = match config.training_value("model", "dtype") {
+        Some(dtype) if dtype.as_str() == Some("bf16") => ExportDtype::Bf16,
+        _ => ExportDtype::F32,
+    };
+    checkpoint::export(checkpoint, model.as_ref(), &out, dtype)?;
+    Ok(out)
+}
+
+fn plot(config: &Config, directory: &RunDirectory) -> anyhow::Result<Option<PathBuf>> {
+    // Completions without a rejected side have no rewards to show.
+    if directory.metrics().is_empty() || config.objective() == "sft" {
+        return Ok(None);
+    }
+    let mut title = format!("{} · {}", config.job.name, config.objective());
+    if let Some(beta) = config.training_value("objective", "beta") {
+        title = format!("{title}, β = {beta}");
+    }
+    let drawing = draw(&RewardPlot {
+        title: &title,
+        metrics: directory.metrics(),
+        evaluations: directory.evaluations(),
+        target: config.target(),
+    })?;
+    directory.write_plots(&drawing)?;
+    Ok(Some(directory.plot_path()))
+}
+
+fn next_command(config: &Config, finished: &Finished, export: Option<&PathBuf>) -> String {
+    let Some(export) = export else {
+        return finished.same_command.to_owned();
+    };
+    let list = |key| config.training_value("data", key)?.as_array()?.first();
+    let data = list("eval").or_else(|| list("train"));
+    let data = data.and_then(toml::Value::as_str).unwrap_or("pairs.jsonl");
+    format!(
+        "worker score --model {} --data {data} --out {}",
+        export.display(),
+        config.job.output.join("scores.jsonl").display()
+    )
+}

@@ -1,0 +1,30 @@
+//! Where log lines go: standard error, beside the console for people or as JSON for machines.
+
+use clap::ValueEnum;
+use tracing_subscriber::EnvFilter;
+
+/// What standard error carries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Progress for people, and warnings.
+    #[default]
+    Text,
+    /// One JSON object an event, and nothing else.
+    Json,
+}
+
+/// Starts logging, at the level that `RUST_LOG` says: by default warnings beside the console, everything of interest as JSON.
+pub fn start(format: LogFormat) {
+    let level = match format {
+        LogFormat::Text => "warn",
+        LogFormat::Json => "info",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => builder.with_target(false).without_time().init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}

@@ -1,0 +1,152 @@
+//! The `coordinator` program.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use coordinator::config::{Config, JobConfigError, Resolved, Sources};
+use coordinator::log::{self, LogFormat};
+use coordinator::run::{EXIT_USAGE, Show, run};
+use coordinator::status::print_status;
+use toml::Table;
+
+/// Aligns a language model to preferences: starts workers on this machine, runs one job to its end, and exits.
+///
+/// Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 cancelled, 75 try again, 130 and 143 after a signal.
+#[derive(Parser)]
+#[command(name = "coordinator", version, args_conflicts_with_subcommands = true)]
+struct Program {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    sources: SourceArguments,
+    /// What standard error carries.
+    #[arg(long, value_enum, default_value_t)]
+    log: LogFormat,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Print the resolved configuration.
+    Config(SourceArguments),
+    /// Print how a running coordinator and its workers fare.
+    Status {
+        /// Its URL.
+        #[arg(default_value = "http://127.0.0.1:7070")]
+        url: String,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// One of this machine's workers.
+    #[cfg(feature = "local")]
+    #[command(hide = true)]
+    Worker(Box<worker::cli::Arguments>),
+}
+
+#[derive(Args)]
+struct SourceArguments {
+    /// Configuration files (TOML); later ones win.
+    files: Vec<PathBuf>,
+    /// The same.
+    #[arg(long = "config", value_name = "FILE")]
+    config: Vec<PathBuf>,
+    /// One value, such as `objective.beta=0.05`; wins over files and environment.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let program = Program::parse();
+    match program.command {
+        #[cfg(feature = "local")]
+        Some(Command::Worker(arguments)) => worker::cli::run(&arguments),
+        Some(Command::Config(sources)) => {
+            log::start(program.log);
+            report(load(sources).map(|config| {
+                print!("{}", config.to_toml());
+                0
+            }))
+        }
+        Some(Command::Status { url, json }) => report(print_status(&url, json).map(|()| 0)),
+        None => {
+            log::start(program.log);
+            report(load(program.sources).and_then(|config| {
+                let show = Show {
+                    json: program.log == LogFormat::Json,
+                    command: command_line(),
+                };
+                run(&config, &show)
+            }))
+        }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Unusable(String);
+
+fn load(sources: SourceArguments) -> anyhow::Result<Config> {
+    let SourceArguments {
+        mut files,
+        config,
+        set,
+    } = sources;
+    files.extend(config);
+    if files.is_empty() {
+        let reason = "no configuration: name a file, such as `coordinator configs/quickstart.toml`";
+        return Err(Unusable(reason.into()).into());
+    }
+    let sources = Sources::from_process(files, set);
+    Config::load(&sources, &resolve).map_err(|error| Unusable(error.to_string()).into())
+}
+
+#[cfg(feature = "local")]
+fn resolve(sections: &Table) -> Result<Resolved, JobConfigError> {
+    worker::job::resolve(sections)
+        .map(|job| Resolved {
+            resolved: job.resolved,
+            identity: job.identity,
+        })
+        .map_err(|error| JobConfigError {
+            key: error.key,
+            reason: error.reason,
+        })
+}
+
+#[cfg(not(feature = "local"))]
+fn resolve(_sections: &Table) -> Result<Resolved, JobConfigError> {
+    Err(JobConfigError {
+        key: "cluster.workers".into(),
+        reason: "this build carries no worker to start; build it with the default feature `local`"
+            .into(),
+    })
+}
+
+fn report(result: anyhow::Result<u8>) -> ExitCode {
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            let usage = error.is::<Unusable>()
+                || error
+                    .downcast_ref::<coordinator::run_directory::RunDirectoryError>()
+                    .is_some_and(coordinator::run_directory::RunDirectoryError::is_usage);
+            ExitCode::from(if usage { EXIT_USAGE } else { 1 })
+        }
+    }
+}
+
+/// What was typed, to be typed again.
+fn command_line() -> String {
+    let quote = |word: String| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,".contains(c);
+        if word.chars().all(plain) {
+            word
+        } else {
+            format!("'{}'", word.replace('\'', r"'\''"))
+        }
+    };
+    std::env::args().map(quote).collect::<Vec<_>>().join(" ")
+}
