@@ -298,3 +298,19 @@ fn who_speaks_after_the_end_is_told_to_stop() {
         []
     );
 }
+
+#[test]
+fn a_worker_that_does_not_know_the_only_jobs_name_is_heard() {
+    let mut play = Play::new(policy(1), Recovery::default()).0;
+    let from = FromWorker {
+        job: JobId::default(),
+        incarnation: Incarnation(1),
+        generation: Generation(0),
+        message: join_message("build", WIRE_VERSION),
+    };
+    let actions = play.event(Event::Message(from));
+    assert!(matches!(
+        told(&actions)[0].1,
+        CoordinatorMessage::Welcome { .. }
+    ));
+}
