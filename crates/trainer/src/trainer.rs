@@ -98,7 +98,10 @@ impl Trainer {
         } = setup;
         let mut learner = Learner::new(model, spec.optimizer, collective, membership.step_deadline);
         let state = match &membership.resume {
-            Some(path) => restore(&mut learner, path, spec.seed, &facts)?,
+            Some(path) => {
+                progress("load checkpoint", 0, 1);
+                restore(&mut learner, path, spec.seed, &facts)?
+            }
             None => TrainState {
                 step: 0,
                 epoch: 0,
