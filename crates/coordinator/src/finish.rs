@@ -127,8 +127,11 @@ fn next_command(config: &Config, finished: &Finished, export: Option<&PathBuf>) 
     let list = |key| config.training_value("data", key)?.as_array()?.first();
     let data = list("eval").or_else(|| list("train"));
     let data = data.and_then(toml::Value::as_str).unwrap_or("pairs.jsonl");
+    // This program carries the worker's commands, wherever it lies.
+    let program = finished.same_command.split(' ').next();
     format!(
-        "worker score --model {} --data {data} --out {}",
+        "{} worker score --model {} --data {data} --out {}",
+        program.unwrap_or("coordinator"),
         export.display(),
         config.job.output.join("scores.jsonl").display()
     )

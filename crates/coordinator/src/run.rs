@@ -67,6 +67,9 @@ pub fn run(config: &Config, show: &Show) -> anyhow::Result<u8> {
     } else {
         Console::stderr()
     };
+    if config.objective() == "sft" {
+        console = console.without_rewards();
+    }
     let resumed = (recovery.committed.0 > 0).then_some(recovery.committed.0);
     console.say(&Banner::new(config, resumed).to_string());
 

@@ -26,6 +26,8 @@ pub struct Console {
     /// Each rank's place in the phase that is shown.
     places: BTreeMap<u32, (u64, u64)>,
     showing: Showing,
+    /// Whether the objective has rewards to show.
+    rewards: bool,
     /// When this process saw its first step, and which.
     first: Option<(Instant, u64)>,
 }
@@ -72,8 +74,16 @@ impl Console {
             screen,
             places: BTreeMap::new(),
             showing: Showing::Nothing,
+            rewards: true,
             first: None,
         }
+    }
+
+    /// The same for an objective without rewards, such as `sft`.
+    #[must_use]
+    pub fn without_rewards(mut self) -> Self {
+        self.rewards = false;
+        self
     }
 
     /// Shows text that stays: the banner, the data report, notes. Above the bar, where there is one.
@@ -120,20 +130,20 @@ impl Console {
         }
         let step = row.report.step;
         let left = self.left(now, row, steps_total);
+        let rates = if self.rewards {
+            format!("{} · {}", rewards(row), rates(row))
+        } else {
+            rates(row)
+        };
         match &self.screen {
             Screen::Bar(bar) => {
                 bar.set_length(steps_total);
                 bar.set_prefix(left);
-                bar.set_message(format!(
-                    "{}\n  {} · {}",
-                    loss(row),
-                    rewards(row),
-                    rates(row)
-                ));
+                bar.set_message(format!("{}\n  {rates}", loss(row)));
                 bar.set_position(step);
             }
             Screen::Lines { .. } => {
-                let text = format!("{} · {} · {} · {left}", loss(row), rewards(row), rates(row));
+                let text = format!("{} · {rates} · {left}", loss(row));
                 self.progress_line(now, format!("step {step}/{steps_total}: {text}"));
                 if step == steps_total {
                     self.flush(now);
@@ -159,13 +169,20 @@ impl Console {
     /// Held-out pairs were evaluated.
     pub fn evaluation(&mut self, row: &EvaluationRow) {
         let statistics = &row.statistics;
+        let rewards = if self.rewards {
+            format!(
+                "chosen {}, rejected {}, accuracy {:.2}, ",
+                signed(statistics.log_ratios_chosen),
+                signed(statistics.log_ratios_rejected),
+                statistics.rewards_accuracies,
+            )
+        } else {
+            String::new()
+        };
         self.say(&format!(
-            "step {} held-out ({} pairs): chosen {}, rejected {}, accuracy {:.2}, loss {}",
+            "step {} held-out ({} pairs): {rewards}loss {}",
             row.step,
             grouped(row.pairs),
-            signed(statistics.log_ratios_chosen),
-            signed(statistics.log_ratios_rejected),
-            statistics.rewards_accuracies,
             plain(statistics.loss)
         ));
     }
