@@ -15,8 +15,7 @@ const LINE_INTERVAL: Duration = Duration::from_secs(1);
 /// So that time passes visibly when steps are long.
 const TICK: Duration = Duration::from_millis(500);
 
-const STEP_BAR: &str =
-    "{spinner:.green} step {pos}/{len} [{bar:24.green/dim}] {prefix}\n  {msg}";
+const STEP_BAR: &str = "{spinner:.green} step {pos}/{len} [{bar:24.green/dim}] {prefix}\n  {msg}";
 const PHASE_BAR: &str =
     "{spinner:.green} {prefix} {pos}/{len} [{bar:32.cyan/dim}] {elapsed} elapsed";
 
