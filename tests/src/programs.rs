@@ -1,0 +1,212 @@
+//! The real programs, built once, and runs of them in folders of their own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+use crate::workspace_root;
+
+/// Path of a program of this workspace: `coordinator`, `worker` or `checkpoint`.
+///
+/// # Panics
+/// If it does not build.
+pub fn program(name: &str) -> PathBuf {
+    static BUILT: OnceLock<Vec<PathBuf>> = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        let output = Command::new(env!("CARGO"))
+            .args(["build", "--release", "--message-format", "json"])
+            .args(["-p", "coordinator", "-p", "worker", "-p", "checkpoint"])
+            .current_dir(workspace_root())
+            .stderr(Stdio::inherit())
+            .output()
+            .expect("cargo runs");
+        assert!(output.status.success(), "the programs do not build");
+        let text = String::from_utf8(output.stdout).expect("cargo writes UTF-8");
+        let messages = text
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("cargo writes JSON"));
+        let paths =
+            messages.filter_map(|message: Value| message["executable"].as_str().map(PathBuf::from));
+        paths.collect()
+    });
+    let found = built
+        .iter()
+        .find(|path| path.file_stem().is_some_and(|stem| stem == name));
+    found
+        .unwrap_or_else(|| panic!("no program `{name}`"))
+        .clone()
+}
+
+/// The folder of given models and data beside the workspace; says so aloud when it is absent.
+pub fn shared() -> Option<PathBuf> {
+    let shared = workspace_root().join("../shared");
+    if shared.is_dir() {
+        return Some(shared);
+    }
+    eprintln!("skipped: ../shared is absent");
+    None
+}
+
+/// A configuration and the folder that it runs in.
+pub struct Run {
+    folder: tempfile::TempDir,
+    set: Vec<String>,
+}
+
+impl Run {
+    /// `config` is a whole configuration file; its output is a fresh folder.
+    ///
+    /// # Panics
+    /// If the folder cannot be made.
+    pub fn new(config: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        fs::write(folder.path().join("config.toml"), config).expect("write a configuration");
+        let set = vec![
+            format!("job.output={}", folder.path().join("run").display()),
+            format!("reference.store={}", folder.path().join("store").display()),
+        ];
+        Self { folder, set }
+    }
+
+    /// One more `--set`.
+    #[must_use]
+    pub fn set(mut self, assignment: &str) -> Self {
+        self.set.push(assignment.to_owned());
+        self
+    }
+
+    /// The folder that holds configuration, run directory (`run`) and reference store (`store`).
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A file of the run directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join("run").join(name)
+    }
+
+    /// The command that runs it, with the workspace root as its working directory.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(program("coordinator"));
+        command
+            .arg(self.folder.path().join("config.toml"))
+            .current_dir(workspace_root())
+            .stdin(Stdio::null());
+        for assignment in &self.set {
+            command.args(["--set", assignment]);
+        }
+        command
+    }
+
+    /// Runs it to its end.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn output(&self) -> Output {
+        self.command().output().expect("the coordinator starts")
+    }
+
+    /// Runs it to its end, which must be good.
+    ///
+    /// # Panics
+    /// If it fails.
+    pub fn complete(&self) -> Output {
+        let output = self.output();
+        assert!(
+            output.status.success(),
+            "{}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        output
+    }
+
+    /// Starts it as the leader of a process group of its own, so that everything of it can be killed at once.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn start(&self) -> Child {
+        use std::os::unix::process::CommandExt;
+        let mut command = self.command();
+        command
+            .process_group(0)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        command.spawn().expect("the coordinator starts")
+    }
+
+    /// Rows of `metrics.jsonl`.
+    pub fn metrics(&self) -> Vec<Value> {
+        self.rows("metrics.jsonl")
+    }
+
+    /// Rows of a file of the run directory; none while it is absent. A last line without its end is left out.
+    ///
+    /// # Panics
+    /// If a line is not JSON.
+    pub fn rows(&self, name: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.path(name)).unwrap_or_default();
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        whole
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("a row is JSON"))
+            .collect()
+    }
+
+    /// Rows of `metrics.jsonl` without what depends on the clock and on who computed them: equal for equal training.
+    pub fn training(&self) -> Vec<Value> {
+        let mut rows = self.metrics();
+        for row in &mut rows {
+            let row = row.as_object_mut().expect("a row is an object");
+            for name in ["seconds", "tokens_per_second", "generation", "world_size"] {
+                row.remove(name);
+            }
+        }
+        rows
+    }
+
+    /// Bytes of the exported weights.
+    ///
+    /// # Panics
+    /// If there is no export.
+    pub fn exported(&self) -> Vec<u8> {
+        fs::read(self.path("export/model.safetensors")).expect("an export")
+    }
+}
+
+/// A run of 24 steps on the quickstart's model and pairs: enough for a fault to find it anywhere.
+pub const SMALL: &str = r#"
+[job]
+name = "small"
+seed = 3
+[model]
+path = "configs/quickstart/reference"
+[data]
+train = ["configs/quickstart/train.jsonl"]
+eval = ["configs/quickstart/eval.jsonl"]
+max_length = 128
+[objective]
+kind = "cal_dpo"
+beta = 0.1
+[optimizer]
+learning_rate = 1e-3
+[schedule]
+kind = "cosine"
+warmup_steps = 4
+[train]
+steps = 24
+batch_pairs = 24
+micro_batch_tokens = 2048
+[evaluate]
+every_steps = 8
+batch_pairs = 32
+samples = 1
+sample_tokens = 16
+[checkpoint]
+every_steps = 5
+[cluster]
+workers = 2
+"#;
