@@ -1,0 +1,248 @@
+//! Bad input to the real programs: each row names the place and the cure, exits as documented, and trains nothing.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use tests::programs::{Run, SMALL, program};
+use tests::workspace_root;
+
+/// Bad usage or configuration: do not try again.
+const USAGE: i32 = 2;
+
+/// Runs `config`, which must be refused with `words`, and leaves no row of training behind.
+fn check(name: &str, config: &str, code: i32, words: &[&str]) {
+    let run = Run::new(config);
+    refused(name, &run, code, words);
+}
+
+fn refused(name: &str, run: &Run, code: i32, words: &[&str]) {
+    let output = run.output();
+    let text = text(&output);
+    assert_eq!(output.status.code(), Some(code), "{name}: {text}");
+    for word in words {
+        assert!(text.contains(word), "{name}: no `{word}` in: {text}");
+    }
+    assert!(run.metrics().is_empty(), "{name}: rows of training");
+    assert!(!run.path("export").exists(), "{name}: an export");
+}
+
+fn text(output: &Output) -> String {
+    let streams = [&output.stdout, &output.stderr];
+    streams
+        .map(|stream| String::from_utf8_lossy(stream))
+        .concat()
+}
+
+/// SMALL with `line` replaced.
+fn with(line: &str, replacement: &str) -> String {
+    assert!(SMALL.contains(line), "{line}");
+    SMALL.replace(line, replacement)
+}
+
+/// SMALL on a data file of these lines.
+fn with_data(folder: &Path, lines: &str) -> String {
+    let path = folder.join("pairs.jsonl");
+    fs::write(&path, lines).expect("write pairs");
+    with(
+        "train = [\"configs/quickstart/train.jsonl\"]",
+        &format!("train = [\"{}\"]", path.display()),
+    )
+}
+
+#[test]
+fn values_that_cannot_work_are_refused_with_key_and_cure() {
+    let rows: [(&str, String, &[&str]); 9] = [
+        (
+            "an unknown key",
+            with("beta = 0.1", "betta = 0.1"),
+            &["objective.betta", "did you mean `beta`"],
+        ),
+        (
+            "an unknown section",
+            with("[optimizer]", "[optimiser]"),
+            &["optimiser", "optimizer"],
+        ),
+        (
+            "a beta of zero",
+            with("beta = 0.1", "beta = 0.0"),
+            &["objective.beta", "0"],
+        ),
+        (
+            "an unknown objective",
+            with("cal_dpo", "caldpo"),
+            &["objective", "cal_dpo"],
+        ),
+        (
+            "a wrong type",
+            with("steps = 24", "steps = \"many\""),
+            &["train.steps"],
+        ),
+        (
+            "epochs and steps",
+            with("steps = 24", "steps = 24\nepochs = 1"),
+            &["train.epochs", "train.steps"],
+        ),
+        (
+            "bf16",
+            with("[data]", "dtype = \"bf16\"\n[data]"),
+            &["model.dtype", "f32"],
+        ),
+        (
+            "no workers",
+            with("workers = 2", "workers = 0"),
+            &["cluster.workers"],
+        ),
+        (
+            "text that is not TOML",
+            with("[data]", "[data"),
+            &["config.toml"],
+        ),
+    ];
+    for (name, config, words) in rows {
+        check(name, &config, USAGE, words);
+    }
+}
+
+#[test]
+fn files_that_cannot_be_used_are_named_with_line_or_tensor() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let pair = r#"{"prompt": "Invite Ben.", "chosen": " Dear Ben", "rejected": " Hi Ben"}"#;
+    check(
+        "a malformed line",
+        &with_data(folder.path(), &format!("{pair}\n{{\"prompt\": \n")),
+        USAGE,
+        &["pairs.jsonl:2", "JSON"],
+    );
+    check(
+        "a row without rejected",
+        &with_data(folder.path(), "{\"prompt\": \"a\", \"chosen\": \"b\"}\n"),
+        USAGE,
+        &["pairs.jsonl:1", "rejected"],
+    );
+    check(
+        "a data file that is not there",
+        &with(
+            "configs/quickstart/train.jsonl",
+            "configs/quickstart/trian.jsonl",
+        ),
+        USAGE,
+        &["trian.jsonl", "data.train"],
+    );
+    check(
+        "a model that is not there",
+        &with(
+            "configs/quickstart/reference",
+            "configs/quickstart/referense",
+        ),
+        USAGE,
+        &["referense"],
+    );
+
+    let model = folder.path().join("model");
+    fs::create_dir(&model).expect("a folder");
+    let reference = workspace_root().join("configs/quickstart/reference");
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(reference.join(name), model.join(name)).expect("copy");
+    }
+    let config = with("configs/quickstart/reference", &model.display().to_string());
+    check("no weights", &config, USAGE, &["model.safetensors"]);
+    let weights = fs::read(reference.join("model.safetensors")).expect("weights");
+    fs::write(
+        model.join("model.safetensors"),
+        &weights[..weights.len() - 100],
+    )
+    .expect("write");
+    check(
+        "cut weights",
+        &config,
+        USAGE,
+        &["model.safetensors", "truncated"],
+    );
+    fs::write(model.join("config.json"), "{\"model_type\": \"mamba\"}").expect("write");
+    check(
+        "another architecture",
+        &config,
+        USAGE,
+        &["config.json", "mamba"],
+    );
+}
+
+#[test]
+fn a_run_directory_of_another_run_is_refused_with_the_keys_that_differ() {
+    let run = Run::new(SMALL).set("train.steps=1");
+    run.complete();
+    let journal = fs::read(run.path("journal.log")).expect("a journal");
+    let output = run
+        .command()
+        .args(["--set", "objective.beta=0.2"])
+        .output()
+        .expect("the coordinator starts");
+    let text = text(&output);
+    assert_eq!(output.status.code(), Some(USAGE), "{text}");
+    assert!(text.contains("objective.beta"), "{text}");
+    assert!(text.contains("0.1") && text.contains("0.2"), "{text}");
+    assert_eq!(
+        fs::read(run.path("journal.log")).expect("a journal"),
+        journal
+    );
+}
+
+#[test]
+fn a_second_coordinator_on_one_run_directory_is_refused_with_the_first_ones_process() {
+    let run = Run::new(SMALL).set("train.steps=2000");
+    let mut first = run.start();
+    while run.metrics().is_empty() {
+        assert!(first.try_wait().expect("a child").is_none(), "it ended");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let second = text(&run.output());
+    assert!(second.contains(&first.id().to_string()), "{second}");
+    first.kill().expect("kill");
+    first.wait().expect("it was started");
+}
+
+#[test]
+fn no_configuration_is_answered_with_what_to_type() {
+    let output = Command::new(program("coordinator"))
+        .output()
+        .expect("it starts");
+    assert_eq!(output.status.code(), Some(USAGE));
+    assert!(text(&output).contains("coordinator configs/quickstart.toml"));
+}
+
+#[test]
+fn every_configuration_of_this_repository_resolves() {
+    let folder = workspace_root().join("configs");
+    let mut seen = 0;
+    for entry in fs::read_dir(folder).expect("configs") {
+        let path = entry.expect("an entry").path();
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
+        let output = Command::new(program("coordinator"))
+            .arg("config")
+            .arg(&path)
+            .current_dir(workspace_root())
+            .output()
+            .expect("it starts");
+        assert!(
+            output.status.success(),
+            "{}: {}",
+            path.display(),
+            text(&output)
+        );
+        // What is printed is a whole configuration and resolves to itself.
+        let again = tempfile::tempdir().expect("a temporary folder");
+        let file = again.path().join("again.toml");
+        fs::write(&file, &output.stdout).expect("write");
+        let twice = Command::new(program("coordinator"))
+            .arg("config")
+            .arg(&file)
+            .output()
+            .expect("it starts");
+        assert_eq!(text(&twice), text(&output), "{}", path.display());
+        seen += 1;
+    }
+    assert!(seen >= 7, "{seen} configurations");
+}
