@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use anyhow::Context;
 use checkpoint::{ExportDtype, newest};
-use protocol::{Outcome, RunFacts};
+use protocol::{Cause, Outcome, RunFacts};
 
 use crate::config::Config;
 use crate::plots::{RewardPlot, draw};
@@ -122,7 +122,16 @@ fn plot(config: &Config, directory: &RunDirectory) -> anyhow::Result<Option<Path
 
 fn next_command(config: &Config, finished: &Finished, export: Option<&PathBuf>) -> String {
     let Some(export) = export else {
-        return finished.same_command.to_owned();
+        let cause = match finished.outcome {
+            Outcome::Failed { cause, .. } => Some(*cause),
+            _ => None,
+        };
+        // What failed for its input fails again.
+        let first = match cause {
+            Some(Cause::Config) => "mend what is named above, then ",
+            _ => "",
+        };
+        return format!("{first}{}", finished.same_command);
     };
     let list = |key| config.training_value("data", key)?.as_array()?.first();
     let data = list("eval").or_else(|| list("train"));

@@ -128,7 +128,7 @@ fn report(result: anyhow::Result<u8>) -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", sentence(&error));
             let usage = error.is::<Unusable>()
                 || error
                     .downcast_ref::<coordinator::run_directory::RunDirectoryError>()
@@ -136,6 +136,17 @@ fn report(result: anyhow::Result<u8>) -> ExitCode {
             ExitCode::from(if usage { EXIT_USAGE } else { 1 })
         }
     }
+}
+
+/// The chain of causes as one sentence. Errors that tell their cause themselves are not told twice.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 /// What was typed, to be typed again.

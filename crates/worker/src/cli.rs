@@ -152,11 +152,22 @@ fn report(result: anyhow::Result<()>) -> ExitCode {
     let Err(error) = result else {
         return ExitCode::SUCCESS;
     };
-    eprintln!("error: {error:#}");
+    eprintln!("error: {}", sentence(&error));
     let config = error
         .downcast_ref::<TrainError>()
         .is_some_and(|error| error.cause() == trainer::Cause::Config);
     ExitCode::from(if config { EXIT_USAGE } else { EXIT_FAILED })
+}
+
+/// The chain of causes as one sentence. Errors that tell their cause themselves are not told twice.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn serve_jobs(arguments: &Serve) -> ExitCode {

@@ -145,7 +145,8 @@ fn deserialize<T: for<'de> Deserialize<'de>>(
 
 /// Turns serde's words into key and reason; an unknown field becomes part of the key, with the nearest valid name.
 fn explain(key: String, message: &str) -> JobError {
-    let message = message.trim();
+    // toml adds lines that repeat the place.
+    let message = message.trim().lines().next().unwrap_or_default();
     let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
     let Some((field, valid)) = quoted.split_first() else {
         return JobError {
@@ -251,6 +252,7 @@ mod tests {
         assert!(error.contains("did you mean `beta`"), "{error}");
         let error = refused(&SMALL.replace("steps = 3", "stebs = 3"));
         assert!(error.contains("train.stebs"), "{error}");
+        assert!(error.ends_with("micro_batch_tokens)"), "{error}");
         assert!(error.contains("did you mean `steps`"), "{error}");
         let error = refused(&format!("{SMALL}\n[optimiser]\nlearning_rate = 1e-4"));
         assert!(error.contains("did you mean `optimizer`"), "{error}");
