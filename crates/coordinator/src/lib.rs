@@ -1,7 +1,8 @@
 //! Schedules a job's workers: gRPC services, launchers, journal, run directory; the coordinator program.
 //!
 //! What needs no server is here as plain functions and values: the layered configuration ([`config`]), the run directory
-//! and its journal ([`run_directory`]), plots ([`plots`]), the summary ([`summary`]) and what a person sees ([`ui`]).
+//! and its journal ([`run_directory`]), plots ([`plots`]), the summary ([`summary`]), what a person sees ([`ui`]), and runs
+//! beside each other ([`compare`]).
 //!
 //! ```text
 //! run: open run directory ─► recover ─► serve, launch workers ─► driver ─► finish: export, plots, summary
@@ -9,12 +10,14 @@
 //! ```
 //! Decisions about a job are `protocol`'s; training is the workers'.
 
+pub mod compare;
 pub mod config;
 mod driver;
 mod finish;
 mod launcher;
 pub mod log;
 mod numbers;
+mod objective;
 pub mod plots;
 pub mod run;
 pub mod run_directory;

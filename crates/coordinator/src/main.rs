@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use coordinator::config::{Config, JobConfigError, Resolved, Sources};
 use coordinator::log::{self, LogFormat};
 use coordinator::run::{EXIT_USAGE, Show, run};
+use coordinator::compare::{CompareError, Comparison, compare};
 use coordinator::status::print_status;
 use toml::Table;
 
@@ -49,6 +50,18 @@ struct SourceArguments {
     /// Configuration files (TOML); later ones win.
     files: Vec<PathBuf>,
     /// The same.
+    /// Print runs beside each other as one table, and draw their held-out log-ratios into one plot.
+    Compare {
+        /// Run directories, such as runs/*.
+        #[arg(required = true, value_name = "RUN_DIR")]
+        directories: Vec<PathBuf>,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+        /// Folder of compare.png and compare.svg.
+        #[arg(long, value_name = "FOLDER", default_value = "compare")]
+        out: PathBuf,
+    },
     #[arg(long = "config", value_name = "FILE")]
     config: Vec<PathBuf>,
     /// One value, such as `objective.beta=0.05`; wins over files and environment.
@@ -84,6 +97,21 @@ fn main() -> ExitCode {
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
+        Some(Command::Compare {
+            directories,
+            json,
+            out,
+        }) => {
+            let comparison = Comparison {
+                directories,
+                json,
+                out,
+            };
+            report(compare(&comparison).map(|text| {
+                println!("{text}");
+                0
+            }))
+        }
 #[error("{0}")]
 struct Unusable(String);
 
@@ -161,3 +189,6 @@ fn command_line() -> String {
     };
     std::env::args().map(quote).collect::<Vec<_>>().join(" ")
 }
+                    .downcast_ref::<CompareError>()
+                    .is_some_and(CompareError::is_usage)
+                || error

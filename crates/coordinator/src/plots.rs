@@ -1,11 +1,15 @@
+//! Pictures of reward dynamics: of one run, and of several beside each other (`comparison`).
+//!
 //! `plots/rewards`: how chosen and rejected log-ratios move over the steps, against the targets ±1/(2β).
 //!
 //! The upper panel is the story; two small ones below show accuracy and the loss terms. Nothing here writes files.
 
+mod comparison;
 mod panels;
 mod parts;
 mod render;
 mod scale;
+mod signed_log;
 
 use plotters::{
     coord::Shift,
@@ -20,6 +24,7 @@ use protocol::{EvaluationRow, MetricsRow, Statistics};
 use parts::{INK, text_style};
 use render::{Picture, render};
 
+pub use comparison::{ComparedCurve, draw_comparison};
 pub use render::Drawing;
 
 const SIZE: (u32, u32) = (1800, 1300);

@@ -15,7 +15,7 @@ use protocol::Statistics;
 
 use super::{
     PlotError, RewardPlot,
-    parts::{INK, Key, axis_number, axis_step, legend, text_style},
+    parts::{GRID, INK, Key, SOFT, axis_number, axis_step, legend, text_style},
     scale::{log_range, reward_range, target_fits},
 };
 use crate::numbers::{plain, signed};
@@ -25,8 +25,6 @@ const REJECTED: RGBColor = RGBColor(200, 60, 48);
 const PAIRWISE: RGBColor = RGBColor(58, 96, 176);
 const CALIBRATION: RGBColor = RGBColor(214, 138, 24);
 const ACCURACY: RGBColor = RGBColor(96, 72, 160);
-const SOFT: RGBColor = RGBColor(110, 116, 124);
-const GRID: RGBColor = RGBColor(232, 234, 237);
 /// Training curves are noisy; they stay behind the held-out ones.
 const FAINT: f64 = 0.38;
 

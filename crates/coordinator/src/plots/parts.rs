@@ -14,6 +14,10 @@ use crate::numbers::plain;
 
 /// Of text.
 pub(super) const INK: RGBColor = RGBColor(38, 42, 48);
+/// Of axes and other lines that stay behind the curves.
+pub(super) const SOFT: RGBColor = RGBColor(110, 116, 124);
+/// Of the mesh.
+pub(super) const GRID: RGBColor = RGBColor(232, 234, 237);
 
 /// A legend's entry.
 pub(super) struct Key {
