@@ -1,12 +1,14 @@
 //! One segment file: how its records are made, and how it is read without touching it.
 //!
-//! Writing goes through [`storage::log::Log`]. Reading does not: opening a log for writing cuts its torn tail, and the
-//! tail of another process's segment may be an append that is under way.
+//! Reading goes through [`storage::log::read`]: opening a log for writing cuts its torn tail, and the tail of another
+//! process's segment may be an append that is under way.
 
 use std::{
-    fmt, fs,
+    fmt,
     path::{Path, PathBuf},
 };
+
+use storage::log::{self, LogError};
 
 use crate::{EntryKey, StoreError};
 
@@ -20,12 +22,6 @@ const MAGIC: &[u8; 8] = b"CALDPREF";
 const VERSION: u32 = 1;
 const KEY_BYTES: usize = 32;
 const ENTRY_BYTES: usize = KEY_BYTES + 4;
-
-/// The part of storage's log format (`storage::log`, version 1) that a reader needs.
-const LOG_MAGIC: &[u8; 8] = b"CALDPLOG";
-const LOG_VERSION: u32 = 1;
-const LOG_HEADER_BYTES: usize = 16;
-const FRAME_HEAD_BYTES: usize = 40;
 
 /// An append that did not finish: its writer died, or is still at it. The entries before it are in use.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,71 +72,43 @@ pub fn batch_record(entries: &[(EntryKey, f32)]) -> Vec<u8> {
 
 /// Reads the segment at `path`, which must belong to `scope`, and checks every byte of it.
 pub fn read(path: &Path, scope: &[u8; 32]) -> Result<Segment, StoreError> {
-    let bytes = fs::read(path).map_err(|source| StoreError::at("read", path, source))?;
-    parse(path, &bytes, scope)
-}
-
-fn parse(path: &Path, bytes: &[u8], scope: &[u8; 32]) -> Result<Segment, StoreError> {
-    let damaged = |offset: usize, reason| StoreError::Damaged {
+    let damaged = |offset, reason| StoreError::Damaged {
         path: path.to_owned(),
-        offset: offset as u64,
+        offset,
         reason,
     };
-    // The log's header is put in place atomically, so a short one is damage.
-    if bytes.get(..LOG_HEADER_BYTES) != Some(&log_header()[..]) {
+    let read = log::read(path).map_err(|error| match error {
+        // The log's words stay, but the cure is the store's: entries can be computed anew.
+        LogError::Damaged { offset, reason, .. } => damaged(offset, reason),
+        other => other.into(),
+    })?;
+    let mut records = read.records.iter();
+    if let Some(head) = records.next()
+        && head.payload != head_record(scope)
+    {
         return Err(damaged(
-            0,
-            "not a segment of this format and version (log header)",
+            head.offset,
+            "the segment belongs to another scope or another format version",
         ));
     }
-    let mut chain = *blake3::hash(&bytes[..LOG_HEADER_BYTES]).as_bytes();
-    let mut offset = LOG_HEADER_BYTES;
     let mut entries = Vec::new();
-    while let Some(head) = bytes.get(offset..offset + FRAME_HEAD_BYTES) {
-        // The checksum is checked before the length is believed: a flipped length must not pass for a torn tail.
-        let (length, checksum) = (u32_at(head, 0), u32_at(head, 4));
-        if checksum != crc32c::crc32c_append(crc32c::crc32c(&head[..4]), &head[8..]) {
+    for record in records {
+        let (batch, rest) = record.payload.as_chunks::<ENTRY_BYTES>();
+        if !rest.is_empty() {
             return Err(damaged(
-                offset,
-                "the checksum of a record's head does not hold",
+                record.offset,
+                "a record is not a whole number of entries",
             ));
         }
-        let start = offset + FRAME_HEAD_BYTES;
-        let Some(payload) = bytes.get(start..start.saturating_add(length as usize)) else {
-            break;
-        };
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&chain).update(payload);
-        chain = *hasher.finalize().as_bytes();
-        if head[8..] != chain {
-            return Err(damaged(
-                offset,
-                "a record was changed, or does not follow from the one before it",
-            ));
-        }
-        if offset == LOG_HEADER_BYTES {
-            if payload != head_record(scope) {
-                return Err(damaged(
-                    offset,
-                    "the segment belongs to another scope or another format version",
-                ));
-            }
-        } else {
-            let (batch, rest) = payload.as_chunks::<ENTRY_BYTES>();
-            if !rest.is_empty() {
-                return Err(damaged(offset, "a record is not a whole number of entries"));
-            }
-            entries.extend(batch.iter().map(|entry| {
-                let (key, value) = decode(entry);
-                (key, value, offset as u64)
-            }));
-        }
-        offset = start + payload.len();
+        entries.extend(batch.iter().map(|entry| {
+            let (key, value) = decode(entry);
+            (key, value, record.offset)
+        }));
     }
-    let torn = (offset < bytes.len()).then(|| TornTail {
+    let torn = (read.torn_bytes > 0).then(|| TornTail {
         path: path.to_owned(),
-        offset: offset as u64,
-        bytes: (bytes.len() - offset) as u64,
+        offset: read.end,
+        bytes: read.torn_bytes,
     });
     Ok(Segment { entries, torn })
 }
@@ -148,24 +116,7 @@ fn parse(path: &Path, bytes: &[u8], scope: &[u8; 32]) -> Result<Segment, StoreEr
 fn decode(entry: &[u8; ENTRY_BYTES]) -> (EntryKey, f32) {
     let mut key = [0; KEY_BYTES];
     key.copy_from_slice(&entry[..KEY_BYTES]);
-    let value = f32::from_bits(u32_at(entry, KEY_BYTES));
-    (EntryKey::from_bytes(key), value)
-}
-
-fn log_header() -> [u8; LOG_HEADER_BYTES] {
-    let mut header = [0; LOG_HEADER_BYTES];
-    header[..8].copy_from_slice(LOG_MAGIC);
-    header[8..12].copy_from_slice(&LOG_VERSION.to_le_bytes());
-    let checksum = crc32c::crc32c(&header[..12]);
-    header[12..].copy_from_slice(&checksum.to_le_bytes());
-    header
-}
-
-fn u32_at(bytes: &[u8], start: usize) -> u32 {
-    u32::from_le_bytes([
-        bytes[start],
-        bytes[start + 1],
-        bytes[start + 2],
-        bytes[start + 3],
-    ])
+    let mut value = [0; 4];
+    value.copy_from_slice(&entry[KEY_BYTES..]);
+    (EntryKey::from_bytes(key), f32::from_le_bytes(value))
 }

@@ -7,9 +7,10 @@
 //! - [`create_directory`], [`rename`], [`remove_directory`], [`remove_file`]: after they return, a crash does not undo them.
 //!   A crash inside [`remove_directory`] leaves some of the content: remove what makes it valid first.
 //! - [`log::Log::append`]: after it returns, the record survives. A crash inside it leaves the record whole, absent, or as a
-//!   torn tail that the next [`log::Log::open`] cuts off and reports.
+//!   torn tail that the next [`log::Log::open`] cuts off and reports. [`log::read`] only looks.
 //! - [`LineFile::append`]: whole lines for readers; a torn last line is cut at the next open. Durable after a sync.
-//! - [`Lock`]: held until dropped or until the process dies; the kernel lets go, no stale file can keep it.
+//! - [`Lock`]: one holder, or several that share it; held until dropped or until the process dies; the kernel lets go, no
+//!   stale file can keep it.
 //!
 //! Formats above plain bytes belong to their owners (`checkpoint`, `refcache`); object stores are not here yet.
 

@@ -14,7 +14,7 @@
 //! for a torn tail and take the records behind it along. Only a frame that the end of the file cuts short is a torn tail.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
@@ -26,8 +26,10 @@ pub const RECORD_BYTES_MAX: usize = 16 << 20;
 
 const MAGIC: &[u8; 8] = b"CALDPLOG";
 const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 16;
-const FRAME_BYTES: usize = 40;
+/// Size of a log without records.
+pub const HEADER_BYTES: usize = 16;
+/// What a record takes besides its payload.
+pub const FRAME_BYTES: usize = 40;
 
 /// A log open for appending. One writer: its owner holds a [`crate::Lock`] beside it.
 #[derive(Debug)]
@@ -48,6 +50,26 @@ pub struct Opened {
     pub records: Vec<Vec<u8>>,
     /// Bytes of a torn tail that were cut off.
     pub torn_bytes: u64,
+}
+
+/// What [`read`] found.
+#[derive(Debug)]
+pub struct ReadLog {
+    /// All whole records, oldest first.
+    pub records: Vec<Record>,
+    /// Bytes of a torn tail, which is left in place: its writer may still be at it. It begins at [`ReadLog::end`].
+    pub torn_bytes: u64,
+    /// End of the last whole record.
+    pub end: u64,
+}
+
+/// One record and where it is.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Record {
+    /// First byte of its frame, for reports.
+    pub offset: u64,
+    /// What was appended.
+    pub payload: Vec<u8>,
 }
 
 /// Why a log cannot be used.
@@ -92,47 +114,11 @@ impl Log {
             .map_err(at("open", path))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(at("read", path))?;
-        let damaged = |offset: usize, reason| LogError::Damaged {
-            path: path.to_owned(),
-            offset: offset as u64,
-            reason,
-        };
-        // The header is written atomically, so a short one is damage and not a torn tail.
-        if bytes.get(..HEADER_BYTES) != Some(&header()[..]) {
-            return Err(damaged(0, "not a log of this format and version"));
-        }
-        let mut chain = *blake3::hash(&bytes[..HEADER_BYTES]).as_bytes();
-        let mut records = Vec::new();
-        let mut offset = HEADER_BYTES;
-        while let Some(head) = bytes.get(offset..offset + FRAME_BYTES) {
-            let length = [head[0], head[1], head[2], head[3]];
-            let checksum = [head[4], head[5], head[6], head[7]];
-            if u32::from_le_bytes(checksum) != head_checksum(length, &head[8..]) {
-                return Err(damaged(
-                    offset,
-                    "the checksum of a record's head does not hold",
-                ));
-            }
-            let length = u32::from_le_bytes(length) as usize;
-            if length > RECORD_BYTES_MAX {
-                return Err(damaged(offset, "the length of a record is impossible"));
-            }
-            let start = offset + FRAME_BYTES;
-            let Some(payload) = bytes.get(start..start + length) else {
-                break;
-            };
-            let next = link(&chain, payload);
-            if head[8..] != next {
-                return Err(damaged(
-                    offset,
-                    "a record was changed, or does not follow from the one before it",
-                ));
-            }
-            records.push(payload.to_vec());
-            chain = next;
-            offset = start + length;
-        }
-        let end = offset as u64;
+        let Scan {
+            records,
+            chain,
+            end,
+        } = scan(path, &bytes)?;
         let torn_bytes = bytes.len() as u64 - end;
         if torn_bytes > 0 {
             file.set_len(end)
@@ -147,7 +133,7 @@ impl Log {
                 chain,
                 end,
             },
-            records,
+            records: records.into_iter().map(|record| record.payload).collect(),
             torn_bytes,
         })
     }
@@ -180,6 +166,80 @@ impl Log {
         self.file.write_all(frame)?;
         self.file.sync_data()
     }
+}
+
+/// Reads the log at `path` and checks every byte, but never changes the file: for logs that others may be writing.
+///
+/// # Errors
+/// [`LogError::Damaged`] for anything but a torn tail, which is counted.
+pub fn read(path: &Path) -> Result<ReadLog, LogError> {
+    let bytes = fs::read(path).map_err(at("read", path))?;
+    let Scan { records, end, .. } = scan(path, &bytes)?;
+    Ok(ReadLog {
+        records,
+        torn_bytes: bytes.len() as u64 - end,
+        end,
+    })
+}
+
+/// The whole frames of a log.
+struct Scan {
+    records: Vec<Record>,
+    /// Chain after the last of them.
+    chain: [u8; 32],
+    /// Where the last of them ends.
+    end: u64,
+}
+
+fn scan(path: &Path, bytes: &[u8]) -> Result<Scan, LogError> {
+    let damaged = |offset: usize, reason| LogError::Damaged {
+        path: path.to_owned(),
+        offset: offset as u64,
+        reason,
+    };
+    // The header is written atomically, so a short one is damage and not a torn tail.
+    if bytes.get(..HEADER_BYTES) != Some(&header()[..]) {
+        return Err(damaged(0, "not a log of this format and version"));
+    }
+    let mut chain = *blake3::hash(&bytes[..HEADER_BYTES]).as_bytes();
+    let mut records = Vec::new();
+    let mut offset = HEADER_BYTES;
+    while let Some(head) = bytes.get(offset..offset + FRAME_BYTES) {
+        let length = [head[0], head[1], head[2], head[3]];
+        let checksum = [head[4], head[5], head[6], head[7]];
+        if u32::from_le_bytes(checksum) != head_checksum(length, &head[8..]) {
+            return Err(damaged(
+                offset,
+                "the checksum of a record's head does not hold",
+            ));
+        }
+        let length = u32::from_le_bytes(length) as usize;
+        if length > RECORD_BYTES_MAX {
+            return Err(damaged(offset, "the length of a record is impossible"));
+        }
+        let start = offset + FRAME_BYTES;
+        let Some(payload) = bytes.get(start..start + length) else {
+            break;
+        };
+        let next = link(&chain, payload);
+        if head[8..] != next {
+            return Err(damaged(
+                offset,
+                "a record was changed, or does not follow from the one before it",
+            ));
+        }
+        records.push(Record {
+            offset: offset as u64,
+            payload: payload.to_vec(),
+        });
+        chain = next;
+        offset = start + length;
+    }
+    Ok(Scan {
+        records,
+        chain,
+        end: offset as u64,
+    })
 }
 
 fn header() -> [u8; HEADER_BYTES] {

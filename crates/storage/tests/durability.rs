@@ -1,11 +1,11 @@
 //! What the storage primitives promise, broken on purpose at every byte.
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, thread, time::Duration};
 
 use storage::{
     DurableFile, LineFile, Lock, LockError, atomic_write, create_directory,
-    log::{Log, LogError},
+    log::{self, Log, LogError},
     remove_directory, remove_file, rename,
 };
 
@@ -48,6 +48,44 @@ fn a_crash_at_every_byte_of_the_last_record_loses_only_that_record() {
         drop(opened.log);
         assert_eq!(Log::open(&path).unwrap().records[3], b"again");
     }
+}
+
+#[test]
+fn a_log_that_is_only_read_gives_the_same_records_and_stays_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal.log");
+    let whole = written(&path);
+    let ends = [16, 59, 99, 239, 283];
+    assert_eq!(whole.len(), ends[4]);
+    for size in 16..=whole.len() {
+        fs::write(&path, &whole[..size]).unwrap();
+        let read = log::read(&path).unwrap();
+        let count = ends.iter().filter(|end| **end <= size).count() - 1;
+        for (index, record) in read.records.iter().enumerate() {
+            assert_eq!(record.payload, records()[index], "cut at {size}");
+            assert_eq!(record.offset, ends[index] as u64, "cut at {size}");
+        }
+        assert_eq!(read.records.len(), count, "cut at {size}");
+        assert_eq!(read.end, ends[count] as u64, "cut at {size}");
+        assert_eq!(read.torn_bytes, (size - ends[count]) as u64);
+        assert_eq!(fs::read(&path).unwrap(), whole[..size], "cut at {size}");
+    }
+}
+
+#[test]
+fn reading_a_log_creates_nothing_and_refuses_damage() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal.log");
+    assert!(matches!(log::read(&path), Err(LogError::File(_))));
+    assert!(!path.exists());
+    let mut bytes = written(&path);
+    bytes[60] ^= 1;
+    fs::write(&path, &bytes).unwrap();
+    let error = log::read(&path).unwrap_err();
+    assert!(
+        matches!(error, LogError::Damaged { offset: 59, .. }),
+        "{error}"
+    );
 }
 
 #[test]
@@ -112,6 +150,59 @@ fn a_second_holder_is_refused_and_told_who_has_the_lock() {
     }
     drop(lock);
     Lock::acquire(&path).unwrap();
+}
+
+#[test]
+fn a_shared_lock_keeps_out_who_wants_it_alone_and_nobody_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("lock");
+    let shared = [(); 2].map(|()| Lock::share(&path, Duration::ZERO).unwrap());
+    assert!(matches!(
+        Lock::acquire(&path),
+        Err(LockError::Shared { .. })
+    ));
+    drop(shared);
+    let alone = Lock::acquire(&path).unwrap();
+    match Lock::share(&path, Duration::ZERO) {
+        Err(LockError::Held { holder, .. }) => {
+            assert_eq!(holder, std::process::id().to_string());
+        }
+        other => panic!("{other:?}"),
+    }
+    thread::scope(|threads| {
+        let waiting = threads.spawn(|| Lock::share(&path, Duration::from_mins(1)));
+        drop(alone);
+        waiting.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_lock_whose_folder_was_moved_away_is_not_taken_in_its_place() {
+    let directory = tempfile::tempdir().unwrap();
+    let [folder, moved] = ["folder", "moved"].map(|name| directory.path().join(name));
+    fs::create_dir(&folder).unwrap();
+    let path = folder.join("lock");
+    let alone = Lock::acquire(&path).unwrap();
+    thread::scope(|threads| {
+        let waiting = threads.spawn(|| {
+            loop {
+                // Between the two folders there is no place for a lock.
+                match Lock::share(&path, Duration::from_mins(1)) {
+                    Err(LockError::File(_)) => {}
+                    other => return other,
+                }
+            }
+        });
+        fs::rename(&folder, &moved).unwrap();
+        fs::create_dir(&folder).unwrap();
+        drop(alone);
+        let _shared = waiting.join().unwrap().unwrap();
+        assert!(matches!(
+            Lock::acquire(&path),
+            Err(LockError::Shared { .. })
+        ));
+        Lock::acquire(&moved.join("lock")).unwrap();
+    });
 }
 
 #[test]
