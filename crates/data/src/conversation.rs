@@ -17,13 +17,7 @@ pub(crate) fn parts(
     let rejected = rejected.map(messages).transpose()?;
     let string = match prompt {
         Some(list @ Value::Array(_)) => {
-            let prompt = messages((&columns.prompt, list))?;
-            if role(&prompt[prompt.len() - 1]) == "assistant" {
-                return fault(
-                    format!("`{}` ends with an assistant turn", columns.prompt),
-                    "end it with the user's turn and put the assistant's into the completions",
-                );
-            }
+            let prompt = self::prompt((&columns.prompt, list))?;
             return behind(prompt, chosen, rejected);
         }
         Some(Value::String(string)) => Some(string),
@@ -45,6 +39,18 @@ pub(crate) fn parts(
         chosen: chosen[split..].to_vec(),
         rejected: rejected.map(|messages| messages[split..].to_vec()),
     })
+}
+
+/// A prompt that is given as messages.
+pub(crate) fn prompt((name, list): Named<'_>) -> Result<Vec<Value>, Fault> {
+    let prompt = messages((name, list))?;
+    if role(&prompt[prompt.len() - 1]) == "assistant" {
+        return fault(
+            format!("`{name}` ends with an assistant turn"),
+            "end it with the user's turn and put the assistant's into the completions",
+        );
+    }
+    Ok(prompt)
 }
 
 /// Completions of a prompt that is given as messages: the assistant's turns, or whole conversations that start with the prompt.

@@ -178,21 +178,13 @@ fn drop_reason(row: &Tokenized, max_length: usize, needs_rejected: bool) -> Opti
     )
 }
 
-/// The completions' text as it stands behind the prompt: many decoders strip the space of a first token.
 fn example(pair: &Pair, tokenizer: &Tokenizer) -> Example {
-    let prompt = tokenizer.decode(&pair.prompt);
-    let behind = |completion: &[u32]| {
-        let whole = tokenizer.decode(&[&pair.prompt, completion].concat());
-        match whole.strip_prefix(&prompt) {
-            Some(text) => text.to_owned(),
-            None => tokenizer.decode(completion),
-        }
-    };
+    let behind = |completion| tokenizer.decode_behind(&pair.prompt, completion);
     Example {
         place: pair.place.clone(),
+        prompt: tokenizer.decode(&pair.prompt),
         chosen: behind(&pair.chosen),
         rejected: behind(&pair.rejected),
-        prompt,
     }
 }
 

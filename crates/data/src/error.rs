@@ -30,6 +30,14 @@ pub enum DataError {
         /// What the operating system said.
         source: std::io::Error,
     },
+    /// A file of prompts cannot be read.
+    #[error("{}: {source}; check the path of the prompts", file.display())]
+    ReadPrompts {
+        /// The file.
+        file: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
     /// A file is in another container.
     #[error("{}: this is {kind}, not text; convert it to .jsonl, one row a line", file.display())]
     Container {

@@ -31,14 +31,19 @@ pub(crate) fn read(files: &[PathBuf]) -> Result<Vec<Row>, DataError> {
             file: file.clone(),
             source,
         })?;
-        let text = utf8(file, &bytes)?;
-        if text.trim_start().starts_with('[') {
-            read_array(file, text, &mut rows)?;
-        } else {
-            read_lines(file, text, &mut rows)?;
-        }
+        parse(file, &bytes, &mut rows)?;
     }
     Ok(rows)
+}
+
+/// Adds the rows of one file's content.
+pub(crate) fn parse(file: &Path, bytes: &[u8], rows: &mut Vec<Row>) -> Result<(), DataError> {
+    let text = utf8(file, bytes)?;
+    if text.trim_start().starts_with('[') {
+        read_array(file, text, rows)
+    } else {
+        read_lines(file, text, rows)
+    }
 }
 
 fn utf8<'a>(file: &Path, bytes: &'a [u8]) -> Result<&'a str, DataError> {

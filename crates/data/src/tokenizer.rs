@@ -157,6 +157,15 @@ impl Tokenizer {
             .unwrap_or_else(|_| format!("{ids:?}"))
     }
 
+    /// The text of `ids` as it stands behind that of `prompt`: many decoders strip the space of a first token.
+    pub fn decode_behind(&self, prompt: &[u32], ids: &[u32]) -> String {
+        let whole = self.decode(&[prompt, ids].concat());
+        match whole.strip_prefix(&self.decode(prompt)) {
+            Some(text) => text.to_owned(),
+            None => self.decode(ids),
+        }
+    }
+
     /// The token that ends a plain completion.
     pub fn eos(&self) -> Option<u32> {
         self.eos

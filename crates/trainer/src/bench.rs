@@ -77,7 +77,7 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
     let tokenizer = Tokenizer::load(&request.model, request.data.chat_template.as_deref())?;
     let pairs = data::load(&request.data.train, &request.data, &tokenizer, true)?.pairs;
     let mut model = Model::load(&request.model, device)?;
-    check_vocabulary(&pairs, &model, &request.model)?;
+    check_vocabulary(&pairs, model.config().vocabulary, &request.model)?;
     if request.gradient_checkpointing {
         model.set_saving(Saving::BlockInputs);
     }

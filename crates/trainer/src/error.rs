@@ -36,6 +36,16 @@ pub enum TrainError {
         /// The model directory.
         model: PathBuf,
     },
+    /// A prompt that cannot be continued.
+    #[error("{place} for {}: {source}", model.display())]
+    Prompt {
+        /// Where the prompt comes from.
+        place: String,
+        /// The model directory.
+        model: PathBuf,
+        /// What is wrong with it.
+        source: data::PromptError,
+    },
     /// model.reference and model.path do not share a vocabulary.
     #[error(
         "model.reference: {} has a vocabulary of {found}, model.path has {expected}; the reference must read the same tokens",
@@ -147,6 +157,7 @@ impl TrainError {
             | Self::Data(_)
             | Self::Model(_)
             | Self::Vocabulary { .. }
+            | Self::Prompt { .. }
             | Self::ReferenceVocabulary { .. }
             | Self::ReferenceNotFinite { .. }
             | Self::StoreDisagrees { .. } => Cause::Config,

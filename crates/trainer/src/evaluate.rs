@@ -4,6 +4,7 @@ use data::{Pair, Tokenizer};
 use model::{Model, Sampler};
 
 use crate::gate::Sample;
+use crate::generate::stop_ids;
 use crate::spec::EvaluateSection;
 
 /// Greedy continuations of the first held-out prompts.
@@ -13,8 +14,7 @@ pub(crate) fn samples(
     pairs: &[Pair],
     section: &EvaluateSection,
 ) -> Vec<Sample> {
-    let mut stop = tokenizer.eos_ids().to_vec();
-    stop.extend(&model.config().eos_ids);
+    let stop = stop_ids(model, tokenizer);
     pairs
         .iter()
         .take(section.samples)

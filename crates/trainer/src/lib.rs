@@ -6,7 +6,7 @@
 //! ```
 //! [`Trainer::run`] reads as the training loop; `learner` is one step's arithmetic over all ranks, `batch` what a step trains
 //! on, `reference` the frozen model's log-probs, `snapshot` what a checkpoint holds. [`score`] and [`bench`] use the same
-//! forward and the same step.
+//! forward and the same step; [`reports`] stops before the model, [`generate`] lets one write.
 //!
 //! Not here: who is a member, when to save or to evaluate, what a decision is based on (`protocol`, behind [`StepGate`]);
 //! which checkpoint is whole (`checkpoint`); losses (`objective`); data formats and order (`data`).
@@ -18,6 +18,7 @@ mod error;
 mod evaluate;
 mod exchange;
 mod gate;
+mod generate;
 mod learner;
 mod measure;
 mod reference;
@@ -37,10 +38,11 @@ pub use gate::{
     EvaluationRow, GateClosed, Next, Sample, SavedReporter, SavedShard, StepGate, StepReport,
     Verdict,
 };
+pub use generate::{Continuation, GenerateRequest, Prompts, generate};
 pub use reference::ReferenceCounts;
 pub use schedule::{Schedule, ScheduleKind, ScheduleSection};
 pub use score::{ScoreRequest, ScoredPair, score};
-pub use setup::{Facts, Progress, Setup};
+pub use setup::{Facts, Progress, Reports, Setup, reports};
 pub use spec::{
     Dtype, EvaluateSection, ModelSection, ReferenceSection, Spec, SpecError, TrainSection,
 };

@@ -75,6 +75,6 @@ fn load(request: &ScoreRequest, device: &Device) -> Result<(Model, Vec<Pair>), T
     let needs_rejected = data.format != Format::Completion;
     let pairs = data::load(&data.train, data, &tokenizer, needs_rejected)?.pairs;
     let model = Model::load(&request.model, device)?;
-    check_vocabulary(&pairs, &model, &request.model)?;
+    check_vocabulary(&pairs, model.config().vocabulary, &request.model)?;
     Ok((model, pairs))
 }

@@ -1,10 +1,11 @@
 //! Everything a run reads before it has peers: tokens, starting weights, digests. What depends on rank and world comes after.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::path::Path;
 
 use data::{Dataset, Pair, Report, Tokenizer};
-use model::{Device, Model, Saving};
+use model::{Device, Model, ModelConfig, Saving};
+use serde::Serialize;
 
 use crate::error::TrainError;
 use crate::spec::Spec;
@@ -49,33 +50,17 @@ impl Setup {
     /// The first thing that cannot be used.
     pub fn load(spec: &Spec, device: &Device, progress: Progress<'_>) -> Result<Self, TrainError> {
         spec.validate()?;
-        let config = &spec.data;
-        progress("tokenize pairs", 0, 2);
-        let tokenizer = Tokenizer::load(&spec.model.path, config.chat_template.as_deref())?;
-        let needs_rejected = spec.objective.needs_rejected();
-        let train = data::load(&config.train, config, &tokenizer, needs_rejected)?;
-        progress("tokenize pairs", 1, 2);
-        let eval = if config.eval.is_empty() {
-            None
-        } else {
-            Some(data::load(
-                &config.eval,
-                config,
-                &tokenizer,
-                needs_rejected,
-            )?)
-        };
+        let Tokens {
+            tokenizer,
+            train,
+            eval,
+        } = Tokens::load(spec, progress)?;
         progress("load model", 0, 1);
         let mut model = Model::load(&spec.model.path, device)?;
         if spec.model.gradient_checkpointing {
             model.set_saving(Saving::BlockInputs);
         }
-        let pairs = train
-            .pairs
-            .iter()
-            .chain(eval.iter().flat_map(|eval| &eval.pairs));
-        check_vocabulary(pairs, &model, &spec.model.path)?;
-        check_positions(&model, config.max_length);
+        check_positions(&model, spec.data.max_length);
         let digest = model_digest(&model);
         progress("load model", 1, 1);
         Ok(Self {
@@ -107,15 +92,83 @@ impl Setup {
         }
     }
 
-    /// What became of the rows of the training files, and of the held-out files if there are any.
-    pub fn reports(&self) -> (&Report, Option<&Report>) {
-        let eval = self.eval.as_ref();
-        (&self.train.report, eval.map(|eval| &eval.report))
+    /// What became of the rows.
+    pub fn reports(&self) -> Reports {
+        Reports::of(&self.train, self.eval.as_ref())
     }
 
     /// The held-out pairs that evaluations score.
     pub(crate) fn held_out(&self) -> &[Pair] {
         held_out(&self.spec, self.eval.as_ref())
+    }
+}
+
+/// What became of the rows of a job's files, found without its model.
+///
+/// # Errors
+/// The first thing that training would refuse about them.
+pub fn reports(spec: &Spec) -> Result<Reports, TrainError> {
+    spec.validate()?;
+    let tokens = Tokens::load(spec, &mut |_, _, _| ())?;
+    Ok(Reports::of(&tokens.train, tokens.eval.as_ref()))
+}
+
+/// What a run reads before its model.
+struct Tokens {
+    tokenizer: Tokenizer,
+    train: Dataset,
+    eval: Option<Dataset>,
+}
+
+impl Tokens {
+    fn load(spec: &Spec, progress: Progress<'_>) -> Result<Self, TrainError> {
+        let config = &spec.data;
+        progress("tokenize pairs", 0, 2);
+        let tokenizer = Tokenizer::load(&spec.model.path, config.chat_template.as_deref())?;
+        let load = |files| data::load(files, config, &tokenizer, spec.objective.needs_rejected());
+        let train = load(&config.train)?;
+        progress("tokenize pairs", 1, 2);
+        let eval = match config.eval.as_slice() {
+            [] => None,
+            _ => Some(load(&config.eval)?),
+        };
+        let vocabulary = ModelConfig::load(&spec.model.path)?.vocabulary;
+        for dataset in [Some(&train), eval.as_ref()].into_iter().flatten() {
+            check_vocabulary(&dataset.pairs, vocabulary, &spec.model.path)?;
+        }
+        Ok(Self {
+            tokenizer,
+            train,
+            eval,
+        })
+    }
+}
+
+/// What became of the rows: as text for a person, as JSON for a program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Reports {
+    /// The training files.
+    pub train: Report,
+    /// The held-out files, if there are any.
+    pub eval: Option<Report>,
+}
+
+impl Reports {
+    fn of(train: &Dataset, eval: Option<&Dataset>) -> Self {
+        Self {
+            train: train.report.clone(),
+            eval: eval.map(|eval| eval.report.clone()),
+        }
+    }
+}
+
+impl fmt::Display for Reports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { train, eval } = self;
+        match eval {
+            None => write!(f, "{train}"),
+            Some(eval) => write!(f, "training pairs\n{train}\nheld-out pairs\n{eval}"),
+        }
     }
 }
 
@@ -144,26 +197,35 @@ pub(crate) fn model_digest(model: &Model) -> [u8; 32] {
 }
 
 /// Refuses ids without an embedding, which the forward would panic on.
-pub(crate) fn check_vocabulary<'a>(
-    pairs: impl IntoIterator<Item = &'a Pair>,
-    model: &Model,
-    path: &Path,
+pub(crate) fn check_vocabulary(
+    pairs: &[Pair],
+    vocabulary: usize,
+    model: &Path,
 ) -> Result<(), TrainError> {
-    let vocabulary = model.config().vocabulary;
     for pair in pairs {
-        let mut ids = [&pair.prompt, &pair.chosen, &pair.rejected]
-            .into_iter()
-            .flatten();
-        if let Some(&id) = ids.find(|&&id| id as usize >= vocabulary) {
-            return Err(TrainError::Vocabulary {
-                place: pair.place.to_string(),
-                id,
-                vocabulary,
-                model: path.to_owned(),
-            });
+        for ids in [&pair.prompt, &pair.chosen, &pair.rejected] {
+            check_ids(ids, &pair.place, vocabulary, model)?;
         }
     }
     Ok(())
+}
+
+/// The same for the ids of one place.
+pub(crate) fn check_ids(
+    ids: &[u32],
+    place: &dyn fmt::Display,
+    vocabulary: usize,
+    model: &Path,
+) -> Result<(), TrainError> {
+    match ids.iter().find(|&&id| id as usize >= vocabulary) {
+        None => Ok(()),
+        Some(&id) => Err(TrainError::Vocabulary {
+            place: place.to_string(),
+            id,
+            vocabulary,
+            model: model.to_owned(),
+        }),
+    }
 }
 
 fn check_positions(model: &Model, max_length: usize) {

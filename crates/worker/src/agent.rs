@@ -200,11 +200,7 @@ fn train(
     let mut progress = |phase: &str, done, total| teller.tell(phase, done, total);
     let setup = Setup::load(spec, &options.device, &mut progress)?;
     if form.rank == 0 {
-        let (train, eval) = setup.reports();
-        let mut text = train.to_string();
-        if let Some(eval) = eval {
-            text = format!("training pairs\n{text}\n\nheld-out pairs\n{eval}");
-        }
+        let text = setup.reports().to_string();
         voice.say(WorkerMessage::DataReport { text })?;
     }
     let facts = setup.facts();

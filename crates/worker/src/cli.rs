@@ -13,7 +13,9 @@ use data::DataConfig;
 use protocol::Cause;
 use serde_json::{Map, Value, json};
 use tokio::runtime::Runtime;
-use trainer::{BenchRequest, Dtype, ScoreRequest, TrainError};
+use trainer::{
+    BenchRequest, Continuation, Dtype, GenerateRequest, Prompts, ScoreRequest, TrainError,
+};
 
 use crate::agent::{Ending, Options, serve};
 use crate::backend::{Backend, device};
@@ -39,6 +41,8 @@ enum Command {
     Score(Score),
     /// Time training steps on this process alone and print one JSON line.
     Bench(Bench),
+    /// Continue prompts with a model, to read what it writes.
+    Generate(Generate),
 }
 
 #[derive(Args, Debug)]
@@ -132,6 +136,36 @@ struct Bench {
     compute: Compute,
 }
 
+#[derive(Args, Debug)]
+struct Generate {
+    /// Hugging Face directory.
+    #[arg(long)]
+    model: PathBuf,
+    /// A text to continue.
+    #[arg(long, value_name = "TEXT", required_unless_present = "prompts")]
+    prompt: Option<String>,
+    /// Prompts to continue: JSONL with a column `prompt`, text or messages.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    prompts: Option<PathBuf>,
+    /// Texts are a user's turns, answered through the model's chat template. Messages always are.
+    #[arg(long)]
+    chat: bool,
+    /// Most tokens of a continuation.
+    #[arg(long, default_value_t = 128)]
+    max_tokens: usize,
+    /// 0 takes the most likely token, 1 draws as the model predicts.
+    #[arg(long, default_value_t = 0.0, value_parser = temperature, allow_negative_numbers = true)]
+    temperature: f64,
+    /// Another seed draws other tokens.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// One JSON object a line: `prompt, text, tokens, ended`.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    compute: Compute,
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum Arithmetic {
     #[default]
@@ -145,6 +179,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
         None => serve_jobs(&arguments.serve),
         Some(Command::Score(score)) => report(run_score(score)),
         Some(Command::Bench(bench)) => report(run_bench(bench)),
+        Some(Command::Generate(generate)) => report(run_generate(generate)),
     }
 }
 
@@ -313,6 +348,50 @@ fn run_bench(arguments: &Bench) -> anyhow::Result<()> {
     }
     println!("{}", serde_json::to_string(&result).context("write JSON")?);
     Ok(())
+}
+
+fn run_generate(arguments: &Generate) -> anyhow::Result<()> {
+    log::start(LogFormat::Text);
+    let device = arguments.compute.prepare()?;
+    let prompts = match (&arguments.prompt, &arguments.prompts) {
+        (Some(text), _) => Prompts::Text(text.clone()),
+        (None, file) => Prompts::File(file.clone().context("--prompt or --prompts is missing")?),
+    };
+    // One prompt is known to whoever typed it; of many, each stands before its continuation.
+    let echo = matches!(prompts, Prompts::File(_));
+    let request = GenerateRequest {
+        model: arguments.model.clone(),
+        prompts,
+        chat: arguments.chat,
+        max_tokens: arguments.max_tokens,
+        temperature: arguments.temperature,
+        seed: arguments.seed,
+    };
+    let mut out = std::io::stdout().lock();
+    trainer::generate(&request, &device, &mut |continuation| {
+        let Continuation {
+            prompt,
+            text,
+            tokens,
+            ended,
+        } = continuation;
+        let written = if arguments.json {
+            let line = json!({"prompt": prompt, "text": text, "tokens": tokens, "ended": ended});
+            writeln!(out, "{line}")
+        } else if echo {
+            writeln!(out, "{prompt}\n→{text}\n")
+        } else {
+            writeln!(out, "{text}")
+        };
+        written.context("write a continuation")
+    })
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if f64::is_finite(value) && value >= 0.0 => Ok(value),
+        _ => Err("expected a number that is 0 or more".into()),
+    }
 }
 
 /// `[data]` with everything but the file and the length at its default.

@@ -17,4 +17,5 @@ pub mod cli;
 mod gate;
 pub mod job;
 pub mod log;
+pub mod report;
 mod session;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Trains as one rank of a job, scores pairs, or measures speed.
+/// Trains as one rank of a job, scores pairs, continues prompts, or measures speed.
 #[derive(Parser)]
 #[command(name = "worker", version)]
 struct Program {
