@@ -3,11 +3,14 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+#[cfg(feature = "local")]
+use {anyhow::Context, std::io::Write};
+
 use clap::{Args, Parser, Subcommand};
+use coordinator::compare::{CompareError, Comparison, compare};
 use coordinator::config::{Config, JobConfigError, Resolved, Sources};
 use coordinator::log::{self, LogFormat};
 use coordinator::run::{EXIT_USAGE, Show, run};
-use coordinator::compare::{CompareError, Comparison, compare};
 use coordinator::status::print_status;
 use toml::Table;
 
@@ -30,6 +33,14 @@ struct Program {
 enum Command {
     /// Print the resolved configuration.
     Config(SourceArguments),
+    /// Read tokenizer and data as training would, and print what becomes of the rows.
+    Data {
+        #[command(flatten)]
+        sources: SourceArguments,
+        /// One JSON object with `train` and `eval`.
+        #[arg(long)]
+        json: bool,
+    },
     /// Print how a running coordinator and its workers fare.
     Status {
         /// Its URL.
@@ -39,17 +50,6 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// One of this machine's workers.
-    #[cfg(feature = "local")]
-    #[command(hide = true)]
-    Worker(Box<worker::cli::Arguments>),
-}
-
-#[derive(Args)]
-struct SourceArguments {
-    /// Configuration files (TOML); later ones win.
-    files: Vec<PathBuf>,
-    /// The same.
     /// Print runs beside each other as one table, and draw their held-out log-ratios into one plot.
     Compare {
         /// Run directories, such as runs/*.
@@ -62,6 +62,17 @@ struct SourceArguments {
         #[arg(long, value_name = "FOLDER", default_value = "compare")]
         out: PathBuf,
     },
+    /// One of this machine's workers.
+    #[cfg(feature = "local")]
+    #[command(hide = true)]
+    Worker(Box<worker::cli::Arguments>),
+}
+
+#[derive(Args)]
+struct SourceArguments {
+    /// Configuration files (TOML); later ones win.
+    files: Vec<PathBuf>,
+    /// The same.
     #[arg(long = "config", value_name = "FILE")]
     config: Vec<PathBuf>,
     /// One value, such as `objective.beta=0.05`; wins over files and environment.
@@ -81,22 +92,11 @@ fn main() -> ExitCode {
                 0
             }))
         }
-        Some(Command::Status { url, json }) => report(print_status(&url, json).map(|()| 0)),
-        None => {
+        Some(Command::Data { sources, json }) => {
             log::start(program.log);
-            report(load(program.sources).and_then(|config| {
-                let show = Show {
-                    json: program.log == LogFormat::Json,
-                    command: command_line(),
-                };
-                run(&config, &show)
-            }))
+            report(data(sources, json).map(|()| 0))
         }
-    }
-}
-
-/// A configuration that cannot be used.
-#[derive(Debug, thiserror::Error)]
+        Some(Command::Status { url, json }) => report(print_status(&url, json).map(|()| 0)),
         Some(Command::Compare {
             directories,
             json,
@@ -112,6 +112,21 @@ fn main() -> ExitCode {
                 0
             }))
         }
+        None => {
+            log::start(program.log);
+            report(load(program.sources).and_then(|config| {
+                let show = Show {
+                    json: program.log == LogFormat::Json,
+                    command: command_line(),
+                };
+                run(&config, &show)
+            }))
+        }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Unusable(String);
 
@@ -128,6 +143,27 @@ fn load(sources: SourceArguments) -> anyhow::Result<Config> {
     }
     let sources = Sources::from_process(files, set);
     Config::load(&sources, &resolve).map_err(|error| Unusable(error.to_string()).into())
+}
+
+#[cfg(feature = "local")]
+fn data(sources: SourceArguments, json: bool) -> anyhow::Result<()> {
+    let config = load(sources)?;
+    let reports = worker::report::reports(&config.training);
+    let reports = reports.map_err(|error| Unusable(error.to_string()))?;
+    let mut out = std::io::stdout().lock();
+    let written = if json {
+        writeln!(out, "{}", serde_json::to_string(&reports)?)
+    } else {
+        write!(out, "{reports}")
+    };
+    written.context("write the report")
+}
+
+#[cfg(not(feature = "local"))]
+fn data(_sources: SourceArguments, _json: bool) -> anyhow::Result<()> {
+    let reason =
+        "this build carries no worker to read data with; build it with the default feature `local`";
+    Err(Unusable(reason.into()).into())
 }
 
 #[cfg(feature = "local")]
@@ -159,6 +195,9 @@ fn report(result: anyhow::Result<u8>) -> ExitCode {
             eprintln!("error: {}", sentence(&error));
             let usage = error.is::<Unusable>()
                 || error
+                    .downcast_ref::<CompareError>()
+                    .is_some_and(CompareError::is_usage)
+                || error
                     .downcast_ref::<coordinator::run_directory::RunDirectoryError>()
                     .is_some_and(coordinator::run_directory::RunDirectoryError::is_usage);
             ExitCode::from(if usage { EXIT_USAGE } else { 1 })
@@ -189,6 +228,3 @@ fn command_line() -> String {
     };
     std::env::args().map(quote).collect::<Vec<_>>().join(" ")
 }
-                    .downcast_ref::<CompareError>()
-                    .is_some_and(CompareError::is_usage)
-                || error

@@ -4,6 +4,7 @@
 mod chat;
 mod formats;
 mod plan;
+mod prompts;
 mod refusals;
 mod report;
 mod support;
