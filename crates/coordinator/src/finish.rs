@@ -36,16 +36,12 @@ pub fn finish(
 ) -> anyhow::Result<String> {
     let checkpoint = newest(&config.checkpoint.path)
         .context("look for checkpoints")?
-        .found
-        .map(|(_, path)| path);
-    let export = match (finished.outcome, &checkpoint) {
-        (Outcome::Completed, Some(checkpoint)) => {
+        .found;
+    let export = match finished.outcome {
+        Outcome::Completed => {
+            let checkpoint = checkpoint.as_ref();
             Some(export(config, directory, checkpoint).context("export the model")?)
         }
-        (Outcome::Completed, None) => anyhow::bail!(
-            "{}: the run is complete, but no checkpoint holds its weights; it cannot be exported again",
-            config.checkpoint.path.display()
-        ),
         _ => None,
     };
     let plot = match plot(config, directory) {
@@ -63,7 +59,7 @@ pub fn finish(
         evaluations: directory.evaluations(),
         reference: finished.references,
         artifacts: Artifacts {
-            checkpoint,
+            checkpoint: checkpoint.map(|(_, path)| path),
             export,
             plot,
         },
@@ -80,15 +76,25 @@ pub fn finish(
     Ok(report.to_string())
 }
 
+/// The export of a complete run, made from its newest checkpoint (step and folder) unless it is there.
 fn export(
     config: &Config,
     directory: &RunDirectory,
-    checkpoint: &std::path::Path,
+    checkpoint: Option<&(u64, PathBuf)>,
 ) -> anyhow::Result<PathBuf> {
     let out = directory.export_path();
     if out.join("model.safetensors").exists() {
         return Ok(out);
     }
+    // An older checkpoint, where the last one is damaged, holds other weights than the rows tell of.
+    let last = directory.metrics().len() as u64;
+    let Some((_, checkpoint)) = checkpoint.filter(|(step, _)| *step == last) else {
+        anyhow::bail!(
+            "{}: the run is complete, but no checkpoint that verifies holds its last step, {last}; restore it, or choose \
+             another job.output to run again",
+            config.checkpoint.path.display()
+        )
+    };
     let model = config.training_value("model", "path");
     let model = model
         .and_then(toml::Value::as_str)
