@@ -11,6 +11,7 @@
 //!   <scope digest, 64 hex digits>/
 //!     scope.json                     the scope in words, for people; checked against the folder's name
 //!     <random, 32 hex digits>.segment   one per writer, only ever appended to
+//!     lock                           shared by all that use the scope, held alone to clean it up
 //!
 //! segment  a log of `storage::log` (16-byte header, then frames, each with a checksummed head and a chained BLAKE3)
 //!   frame 0      head record  0   8  magic "CALDPREF"
@@ -20,19 +21,35 @@
 //!                             0   32 entry key
 //!                             32  4  value, f32 little endian, finite
 //! ```
-//! Writers of several processes never share a file, so they need no lock. A frame that the end of its file cuts short is
-//! the trace of a writer that died, or is still writing: it is reported and left out, and its entries are computed anew.
-//! Every other damage is refused with the file and the byte where it begins. Nothing is ever repaired in place: the cure
-//! is to delete the named segment, which costs its entries and nothing else.
+//! Writers of several processes never share a file, so they need no lock against each other. A frame that the end of its
+//! file cuts short is the trace of a writer that died, or is still writing: it is reported and left out, and its entries
+//! are computed anew. Every other damage is refused with the file and the byte where it begins. Nothing is ever repaired in
+//! place: the cure is to delete the named segment, which costs its entries and nothing else.
+//!
+//! # Cleaning up
+//! [`clean`] removes scopes that nobody has used for long and merges the segments of the others; `gc.rs` draws the steps. A
+//! [`Store`] and its [`Writer`]s share their scope's lock as long as they live, and a clean-up needs it alone. So no segment
+//! in use is removed, and no reader is left with a list of segments that are gone. The one reader without a lock is one that
+//! may not write the folder at all (a read-only mount, another user's): if a clean-up elsewhere removes a segment under its
+//! hands, it is told which file is missing, and opens the store again. Opening renews the date of `scope.json`, which tells
+//! when a scope was last used. Locks are the kernel's (`flock`), of local disks.
 //!
 //! What this crate is not: it holds no model and computes nothing; which entries a run needs is the trainer's affair.
 
 mod entry;
+mod folder;
+mod gc;
+mod inspect;
 mod scope;
 mod segment;
 mod store;
+mod values;
 
 pub use entry::EntryKey;
+pub use gc::{Action, Cleaned, CleanedScope, Cleaning, clean};
+pub use inspect::{ScopeReport, inspect};
 pub use scope::Scope;
 pub use segment::TornTail;
 pub use store::{AppendError, Store, StoreError, Writer};
+
+use folder::Folder;

@@ -20,6 +20,7 @@ pub const BATCH_ENTRIES_MAX: usize = 1 << 16;
 
 const MAGIC: &[u8; 8] = b"CALDPREF";
 const VERSION: u32 = 1;
+const HEAD_BYTES: usize = 8 + 4 + 32;
 const KEY_BYTES: usize = 32;
 const ENTRY_BYTES: usize = KEY_BYTES + 4;
 
@@ -68,6 +69,13 @@ pub fn batch_record(entries: &[(EntryKey, f32)]) -> Vec<u8> {
         record.extend_from_slice(&value.to_le_bytes());
     }
     record
+}
+
+/// Size of a segment of `entries` entries that were appended in one call.
+pub fn bytes(entries: usize) -> u64 {
+    let batches = entries.div_ceil(BATCH_ENTRIES_MAX);
+    let payload = HEAD_BYTES + entries * ENTRY_BYTES;
+    (log::HEADER_BYTES + (1 + batches) * log::FRAME_BYTES + payload) as u64
 }
 
 /// Reads the segment at `path`, which must belong to `scope`, and checks every byte of it.

@@ -1,37 +1,38 @@
 //! The store of one scope: opening, looking up, re-reading, and writing a segment of one's own.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
-    fs, io,
+    io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use storage::{
-    atomic_write,
+    Lock, LockError,
     log::{Log, LogError},
-    sync_directory,
 };
 
 use crate::{
-    EntryKey, Scope, TornTail,
-    segment::{self, BATCH_ENTRIES_MAX, EXTENSION},
+    EntryKey, Folder, Scope, TornTail,
+    segment::{self, BATCH_ENTRIES_MAX},
+    values::{self, Values},
 };
 
-const SCOPE_FILE: &str = "scope.json";
-
-/// The entries of one scope, as they were when the store was opened or last reloaded.
+/// The entries of one scope, as they were when the store was opened or last reloaded. While it is open, nobody cleans the
+/// scope up.
 #[derive(Debug)]
 pub struct Store {
-    /// Folder of the scope.
-    folder: PathBuf,
-    scope: [u8; 32],
-    values: HashMap<EntryKey, f32>,
+    folder: Folder,
+    values: Values,
+    in_use: Arc<Option<Lock>>,
 }
 
-/// A segment of one's own, open for appending. Its entries show in a [`Store`] after [`Store::reload`].
+/// A segment of one's own, open for appending. Its entries show in a [`Store`] after [`Store::reload`]. It may outlive the
+/// store that it came from.
 #[derive(Debug)]
 pub struct Writer {
     log: Log,
+    /// Keeps the segment from being merged away.
+    _in_use: Arc<Option<Lock>>,
 }
 
 /// Why a store cannot be used.
@@ -81,6 +82,15 @@ pub enum StoreError {
         /// Its value.
         value: f32,
     },
+    /// Somebody uses the scope who cannot share it with the caller: runs against a clean-up, a clean-up against anybody.
+    #[error("{folder} is in use: {source}")]
+    InUse {
+        /// The scope's folder.
+        folder: PathBuf,
+        /// Who has it, as far as known.
+        #[source]
+        source: LockError,
+    },
     /// A file or folder could not be read or made.
     #[error("{operation} {path}: {source}")]
     File {
@@ -129,24 +139,35 @@ impl StoreError {
             source,
         }
     }
+
+    /// File and first byte of what is wrong, where it is something inside a file.
+    pub fn place(&self) -> Option<(&Path, u64)> {
+        match self {
+            Self::Damaged { path, offset, .. }
+            | Self::Contradiction { path, offset, .. }
+            | Self::NotFinite { path, offset, .. } => Some((path, *offset)),
+            _ => None,
+        }
+    }
 }
 
 impl Store {
     /// Opens the entries of `scope` under `dir`, creating both when absent, and checks every byte.
     ///
-    /// The second value lists appends that did not finish; they are left out and left in place.
+    /// The second value lists appends that did not finish; they are left out and left in place. Waits for a clean-up of the
+    /// scope that is under way, up to a minute.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Contradiction`] or [`StoreError::NotFinite`] name the file, the byte and
     /// the cure.
     pub fn open(dir: &Path, scope: &Scope) -> Result<(Self, Vec<TornTail>), StoreError> {
-        let folder = dir.join(scope.folder());
-        create_folder(&folder)?;
-        keep_scope_file(&folder.join(SCOPE_FILE), scope)?;
+        let folder = Folder::of(dir, scope);
+        let in_use = Arc::new(folder.share()?);
+        folder.keep_scope_file(scope)?;
         let mut store = Self {
             folder,
-            scope: scope.digest(),
-            values: HashMap::new(),
+            values: Values::new(),
+            in_use,
         };
         let torn = store.reload()?;
         Ok((store, torn))
@@ -172,70 +193,31 @@ impl Store {
     /// # Errors
     /// As [`Store::open`]; the entries read before stay.
     pub fn reload(&mut self) -> Result<Vec<TornTail>, StoreError> {
-        let mut values: HashMap<EntryKey, f32> = HashMap::new();
-        let mut torn = Vec::new();
-        for path in self.segments()? {
-            let segment = segment::read(&path, &self.scope)?;
-            for (key, value, offset) in segment.entries {
-                if !value.is_finite() {
-                    return Err(StoreError::NotFinite {
-                        path,
-                        offset,
-                        key,
-                        value,
-                    });
-                }
-                match values.entry(key) {
-                    Entry::Vacant(vacant) => {
-                        vacant.insert(value);
-                    }
-                    Entry::Occupied(occupied) if occupied.get().to_bits() == value.to_bits() => {}
-                    Entry::Occupied(occupied) => {
-                        return Err(StoreError::Contradiction {
-                            path,
-                            offset,
-                            key,
-                            value,
-                            other: *occupied.get(),
-                        });
-                    }
-                }
-            }
-            torn.extend(segment.torn);
+        let (mut values, mut torn) = (Values::new(), Vec::new());
+        for path in self.folder.segments()? {
+            torn.extend(values::add_segment(&mut values, &path, &self.folder)?);
         }
         self.values = values;
         Ok(torn)
     }
 
-    /// Starts a segment of one's own; ask for one only when there is something to store. Any number of writers may be at work at once, in any processes.
+    /// Starts a segment of one's own; ask for one only when there is something to store. Any number of writers may be at work
+    /// at once, in any processes.
     pub fn writer(&self) -> Result<Writer, StoreError> {
-        // 128 random bits make the name exclusive without a lock, on shared folders too.
-        let mut random = [0; 16];
-        getrandom::fill(&mut random).map_err(StoreError::Random)?;
-        let name = format!("{:032x}", u128::from_le_bytes(random));
-        let path = self.folder.join(name).with_extension(EXTENSION);
+        let [_, path] = self.folder.new_segment()?;
         let mut opened = Log::open(&path)?;
         assert!(
             opened.records.is_empty(),
             "{} was just named at random and holds records",
             path.display()
         );
-        opened.log.append(&segment::head_record(&self.scope))?;
-        Ok(Writer { log: opened.log })
-    }
-
-    /// The segments in the order of their names, so that reports do not depend on the file system.
-    fn segments(&self) -> Result<Vec<PathBuf>, StoreError> {
-        let list = |source| StoreError::at("list", &self.folder, source);
-        let mut segments = Vec::new();
-        for entry in fs::read_dir(&self.folder).map_err(list)? {
-            let path = entry.map_err(list)?.path();
-            if path.extension().is_some_and(|found| found == EXTENSION) {
-                segments.push(path);
-            }
-        }
-        segments.sort();
-        Ok(segments)
+        opened
+            .log
+            .append(&segment::head_record(&self.folder.digest))?;
+        Ok(Writer {
+            log: opened.log,
+            _in_use: Arc::clone(&self.in_use),
+        })
     }
 }
 
@@ -252,38 +234,5 @@ impl Writer {
             self.log.append(&segment::batch_record(batch))?;
         }
         Ok(())
-    }
-}
-
-/// Creates `folder` and what is missing above it, and makes the new names durable.
-fn create_folder(folder: &Path) -> Result<(), StoreError> {
-    let missing: Vec<&Path> = folder
-        .ancestors()
-        .take_while(|path| !path.as_os_str().is_empty() && !path.is_dir())
-        .collect();
-    fs::create_dir_all(folder).map_err(|source| StoreError::at("create", folder, source))?;
-    for path in missing {
-        match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent)?,
-            _ => sync_directory(Path::new("."))?,
-        }
-    }
-    Ok(())
-}
-
-/// Writes `scope.json` when absent and otherwise checks that it tells this scope.
-fn keep_scope_file(path: &Path, scope: &Scope) -> Result<(), StoreError> {
-    let expected = serde_json::to_vec_pretty(scope).expect("a scope is plain data");
-    match fs::read(path) {
-        Ok(found) if serde_json::from_slice::<Scope>(&found).is_ok_and(|found| found == *scope) => {
-            Ok(())
-        }
-        Ok(_) => Err(StoreError::Damaged {
-            path: path.to_owned(),
-            offset: 0,
-            reason: "it does not describe the scope that its folder is named after",
-        }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(atomic_write(path, &expected)?),
-        Err(error) => Err(StoreError::at("read", path, error)),
     }
 }

@@ -1,0 +1,194 @@
+//! Cleaning up: scopes that nobody has used for long go, segments of the others become one.
+//!
+//! Each scope is taken alone, which no run that has it open allows, and then changed in an order that a crash may cut
+//! anywhere:
+//! ```text
+//! merge   write and sync  X.merging, all entries sorted by key   not read by anybody
+//!         read it back
+//!         rename          X.merging -> X.segment, durably        every entry is there twice, with equal bits
+//!         remove          the old segments, one by one
+//! remove  rename          SCOPE -> SCOPE.removed, durably        the scope is gone
+//!         remove          SCOPE.removed with all it holds
+//! ```
+//! What a crash leaves behind (`*.merging`, `*.tmp`, `*.removed`) the next clean-up removes.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use storage::{log::Log, remove_directory, remove_file, rename};
+
+use crate::{
+    EntryKey, Folder, ScopeReport, StoreError,
+    inspect::examine,
+    segment::{self, BATCH_ENTRIES_MAX},
+};
+
+/// What to clean up.
+#[derive(Clone, Copy, Debug)]
+pub struct Cleaning {
+    /// Remove scopes that were last used so long before `now`; without it none.
+    pub unused_for: Option<Duration>,
+    /// The present.
+    pub now: SystemTime,
+    /// Tell what would be done; only the locks are taken.
+    pub dry_run: bool,
+}
+
+/// What a clean-up did, or on a dry run would do.
+#[derive(Debug)]
+pub struct Cleaned {
+    /// Scopes that were looked at.
+    pub scopes: Vec<CleanedScope>,
+    /// Scopes that somebody uses, untouched: a [`StoreError::InUse`] each.
+    pub in_use: Vec<StoreError>,
+    /// Traces of interrupted writes and clean-ups, removed.
+    pub leftovers: Vec<PathBuf>,
+}
+
+/// What became of one scope.
+#[derive(Debug)]
+pub struct CleanedScope {
+    /// The scope as it was found.
+    pub before: ScopeReport,
+    /// What was done.
+    pub action: Action,
+    /// Bytes of its segments now.
+    pub bytes: u64,
+}
+
+/// What a clean-up does to a scope.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// There was nothing to do.
+    Kept,
+    /// All entries are in one segment now; unfinished appends are gone.
+    Merged,
+    /// Gone, because nobody had used it for so long.
+    Removed,
+    /// Untouched, because something in it is wrong; the report says what.
+    Damaged,
+}
+
+/// Cleans up all scopes under `store`. Scopes in use are left alone; runs that open one meanwhile wait for their turn.
+///
+/// # Errors
+/// What could not be read, written or removed. What was done before stays, and the next call goes on.
+pub fn clean(store: &Path, cleaning: &Cleaning) -> Result<Cleaned, StoreError> {
+    let (folders, leftovers) = Folder::all(store)?;
+    let mut cleaned = Cleaned {
+        scopes: Vec::new(),
+        in_use: Vec::new(),
+        leftovers,
+    };
+    if !cleaning.dry_run {
+        for path in &cleaned.leftovers {
+            remove_directory(path)?;
+        }
+    }
+    for folder in folders {
+        let _alone = match folder.lock_alone() {
+            Ok(lock) => lock,
+            Err(error @ StoreError::InUse { .. }) => {
+                cleaned.in_use.push(error);
+                continue;
+            }
+            // Another clean-up has just removed it.
+            Err(_) if !folder.path.exists() => continue,
+            Err(error) => return Err(error),
+        };
+        let leftovers = folder.leftovers()?;
+        if !cleaning.dry_run {
+            for path in &leftovers {
+                remove_file(path)?;
+            }
+        }
+        cleaned.leftovers.extend(leftovers);
+        cleaned.scopes.push(clean_scope(&folder, cleaning)?);
+    }
+    Ok(cleaned)
+}
+
+fn clean_scope(folder: &Folder, cleaning: &Cleaning) -> Result<CleanedScope, StoreError> {
+    let (before, values) = examine(folder)?;
+    // A date in the future is a clock's fault, and no long time ago.
+    let unused_for = cleaning.now.duration_since(before.used).unwrap_or_default();
+    let action = if cleaning.unused_for.is_some_and(|least| unused_for >= least) {
+        Action::Removed
+    } else if !before.damages.is_empty() {
+        Action::Damaged
+    } else if before.segments > 1 || !before.torn.is_empty() {
+        Action::Merged
+    } else {
+        Action::Kept
+    };
+    let bytes = match action {
+        Action::Kept | Action::Damaged => before.bytes,
+        Action::Merged => segment::bytes(values.len()),
+        Action::Removed => 0,
+    };
+    match action {
+        Action::Removed if !cleaning.dry_run => {
+            rename(&folder.path, &folder.removed())?;
+            remove_directory(&folder.removed())?;
+        }
+        Action::Merged if !cleaning.dry_run => {
+            let mut entries: Vec<(EntryKey, f32)> = values.into_iter().collect();
+            entries.sort_unstable_by_key(|(key, _)| *key);
+            merge(folder, &entries, before.used)?;
+        }
+        _ => {}
+    }
+    Ok(CleanedScope {
+        before,
+        action,
+        bytes,
+    })
+}
+
+/// Replaces all segments by one of `entries`, dated `used`: a clean-up is no use.
+fn merge(folder: &Folder, entries: &[(EntryKey, f32)], used: SystemTime) -> Result<(), StoreError> {
+    let old = folder.segments()?;
+    let [unfinished, merged] = folder.new_segment()?;
+    let written = write(&unfinished, folder, entries, used);
+    if written.is_err() {
+        // Perhaps the disk is full; the next clean-up would remove it too.
+        drop(fs::remove_file(&unfinished));
+    }
+    written?;
+    rename(&unfinished, &merged)?;
+    for path in old {
+        remove_file(&path)?;
+    }
+    Ok(())
+}
+
+fn write(
+    path: &Path,
+    folder: &Folder,
+    entries: &[(EntryKey, f32)],
+    used: SystemTime,
+) -> Result<(), StoreError> {
+    let mut log = Log::open(path)?.log;
+    log.append(&segment::head_record(&folder.digest))?;
+    for batch in entries.chunks(BATCH_ENTRIES_MAX) {
+        log.append(&segment::batch_record(batch))?;
+    }
+    File::open(path)
+        .and_then(|file| file.set_modified(used))
+        .map_err(|error| StoreError::at("date", path, error))?;
+    // What replaces the only copies is not taken on trust.
+    let read = segment::read(path, &folder.digest)?;
+    let bits = |&(key, value): &(EntryKey, f32)| (key, value.to_bits());
+    let found = read.entries.iter().map(|&(key, value, _)| (key, value));
+    if read.torn.is_none() && found.map(|entry| bits(&entry)).eq(entries.iter().map(bits)) {
+        return Ok(());
+    }
+    Err(StoreError::Damaged {
+        path: path.to_owned(),
+        offset: 0,
+        reason: "it was just written and reads back differently; check the disk",
+    })
+}
