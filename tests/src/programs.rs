@@ -2,12 +2,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::workspace_root;
+
+/// Longer than anything here takes on two busy cores; only a hang exceeds it.
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Path of a program of this workspace: `coordinator`, `worker` or `checkpoint`.
 ///
@@ -38,6 +42,14 @@ pub fn program(name: &str) -> PathBuf {
     found
         .unwrap_or_else(|| panic!("no program `{name}`"))
         .clone()
+}
+
+/// Everything that a program wrote.
+pub fn text(output: &Output) -> String {
+    let streams = [&output.stdout, &output.stderr];
+    streams
+        .map(|stream| String::from_utf8_lossy(stream))
+        .concat()
 }
 
 /// The folder of given models and data beside the workspace; says so aloud when it is absent.
@@ -119,7 +131,7 @@ impl Run {
             output.status.success(),
             "{}: {}",
             output.status,
-            String::from_utf8_lossy(&output.stderr)
+            text(&output)
         );
         output
     }
@@ -128,14 +140,17 @@ impl Run {
     ///
     /// # Panics
     /// If it cannot be started.
-    pub fn start(&self) -> Child {
+    pub fn start(&self) -> Running {
         use std::os::unix::process::CommandExt;
+        let said = self.folder.path().join("said.txt");
+        let file = fs::File::create(&said).expect("a file for what it says");
         let mut command = self.command();
         command
             .process_group(0)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        command.spawn().expect("the coordinator starts")
+            .stdout(file.try_clone().expect("one more handle"))
+            .stderr(file);
+        let child = command.spawn().expect("the coordinator starts");
+        Running { child, said }
     }
 
     /// Rows of `metrics.jsonl`.
@@ -168,6 +183,37 @@ impl Run {
         rows
     }
 
+    /// `summary.json`.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn summary(&self) -> Value {
+        let text = fs::read_to_string(self.path("summary.json")).expect("a summary");
+        serde_json::from_str(&text).expect("a summary is JSON")
+    }
+
+    /// Steps of the visible checkpoints, the oldest first.
+    pub fn checkpoints(&self) -> Vec<usize> {
+        let Ok(entries) = fs::read_dir(self.path("checkpoints")) else {
+            return Vec::new();
+        };
+        let steps = entries.filter_map(|entry| {
+            // Retention may take it away meanwhile.
+            let entry = entry.ok()?;
+            let name = entry.file_name().into_string().ok()?;
+            let step = name.strip_prefix("step-")?.parse().ok()?;
+            entry.path().join("manifest.json").exists().then_some(step)
+        });
+        let mut steps: Vec<usize> = steps.collect();
+        steps.sort_unstable();
+        steps
+    }
+
+    /// The folder of the checkpoint of `step`.
+    pub fn checkpoint(&self, step: usize) -> PathBuf {
+        self.path(&format!("checkpoints/step-{step:08}"))
+    }
+
     /// Bytes of the exported weights.
     ///
     /// # Panics
@@ -175,6 +221,104 @@ impl Run {
     pub fn exported(&self) -> Vec<u8> {
         fs::read(self.path("export/model.safetensors")).expect("an export")
     }
+}
+
+/// A coordinator in the background. Dropping it kills it and its workers, so that a test that fails leaves nothing behind.
+pub struct Running {
+    child: Child,
+    said: PathBuf,
+}
+
+impl Running {
+    /// The coordinator's process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Process ids of its workers.
+    pub fn workers(&self) -> Vec<u32> {
+        let children = format!("/proc/{0}/task/{0}/children", self.id());
+        let children = fs::read_to_string(children).unwrap_or_default();
+        let ids = children.split_whitespace();
+        ids.map(|id| id.parse().expect("a process id")).collect()
+    }
+
+    /// Waits until `ready`.
+    ///
+    /// # Panics
+    /// If the coordinator ends before, or after a time that only a hang takes.
+    pub fn wait_until(&mut self, what: &str, mut ready: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !ready() {
+            let ended = self.child.try_wait().expect("a child");
+            assert!(ended.is_none(), "no {what}: it ended: {}", self.said());
+            assert!(start.elapsed() < PATIENCE, "no {what} yet: {}", self.said());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Waits for the coordinator's end.
+    ///
+    /// # Panics
+    /// If it takes a time that only a hang takes.
+    pub fn wait(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                return status;
+            }
+            assert!(start.elapsed() < PATIENCE, "no end: {}", self.said());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Sends a signal to the coordinator alone.
+    pub fn signal(&self, name: &str) {
+        signal(&self.id().to_string(), name);
+    }
+
+    /// kill -9 of the coordinator and its workers at once.
+    pub fn kill_everything(mut self) {
+        signal(&format!("-{}", self.id()), "KILL");
+        self.wait();
+    }
+
+    /// What it wrote to its standard output and error so far.
+    pub fn said(&self) -> String {
+        fs::read_to_string(&self.said).unwrap_or_default()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let group = format!("-{}", self.id());
+        let mut kill = Command::new("kill");
+        // The group may be gone already; there is nothing to tell about it.
+        kill.args(["-s", "KILL", "--", &group])
+            .stderr(Stdio::null());
+        drop(kill.status());
+        drop(self.child.wait());
+    }
+}
+
+/// Sends a signal to a process, or to a process group when `id` begins with `-`.
+///
+/// # Panics
+/// If there is no such process.
+pub fn signal(id: &str, name: &str) {
+    let status = Command::new("kill").args(["-s", name, "--", id]).status();
+    assert!(status.expect("kill runs").success(), "kill -{name} {id}");
+}
+
+/// Panics with the first line that differs, not with all of them.
+///
+/// # Panics
+/// If the rows are not the same.
+pub fn assert_same_rows(what: &str, found: &[Value], expected: &[Value]) {
+    for (row, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert_eq!(found, expected, "{what}: row {}", row + 1);
+    }
+    assert_eq!(found.len(), expected.len(), "{what}: rows");
 }
 
 /// A run of 24 steps on the quickstart's model and pairs: enough for a fault to find it anywhere.

@@ -1,13 +1,13 @@
 //! Checkpoints of a real run through the `checkpoint` program: invariants C1 and C2 as a person meets them.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::Value;
-use tests::programs::{Run, SMALL, program};
+use tests::programs::{Run, SMALL, assert_same_rows, program, text};
 
-fn checkpoint(command: &str, path: &PathBuf, more: &[&str]) -> Output {
+fn checkpoint(command: &str, path: &Path, more: &[&str]) -> Output {
     let output = Command::new(program("checkpoint"))
         .current_dir(tests::workspace_root())
         .arg(command)
@@ -17,13 +17,6 @@ fn checkpoint(command: &str, path: &PathBuf, more: &[&str]) -> Output {
     output.expect("the program starts")
 }
 
-fn text(output: &Output) -> String {
-    let streams = [&output.stdout, &output.stderr];
-    streams
-        .map(|stream| String::from_utf8_lossy(stream))
-        .concat()
-}
-
 #[test]
 fn c2_a_flipped_byte_is_named_and_the_next_start_steps_back_to_what_holds() {
     let whole = Run::new(SMALL);
@@ -31,69 +24,88 @@ fn c2_a_flipped_byte_is_named_and_the_next_start_steps_back_to_what_holds() {
 
     let run = Run::new(SMALL);
     let mut coordinator = run.start();
-    while run.metrics().len() < 12 {
-        assert!(
-            coordinator.try_wait().expect("a child").is_none(),
-            "it ended"
-        );
-        std::thread::sleep(std::time::Duration::from_millis(2));
-    }
-    let group = format!("-{}", coordinator.id());
-    let killed = Command::new("kill")
-        .args(["-s", "KILL", "--", &group])
-        .status();
-    assert!(killed.expect("kill runs").success());
-    coordinator.wait().expect("it was started");
-
-    let folder = run.path("checkpoints");
-    let output = checkpoint("inspect", &folder, &["--json"]);
+    coordinator.wait_until("two checkpoints", || run.checkpoints().len() >= 2);
+    coordinator.kill_everything();
+    let steps = run.checkpoints();
+    let newest = run.checkpoint(steps[steps.len() - 1]);
+    let output = checkpoint("verify", &run.path("checkpoints"), &[]);
     assert!(output.status.success(), "{}", text(&output));
-    let output = checkpoint("verify", &folder, &[]);
-    assert!(output.status.success(), "{}", text(&output));
-
-    let mut visible: Vec<PathBuf> = fs::read_dir(&folder)
-        .expect("checkpoints")
-        .map(|entry| entry.expect("an entry").path())
-        .filter(|path| path.join("manifest.json").exists())
-        .collect();
-    visible.sort();
-    let newest = visible.last().expect("a checkpoint").clone();
-    let file = fs::read_dir(&newest)
-        .expect("files")
-        .map(|entry| entry.expect("an entry").path())
-        .find(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "safetensors")
-        })
-        .expect("a rank's file");
-    let mut bytes = fs::read(&file).expect("bytes");
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 0x10;
-    fs::write(&file, &bytes).expect("write");
+    let file = flip(&newest);
 
     let output = checkpoint("verify", &newest, &[]);
     let said = text(&output);
     assert_eq!(output.status.code(), Some(1), "{said}");
-    let name = file
-        .file_name()
-        .expect("a name")
-        .to_string_lossy()
-        .into_owned();
     assert!(
-        said.contains(&name) && said.contains("model.layers."),
+        said.contains(&file) && said.contains("model.layers."),
         "{said}"
     );
 
     let output = run.complete();
     let said = text(&output);
-    let step = newest
-        .file_name()
-        .expect("a name")
-        .to_string_lossy()
-        .into_owned();
-    assert!(said.contains(&step), "why {step} was not used: {said}");
-    assert_eq!(run.training(), whole.training());
+    let name = newest.display().to_string();
+    assert!(said.contains(&name), "why {name} was not used: {said}");
+    assert!(said.contains(&file), "what of {name} does not hold: {said}");
+    assert!(
+        !said.contains('\u{1b}'),
+        "colours without a terminal: {said:?}"
+    );
+    assert_same_rows("metrics.jsonl", &run.training(), &whole.training());
     assert!(run.exported() == whole.exported(), "the exports differ");
+}
+
+/// Flips one bit in the middle of a rank's file and returns the file's name.
+fn flip(checkpoint: &Path) -> String {
+    let file = fs::read_dir(checkpoint)
+        .expect("files")
+        .map(|entry| entry.expect("an entry").path())
+        .find(|path| path.extension().is_some_and(|it| it == "safetensors"))
+        .expect("a rank's file");
+    let mut bytes = fs::read(&file).expect("bytes");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x10;
+    fs::write(&file, &bytes).expect("write");
+    let name = file.file_name().expect("a name");
+    name.to_string_lossy().into_owned()
+}
+
+#[test]
+fn the_last_checkpoint_of_a_run_verifies_and_says_what_it_holds() {
+    let run = Run::new(SMALL).set("train.steps=6");
+    run.complete();
+    assert_eq!(run.checkpoints().last(), Some(&6));
+    let folder = run.checkpoint(6);
+    let output = checkpoint("verify", &folder, &[]);
+    assert!(output.status.success(), "{}", text(&output));
+    let output = checkpoint("inspect", &folder, &["--json"]);
+    assert!(output.status.success(), "{}", text(&output));
+    let said: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let (facts, manifest) = (run.summary()["facts"].clone(), &said["manifest"]);
+    assert_eq!(manifest["state"]["step"], 6);
+    assert_eq!(manifest["world"], 2);
+    assert_eq!(said["parameters"], facts["parameters"]);
+    for digest in ["model_digest", "tokenizer_digest", "data_digest"] {
+        assert_eq!(manifest["info"][digest], facts[digest], "{digest}");
+    }
+}
+
+#[test]
+fn c2_a_finished_run_with_a_damaged_last_checkpoint_keeps_its_export_and_makes_no_other() {
+    let run = Run::new(SMALL).set("train.steps=6");
+    run.complete();
+    assert_eq!(run.checkpoints(), [5, 6]);
+    let exported = run.exported();
+    let file = flip(&run.checkpoint(6));
+    let said = text(&run.complete());
+    assert!(said.contains(&file), "no `{file}` in: {said}");
+    assert!(run.exported() == exported, "the export changed");
+
+    // Step 5 verifies, but it is not what the run ended with.
+    fs::remove_dir_all(run.path("export")).expect("remove the export");
+    let output = run.output();
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("holds its last step, 6"), "{said}");
+    assert!(!run.path("export").exists(), "an export of other weights");
 }
 
 #[test]

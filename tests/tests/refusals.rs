@@ -2,9 +2,9 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
-use tests::programs::{Run, SMALL, program};
+use tests::programs::{Run, SMALL, program, text};
 use tests::workspace_root;
 
 /// Bad usage or configuration: do not try again.
@@ -24,14 +24,9 @@ fn refused(name: &str, run: &Run, code: i32, words: &[&str]) {
         assert!(text.contains(word), "{name}: no `{word}` in: {text}");
     }
     assert!(run.metrics().is_empty(), "{name}: rows of training");
-    assert!(!run.path("export").exists(), "{name}: an export");
-}
-
-fn text(output: &Output) -> String {
-    let streams = [&output.stdout, &output.stderr];
-    streams
-        .map(|stream| String::from_utf8_lossy(stream))
-        .concat()
+    for left in ["export", "checkpoints/step-00000001"] {
+        assert!(!run.path(left).exists(), "{name}: {left}");
+    }
 }
 
 /// SMALL with `line` replaced.
@@ -52,7 +47,7 @@ fn with_data(folder: &Path, lines: &str) -> String {
 
 #[test]
 fn values_that_cannot_work_are_refused_with_key_and_cure() {
-    let rows: [(&str, String, &[&str]); 9] = [
+    let rows: [(&str, String, &[&str]); 11] = [
         (
             "an unknown key",
             with("beta = 0.1", "betta = 0.1"),
@@ -67,6 +62,16 @@ fn values_that_cannot_work_are_refused_with_key_and_cure() {
             "a beta of zero",
             with("beta = 0.1", "beta = 0.0"),
             &["objective.beta", "0"],
+        ),
+        (
+            "a negative beta",
+            with("beta = 0.1", "beta = -0.1"),
+            &["objective.beta", "-0.1"],
+        ),
+        (
+            "a batch of nothing",
+            with("batch_pairs = 24", "batch_pairs = 0"),
+            &["train.batch_pairs"],
         ),
         (
             "an unknown objective",
@@ -192,14 +197,57 @@ fn a_run_directory_of_another_run_is_refused_with_the_keys_that_differ() {
 fn a_second_coordinator_on_one_run_directory_is_refused_with_the_first_ones_process() {
     let run = Run::new(SMALL).set("train.steps=2000");
     let mut first = run.start();
-    while run.metrics().is_empty() {
-        assert!(first.try_wait().expect("a child").is_none(), "it ended");
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    let second = text(&run.output());
+    first.wait_until("rows of metrics", || !run.metrics().is_empty());
+    let output = run.output();
+    let second = text(&output);
+    assert_eq!(output.status.code(), Some(1), "{second}");
     assert!(second.contains(&first.id().to_string()), "{second}");
-    first.kill().expect("kill");
-    first.wait().expect("it was started");
+    // The first is not disturbed.
+    let rows = run.metrics().len();
+    first.wait_until("one more row", || run.metrics().len() > rows);
+}
+
+#[test]
+fn c2_a_flipped_byte_in_journal_or_reference_store_is_refused_with_file_and_place() {
+    let flip = |path: &Path| {
+        let mut bytes = fs::read(path).expect("bytes");
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0x04;
+        fs::write(path, &bytes).expect("write");
+        bytes
+    };
+    let whole = Run::new(SMALL).set("train.steps=3");
+    whole.complete();
+
+    // The same pairs again, in a run directory of its own.
+    let again = Run::new(SMALL).set("train.steps=3").set(&format!(
+        "reference.store={}",
+        whole.folder().join("store").display()
+    ));
+    let scope = fs::read_dir(whole.folder().join("store"))
+        .expect("a store")
+        .map(|entry| entry.expect("an entry").path())
+        .find(|path| path.is_dir())
+        .expect("a scope");
+    let segment = fs::read_dir(scope)
+        .expect("a scope")
+        .map(|entry| entry.expect("an entry").path())
+        .find(|path| path.extension().is_some_and(|it| it == "segment"))
+        .expect("a segment");
+    flip(&segment);
+    let name = segment.display().to_string();
+    refused("a reference store", &again, 1, &[&name, "damaged at byte"]);
+
+    let journal = whole.path("journal.log");
+    let damaged = flip(&journal);
+    let output = whole.output();
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for word in ["journal.log", "damaged at byte"] {
+        assert!(said.contains(word), "no `{word}` in: {said}");
+    }
+    // It is left as it is for whoever restores it.
+    assert!(fs::read(&journal).expect("a journal") == damaged);
 }
 
 #[test]

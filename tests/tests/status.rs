@@ -1,11 +1,18 @@
 //! A running job answers questions about itself.
 
 use std::net::TcpListener;
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
 
 use serde_json::Value;
-use tests::programs::{Run, SMALL, program};
+use tests::programs::{Run, SMALL, program, text};
+
+fn ask(port: u16, more: &[&str]) -> Output {
+    let mut command = Command::new(program("coordinator"));
+    command
+        .args(["status", &format!("http://127.0.0.1:{port}")])
+        .args(more);
+    command.output().expect("it starts")
+}
 
 #[test]
 fn a_running_job_tells_its_step_its_workers_and_what_it_waits_for() {
@@ -17,24 +24,19 @@ fn a_running_job_tells_its_step_its_workers_and_what_it_waits_for() {
         .set("train.steps=2000")
         .set(&format!("cluster.listen=127.0.0.1:{port}"));
     let mut coordinator = run.start();
-    let start = Instant::now();
-    let status = loop {
-        assert!(
-            start.elapsed() < Duration::from_mins(1),
-            "no status with a committed step"
-        );
-        let output = Command::new(program("coordinator"))
-            .args(["status", "--json", &format!("http://127.0.0.1:{port}")])
-            .output()
-            .expect("it starts");
-        let status: Option<Value> = serde_json::from_slice(&output.stdout).ok();
-        if let Some(status) = status.filter(|status| status["committed_step"].as_u64() > Some(0)) {
-            break status;
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    };
-    coordinator.kill().expect("kill");
-    coordinator.wait().expect("it was started");
+    let mut status = Value::Null;
+    coordinator.wait_until("status with a committed step", || {
+        let output = ask(port, &["--json"]);
+        status = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        status["committed_step"].as_u64() > Some(0)
+    });
+    let person = text(&ask(port, &[]));
+    drop(coordinator);
+    let gone = ask(port, &[]);
+    assert_eq!(gone.status.code(), Some(1));
+    assert!(text(&gone).contains(&port.to_string()), "{}", text(&gone));
+
+    assert!(person.contains("small  training  step "), "{person}");
     assert_eq!(status["job"], "small");
     assert_eq!(status["state"], "training");
     assert_eq!(status["steps_total"], 2000);

@@ -6,13 +6,47 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
-use tests::programs::{Run, program, shared};
+use tests::programs::{Run, program, shared, text};
 use tests::workspace_root;
 
 const FIXTURES: [&str; 3] = ["llama", "llama3-tied", "mistral-window"];
 
 /// Relative; f32 against f64 over five steps. Measured worst: 1e-5.
 const TOLERANCE: f64 = 1e-4;
+
+/// Relative difference, by which an expected zero must be found to `TOLERANCE` itself.
+fn error(found: &Value, expected: &Value) -> f64 {
+    let (found, expected) = (
+        found.as_f64().expect("a number"),
+        expected.as_f64().expect("a number"),
+    );
+    (found - expected).abs() / expected.abs().max(1.0)
+}
+
+/// What `worker score` says of the fixture's pairs under `model`.
+fn scores(model: &Path, fixture: &Path, more: &[&str]) -> Vec<Value> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("scores.jsonl");
+    let output = Command::new(program("worker"))
+        .args(["score", "--model"])
+        .arg(model)
+        .arg("--data")
+        .arg(fixture.join("pairs.jsonl"))
+        .arg("--out")
+        .arg(&out)
+        .args(more)
+        .current_dir(workspace_root())
+        .output()
+        .expect("the worker starts");
+    assert!(output.status.success(), "{}", text(&output));
+    let text = fs::read_to_string(out).expect("scores");
+    let rows: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("a row is JSON"))
+        .collect();
+    assert_eq!(rows.len(), 6);
+    rows
+}
 
 fn golden(fixture: &Path) -> Value {
     let text = fs::read_to_string(fixture.join("golden.json")).expect("a golden file");
@@ -47,7 +81,7 @@ fn config(fixture: &Path, trajectory: &Value) -> String {
 #[test]
 fn a_job_follows_the_trajectories_of_transformers_and_torch() {
     let Some(shared) = shared() else { return };
-    let mut worst = 0f64;
+    let (mut worst, mut worst_export) = (0f64, 0f64);
     for name in FIXTURES {
         let fixture = shared.join("fixtures/hf").join(name);
         let golden = golden(&fixture);
@@ -70,50 +104,47 @@ fn a_job_follows_the_trajectories_of_transformers_and_torch() {
                     ("log_ratios/rejected", "r_rejected"),
                     ("grad_norm", "grad_norm"),
                 ] {
-                    let (found_value, expected_value) = (
-                        row[found].as_f64().expect(found),
-                        step[expected].as_f64().expect(expected),
-                    );
-                    let error =
-                        (found_value - expected_value).abs() / expected_value.abs().max(1.0);
+                    let error = error(&row[found], &step[expected]);
                     worst = worst.max(error);
                     assert!(
                         error <= TOLERANCE,
-                        "{name} {kind} step {}: {found} {found_value} for {expected_value}",
-                        row["step"]
+                        "{name} {kind} step {}: {found} {} for {}",
+                        row["step"],
+                        row[found],
+                        step[expected]
+                    );
+                }
+                assert_eq!(row["learning_rate"], trajectory["lr"], "{name} {kind}");
+            }
+            // The weights after the last update are the ones that are exported.
+            let rows = scores(&run.path("export"), &fixture, &[]);
+            for (index, row) in rows.iter().enumerate() {
+                for side in ["chosen", "rejected"] {
+                    let (found, expected) = (
+                        &row[format!("{side}_logp")],
+                        &trajectory["final_logps"][index][side],
+                    );
+                    let error = error(found, expected);
+                    worst_export = worst_export.max(error);
+                    assert!(
+                        error <= TOLERANCE,
+                        "{name} {kind} export, pair {index}: {side} {found} for {expected}"
                     );
                 }
             }
         }
     }
-    println!("largest relative error {worst:.1e}");
+    println!("largest relative error {worst:.1e}, of the export's log-probs {worst_export:.1e}");
 }
 
 #[test]
 fn scored_log_probs_and_token_ids_are_those_of_transformers() {
     let Some(shared) = shared() else { return };
+    let mut worst = 0f64;
     for name in FIXTURES {
         let fixture = shared.join("fixtures/hf").join(name);
         let golden = golden(&fixture);
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let out = folder.path().join("scores.jsonl");
-        let status = Command::new(program("worker"))
-            .args(["score", "--ids", "--model"])
-            .arg(&fixture)
-            .arg("--data")
-            .arg(fixture.join("pairs.jsonl"))
-            .arg("--out")
-            .arg(&out)
-            .current_dir(workspace_root())
-            .status()
-            .expect("the worker starts");
-        assert!(status.success(), "{name}: {status}");
-        let text = fs::read_to_string(out).expect("scores");
-        let rows: Vec<Value> = text
-            .lines()
-            .map(|line| serde_json::from_str(line).expect("a row is JSON"))
-            .collect();
-        assert_eq!(rows.len(), 6, "{name}");
+        let rows = scores(&fixture, &fixture, &["--ids"]);
         for (index, row) in rows.iter().enumerate() {
             assert_eq!(row["index"], index);
             let ids = &golden["token_ids"][index];
@@ -122,16 +153,18 @@ fn scored_log_probs_and_token_ids_are_those_of_transformers() {
                 assert_eq!(row[format!("{side}_ids")], ids[side], "{name} pair {index}");
                 let tokens = ids[side].as_array().expect("ids").len();
                 assert_eq!(row[format!("{side}_tokens")], tokens, "{name} pair {index}");
-                let found = row[format!("{side}_logp")].as_f64().expect("a log-prob");
-                let expected = golden["logps_f64"][index][side]
-                    .as_f64()
-                    .expect("a log-prob");
-                let error = (found - expected).abs();
+                let (found, expected) = (
+                    &row[format!("{side}_logp")],
+                    &golden["logps_f64"][index][side],
+                );
+                let error = error(found, expected);
+                worst = worst.max(error);
                 assert!(
-                    error <= 1e-4,
+                    error <= TOLERANCE,
                     "{name} pair {index} {side}: {found} for {expected}"
                 );
             }
         }
     }
+    println!("largest relative error of a log-prob {worst:.1e}");
 }
