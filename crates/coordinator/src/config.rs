@@ -189,6 +189,12 @@ impl Config {
         Some(0.5 / beta)
     }
 
+    /// Digest of what makes this run this run, hexadecimal; checkpoints and exports carry it.
+    pub fn run_digest(&self) -> String {
+        let digest = blake3::hash(self.identity.to_string().as_bytes());
+        digest.to_hex().to_string()
+    }
+
     /// `objective.kind`.
     pub fn objective(&self) -> &str {
         let kind = self.training_value("objective", "kind");

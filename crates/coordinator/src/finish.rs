@@ -1,6 +1,8 @@
-//! After the last event: export, plots, summary, and what a person reads at the end.
+//! After the last event: export with its model card, plots, summary, and what a person reads at the end.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::Context;
@@ -8,10 +10,14 @@ use checkpoint::{ExportDtype, newest};
 use protocol::{Cause, Outcome, RunFacts};
 
 use crate::config::Config;
+use crate::model_card::ModelCard;
 use crate::plots::{RewardPlot, draw};
 use crate::run_directory::RunDirectory;
 use crate::summary::{Artifacts, Ending, ReferenceCounts, Summary};
 use crate::ui::Report;
+
+/// Longest header that safetensors itself accepts.
+const HEADER_BYTES_MAX: u64 = 100_000_000;
 
 /// What is known at the end of a run.
 pub struct Finished<'a> {
@@ -25,7 +31,8 @@ pub struct Finished<'a> {
     pub same_command: &'a str,
 }
 
-/// Writes what a run leaves behind and returns the report for a person. May be called again: an export that is there stays.
+/// Writes what a run leaves behind and returns the report for a person. May be called again: an export and a
+/// model card that are there stay.
 ///
 /// # Errors
 /// What could not be written. A plot that cannot be drawn is only a warning.
@@ -66,6 +73,16 @@ pub fn finish(
     };
     let summary = Summary::new(config, ending, SystemTime::now());
     directory.write_summary(&summary)?;
+    if let Some(export) = &summary.artifacts.export
+        && exported_step(export, &config.run_digest()) == Some(summary.totals.steps)
+    {
+        let card = ModelCard {
+            config,
+            summary: &summary,
+            evaluations: directory.evaluations(),
+        };
+        directory.write_model_card(&card.to_string())?;
+    }
     let report = Report {
         summary: &summary,
         steps_total: finished.facts.map(|facts| facts.steps_total),
@@ -105,6 +122,21 @@ fn export(
     };
     checkpoint::export(checkpoint, model.as_ref(), &out, dtype)?;
     Ok(out)
+}
+
+/// Step of the weights in `export`, where they are this run's. Exporting by hand may have put an earlier checkpoint there,
+/// which the card of the whole run would not describe.
+fn exported_step(export: &Path, run_digest: &str) -> Option<u64> {
+    let mut file = File::open(export.join("model.safetensors")).ok()?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).ok()?;
+    let header = file.take(u64::from_le_bytes(length).min(HEADER_BYTES_MAX));
+    let header: serde_json::Value = serde_json::from_reader(BufReader::new(header)).ok()?;
+    let metadata = header.get("__metadata__")?;
+    if metadata.get("caldpo_run")?.as_str() != Some(run_digest) {
+        return None;
+    }
+    metadata.get("caldpo_step")?.as_str()?.parse().ok()
 }
 
 fn plot(config: &Config, directory: &RunDirectory) -> anyhow::Result<Option<PathBuf>> {

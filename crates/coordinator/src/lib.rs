@@ -13,9 +13,10 @@
 pub mod compare;
 pub mod config;
 mod driver;
-mod finish;
+pub mod finish;
 mod launcher;
 pub mod log;
+pub mod model_card;
 mod numbers;
 mod objective;
 pub mod plots;

@@ -201,9 +201,7 @@ fn checkpoints(config: &Config) -> Checkpoints {
     Checkpoints {
         directory: config.checkpoint.path.clone(),
         keep_last: config.checkpoint.keep_last,
-        run_digest: blake3::hash(config.identity.to_string().as_bytes())
-            .to_hex()
-            .to_string(),
+        run_digest: config.run_digest(),
     }
 }
 

@@ -12,7 +12,7 @@
 //! logs/           worker-N.log of this machine's workers
 //! summary.json    the outcome
 //! plots/          rewards.png, rewards.svg
-//! export/         the trained model (written by the exporter)
+//! export/         the trained model (written by the exporter), README.md its model card
 //! checkpoints/    unless checkpoint.path says otherwise (written by the workers)
 //! .lock           held by the coordinator that works here
 //! ```
@@ -188,6 +188,16 @@ impl RunDirectory {
         let mut text = serde_json::to_string_pretty(summary).expect("a summary is JSON");
         text.push('\n');
         Ok(atomic_write(&self.summary_path(), text.as_bytes())?)
+    }
+
+    /// Writes `export/README.md`, unless one is there: somebody may have added to it. Exporting again, which replaces the
+    /// folder, removes it, and the next start of the finished run writes it anew.
+    pub fn write_model_card(&self, text: &str) -> Result<(), RunDirectoryError> {
+        let path = self.export_path().join("README.md");
+        if path.exists() {
+            return Ok(());
+        }
+        Ok(atomic_write(&path, text.as_bytes())?)
     }
 
     /// Writes `plots/rewards.png` and `plots/rewards.svg`.

@@ -1,0 +1,405 @@
+//! `export/README.md`: what was done to the model, in Hugging Face's model card format. Facts of the run only.
+//!
+//! A card travels to other machines and readers: files and folders are named without their paths.
+
+use std::{fmt, path::Path};
+
+use protocol::{EvaluationRow, Statistics};
+use toml::Value;
+
+use crate::{
+    config::Config,
+    numbers::{grouped, plain, signed},
+    summary::Summary,
+};
+
+/// A completed run's card. Displays as Markdown with YAML front matter.
+pub struct ModelCard<'a> {
+    /// The run's configuration.
+    pub config: &'a Config,
+    /// How it ended.
+    pub summary: &'a Summary,
+    /// Rows of the evaluations, the oldest first.
+    pub evaluations: &'a [EvaluationRow],
+}
+
+/// What the card says of an objective.
+struct Described {
+    tag: &'static str,
+    name: &'static str,
+    source: &'static str,
+    equation: &'static str,
+}
+
+const CAL_DPO: Described = Described {
+    tag: "cal-dpo",
+    name: "Cal-DPO",
+    source: "[Cal-DPO](https://arxiv.org/abs/2412.14516), equation 10",
+    equation: "L = −log σ(r_w − r_l) + λ·[(r_w − 1/(2β))² + (r_l + 1/(2β))²]",
+};
+const DPO: Described = Described {
+    tag: "dpo",
+    name: "DPO",
+    source: "[DPO](https://arxiv.org/abs/2305.18290), equation 7, with label smoothing ε",
+    equation: "L = −(1 − ε)·log σ(β·(r_w − r_l)) − ε·log σ(−β·(r_w − r_l))",
+};
+const SFT: Described = Described {
+    tag: "sft",
+    name: "supervised fine-tuning",
+    source: "Cross entropy of the completions, a mean over their tokens",
+    equation: "L = −log π(completion | prompt)",
+};
+
+/// A table's row.
+type Row = (&'static str, String);
+
+impl fmt::Display for ModelCard<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let described = self.described();
+        self.front_matter(f, described.tag)?;
+        self.opening(f, &described)?;
+        self.data(f)?;
+        self.objective(f, &described)?;
+        self.training(f)?;
+        if self.has_rewards() {
+            self.reward_dynamics(f)?;
+        } else {
+            self.losses(f)?;
+        }
+        self.versions(f)?;
+        self.usage(f)
+    }
+}
+
+impl ModelCard<'_> {
+    fn described(&self) -> Described {
+        match self.config.objective() {
+            "cal_dpo" => CAL_DPO,
+            "dpo" => DPO,
+            _ => SFT,
+        }
+    }
+
+    fn has_rewards(&self) -> bool {
+        self.config.objective() != "sft"
+    }
+
+    fn front_matter(&self, f: &mut fmt::Formatter<'_>, tag: &str) -> fmt::Result {
+        // A JSON string is a YAML string, whatever is in the name.
+        let base = serde_json::to_string(&self.base()).expect("a string is JSON");
+        writeln!(f, "---\nlibrary_name: transformers")?;
+        writeln!(f, "pipeline_tag: text-generation")?;
+        writeln!(f, "base_model: {base}\ntags:\n- {tag}\n---\n")
+    }
+
+    fn opening(&self, f: &mut fmt::Formatter<'_>, described: &Described) -> fmt::Result {
+        let Summary {
+            name,
+            totals,
+            facts,
+            ..
+        } = self.summary;
+        let parameters = facts.as_ref().map_or_else(String::new, |facts| {
+            format!(" ({} parameters)", grouped(facts.parameters))
+        });
+        writeln!(f, "# {name}\n")?;
+        writeln!(
+            f,
+            "`{}`{parameters} after {} steps of {} with caldpo {}. The run's last checkpoint, exported; \
+             this card was written from the run's records.\n",
+            self.base(),
+            grouped(totals.steps),
+            described.name,
+            self.summary.tool_version
+        )
+    }
+
+    fn data(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let facts = self.summary.facts.as_ref();
+        let count = |count: Option<u64>| count.map_or_else(|| "–".into(), grouped);
+        writeln!(f, "## Data\n")?;
+        let unit = if self.has_rewards() { "pairs" } else { "rows" };
+        writeln!(f, "| | files | {unit} |\n|---|---|---|")?;
+        let training = count(facts.map(|facts| facts.pairs));
+        writeln!(f, "| training | {} | {training} |", self.files("train"))?;
+        let held_out = count(facts.map(|facts| facts.eval_pairs));
+        writeln!(f, "| held out | {} | {held_out} |\n", self.files("eval"))?;
+        let mut rows = vec![
+            ("longest sequence, tokens", self.value("data", "max_length")),
+            ("what longer ones lose", self.value("data", "truncation")),
+            ("shuffled", self.value("data", "shuffle")),
+        ];
+        if let Some(template) = self.path("data", "chat_template") {
+            let text = format!("{template}, in place of the base model's");
+            rows.push(("chat template", text));
+        }
+        if let Some(facts) = facts {
+            rows.push(("digest of the tokenized data", code(&facts.data_digest)));
+            rows.push(("digest of the tokenizer", code(&facts.tokenizer_digest)));
+            rows.push(("digest of the starting weights", code(&facts.model_digest)));
+        }
+        table(f, &rows)
+    }
+
+    fn objective(&self, f: &mut fmt::Formatter<'_>, described: &Described) -> fmt::Result {
+        writeln!(f, "## Objective\n\n{}:\n", described.source)?;
+        writeln!(f, "    {}\n", described.equation)?;
+        if !self.has_rewards() {
+            return Ok(());
+        }
+        let reference = self.path("model", "reference");
+        let reference =
+            reference.map_or_else(|| "the starting weights".into(), |name| format!("`{name}`"));
+        writeln!(
+            f,
+            "r = log π(completion | prompt) − log π_ref(completion | prompt), summed over the completion's tokens, in \
+             nats; r_w of the chosen one, r_l of the rejected one. π_ref: {reference}.\n"
+        )?;
+        let mut rows = Vec::new();
+        for (name, key) in [
+            ("β", "beta"),
+            ("λ", "calibration_weight"),
+            ("ε", "label_smoothing"),
+        ] {
+            if self.config.training_value("objective", key).is_some() {
+                rows.push((name, self.value("objective", key)));
+            }
+        }
+        if let Some(target) = self.summary.target {
+            let text = format!("±{} nats", plain(target));
+            rows.push(("targets ±1/(2β)", text));
+        }
+        table(f, &rows)
+    }
+
+    fn training(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Summary {
+            totals, workers, ..
+        } = self.summary;
+        let warmup = [
+            ("warmup_steps", " steps"),
+            ("warmup_ratio", " of the steps"),
+        ];
+        let warmup = warmup.into_iter().find_map(|(key, unit)| {
+            let value = self.config.training_value("schedule", key)?;
+            Some(format!(", warmup over {}{unit}", text(value)))
+        });
+        let schedule = self.value("schedule", "kind") + &warmup.unwrap_or_default();
+        let optimizer = format!(
+            "AdamW, betas {}, eps {}, weight decay {}",
+            self.value("optimizer", "betas"),
+            self.value("optimizer", "eps"),
+            self.value("optimizer", "weight_decay")
+        );
+        let (unit_batch, unit_seen) = if self.has_rewards() {
+            ("pairs a step", "pairs seen")
+        } else {
+            ("rows a step", "rows seen")
+        };
+        let mut rows = vec![
+            ("optimizer", optimizer),
+            (
+                "peak learning rate",
+                self.value("optimizer", "learning_rate"),
+            ),
+            ("schedule", schedule),
+            (
+                "largest gradient norm",
+                self.value("optimizer", "max_grad_norm"),
+            ),
+            ("steps", grouped(totals.steps)),
+            (unit_batch, self.value("train", "batch_pairs")),
+            (unit_seen, grouped(totals.pairs)),
+            ("tokens seen", grouped(totals.tokens)),
+            ("arithmetic", self.value("model", "dtype")),
+            ("workers", workers.to_string()),
+            ("seed", self.config.job.seed.to_string()),
+        ];
+        if totals.skipped_steps > 0 {
+            let text = format!("{}, their gradients were not finite", totals.skipped_steps);
+            rows.push(("skipped steps", text));
+        }
+        writeln!(f, "## Training\n")?;
+        table(f, &rows)
+    }
+
+    fn reward_dynamics(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "## Reward dynamics\n")?;
+        let Some(first) = self.evaluations.first() else {
+            writeln!(f, "No pairs were held out.\n")?;
+            let Some(last) = self.summary.last_step else {
+                return Ok(());
+            };
+            let of = &last.report.statistics;
+            return writeln!(
+                f,
+                "The last step's batch of {} training pairs, before its update: chosen {} nats, rejected {} nats, \
+                 accuracy {:.3}, loss {}.\n",
+                last.report.pairs,
+                signed(of.log_ratios_chosen),
+                signed(of.log_ratios_rejected),
+                of.rewards_accuracies,
+                plain(of.loss)
+            );
+        };
+        writeln!(
+            f,
+            "Means over {} held-out pairs. Chosen, rejected and margin: log-ratios to the reference, in nats. Accuracy: \
+             share of pairs whose chosen completion has the larger one.\n",
+            grouped(first.pairs)
+        )?;
+        if let [before, .., after] = self.evaluations {
+            writeln!(f, "| | before | after |\n|---|---:|---:|")?;
+            for ((name, before), (_, after)) in shown(before).into_iter().zip(shown(after)) {
+                writeln!(f, "| {name} | {before} | {after} |")?;
+            }
+            writeln!(f, "\nEvery evaluation:\n")?;
+        }
+        let names = shown(first).map(|(name, _)| name).join(" | ");
+        writeln!(f, "| step | {names} |\n|---:|{}", "---:|".repeat(7))?;
+        for row in self.evaluations {
+            let cells = shown(row).map(|(_, text)| text).join(" | ");
+            writeln!(f, "| {} | {cells} |", row.step)?;
+        }
+        writeln!(f)
+    }
+
+    fn losses(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "## Loss\n")?;
+        if self.evaluations.is_empty() {
+            writeln!(f, "No rows were held out.\n")?;
+            let Some(last) = self.summary.last_step else {
+                return Ok(());
+            };
+            let loss = plain(last.report.statistics.loss);
+            return writeln!(f, "The last step's batch, before its update: {loss}.\n");
+        }
+        writeln!(f, "| step | held-out loss |\n|---:|---:|")?;
+        for row in self.evaluations {
+            writeln!(f, "| {} | {} |", row.step, plain(row.statistics.loss))?;
+        }
+        writeln!(f)
+    }
+
+    fn versions(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "## Versions\n")?;
+        let rows = [
+            ("caldpo", self.summary.tool_version.to_owned()),
+            ("run", code(&self.config.run_digest())),
+        ];
+        table(f, &rows)?;
+        writeln!(
+            f,
+            "The run's digest is that of the configuration which defines it, and stands as `caldpo_run` in the metadata of \
+             `model.safetensors`.\n"
+        )
+    }
+
+    fn usage(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            r#"## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this card lies
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+```"#
+        )?;
+        if self.path("data", "chat_template").is_some() {
+            writeln!(
+                f,
+                "\nThe chat template of the training is not among these files; give it to `tokenizer.apply_chat_template` as \
+                 `chat_template`."
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Name of the model that the run began with.
+    fn base(&self) -> String {
+        self.path("model", "path")
+            .unwrap_or_else(|| "unknown".into())
+    }
+
+    fn files(&self, key: &str) -> String {
+        let listed = self.config.training_value("data", key);
+        let listed = listed.and_then(Value::as_array).into_iter().flatten();
+        let names: Vec<_> = listed
+            .filter_map(Value::as_str)
+            .map(|path| cell(&file_name(path)))
+            .collect();
+        if names.is_empty() {
+            return "–".into();
+        }
+        names.join(", ")
+    }
+
+    fn path(&self, section: &str, key: &str) -> Option<String> {
+        let value = self.config.training_value(section, key)?;
+        value.as_str().map(file_name)
+    }
+
+    fn value(&self, section: &str, key: &str) -> String {
+        let value = self.config.training_value(section, key);
+        value.map_or_else(|| "–".into(), text)
+    }
+}
+
+/// Loss and rewards of an evaluation.
+fn shown(row: &EvaluationRow) -> [Row; 7] {
+    let of: &Statistics = &row.statistics;
+    let margin = of.log_ratios_chosen - of.log_ratios_rejected;
+    [
+        ("chosen", signed(of.log_ratios_chosen)),
+        ("rejected", signed(of.log_ratios_rejected)),
+        ("margin", signed(margin)),
+        ("accuracy", format!("{:.3}", of.rewards_accuracies)),
+        ("loss", plain(of.loss)),
+        ("pairwise", plain(of.loss_pairwise)),
+        ("calibration", plain(of.loss_calibration)),
+    ]
+}
+
+fn table(f: &mut fmt::Formatter<'_>, rows: &[Row]) -> fmt::Result {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    writeln!(f, "| | |\n|---|---|")?;
+    for (name, text) in rows {
+        writeln!(f, "| {name} | {text} |")?;
+    }
+    writeln!(f)
+}
+
+/// A configured value as people write it.
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => cell(text),
+        Value::Float(number) => format!("{number:?}"),
+        Value::Array(values) => values.iter().map(text).collect::<Vec<_>>().join(", "),
+        other => other.to_string(),
+    }
+}
+
+/// Text that does not end its cell.
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|").replace('\n', " ")
+}
+
+fn code(text: &str) -> String {
+    format!("`{text}`")
+}
+
+fn file_name(path: &str) -> String {
+    let name = Path::new(path).file_name();
+    name.map_or_else(
+        || path.to_owned(),
+        |name| name.to_string_lossy().into_owned(),
+    )
+}
