@@ -85,7 +85,7 @@ impl Dtype {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ReferenceSection {
-    /// Folder of stored reference log-probs; runs may share it. Default `reference-store`.
+    /// Folder of stored reference log-probs; runs may share it. Default `runs/reference-store`.
     pub store: PathBuf,
     /// Every rank computes so many of the values that it found in the store again and refuses the store if a bit differs.
     /// Default 4.
@@ -95,7 +95,7 @@ pub struct ReferenceSection {
 impl Default for ReferenceSection {
     fn default() -> Self {
         Self {
-            store: "reference-store".into(),
+            store: "runs/reference-store".into(),
             verify_samples: 4,
         }
     }
