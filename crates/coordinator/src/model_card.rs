@@ -126,7 +126,10 @@ impl ModelCard<'_> {
         writeln!(f, "| held out | {} | {held_out} |\n", self.files("eval"))?;
         let mut rows = vec![
             ("longest sequence, tokens", self.value("data", "max_length")),
-            ("what longer ones lose", self.value("data", "truncation")),
+            (
+                "truncation of longer ones",
+                self.value("data", "truncation"),
+            ),
             ("shuffled", self.value("data", "shuffle")),
         ];
         if let Some(template) = self.path("data", "chat_template") {
@@ -186,7 +189,7 @@ impl ModelCard<'_> {
         });
         let schedule = self.value("schedule", "kind") + &warmup.unwrap_or_default();
         let optimizer = format!(
-            "AdamW, betas {}, eps {}, weight decay {}",
+            "AdamW, betas ({}), eps {}, weight decay {}",
             self.value("optimizer", "betas"),
             self.value("optimizer", "eps"),
             self.value("optimizer", "weight_decay")
@@ -204,7 +207,7 @@ impl ModelCard<'_> {
             ),
             ("schedule", schedule),
             (
-                "largest gradient norm",
+                "gradient clipped to norm",
                 self.value("optimizer", "max_grad_norm"),
             ),
             ("steps", grouped(totals.steps)),
@@ -245,7 +248,7 @@ impl ModelCard<'_> {
         writeln!(
             f,
             "Means over {} held-out pairs. Chosen, rejected and margin: log-ratios to the reference, in nats. Accuracy: \
-             share of pairs whose chosen completion has the larger one.\n",
+             share of pairs whose chosen completion has the larger one, ties count half.\n",
             grouped(first.pairs)
         )?;
         if let [before, .., after] = self.evaluations {
