@@ -44,7 +44,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     (
         "coordinator",
-        &["checkpoint", "protocol", "storage", "wire", "worker"],
+        &[
+            "checkpoint",
+            "protocol",
+            "refcache",
+            "storage",
+            "wire",
+            "worker",
+        ],
     ),
 ];
 

@@ -10,6 +10,7 @@
 //! ```
 //! Decisions about a job are `protocol`'s; training is the workers'.
 
+pub mod cache;
 pub mod compare;
 pub mod config;
 mod driver;

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use {anyhow::Context, std::io::Write};
 
 use clap::{Args, Parser, Subcommand};
+use coordinator::cache::{self, Cache};
 use coordinator::compare::{CompareError, Comparison, compare};
 use coordinator::config::{Config, JobConfigError, Resolved, Sources};
 use coordinator::log::{self, LogFormat};
@@ -41,6 +42,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Look into a store of reference log-probs, verify it, or clean it up.
+    #[command(subcommand)]
+    Cache(Cache),
     /// Print how a running coordinator and its workers fare.
     Status {
         /// Its URL.
@@ -96,6 +100,7 @@ fn main() -> ExitCode {
             log::start(program.log);
             report(data(sources, json).map(|()| 0))
         }
+        Some(Command::Cache(command)) => report(cache::run(&command)),
         Some(Command::Status { url, json }) => report(print_status(&url, json).map(|()| 0)),
         Some(Command::Compare {
             directories,

@@ -33,13 +33,13 @@ pub struct Show {
 }
 
 /// Exit codes that a supervisor acts on.
-const EXIT_DONE: u8 = 0;
-const EXIT_FAILED: u8 = 1;
+pub(crate) const EXIT_DONE: u8 = 0;
+pub(crate) const EXIT_FAILED: u8 = 1;
 /// Bad usage or configuration: do not try again.
 pub const EXIT_USAGE: u8 = 2;
 const EXIT_CANCELLED: u8 = 3;
 /// Try again.
-const EXIT_TEMPORARY: u8 = 75;
+pub(crate) const EXIT_TEMPORARY: u8 = 75;
 
 /// Runs `config`'s job to its end, or goes on with it, and returns the exit code.
 ///

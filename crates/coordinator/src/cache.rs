@@ -1,0 +1,299 @@
+//! `coordinator cache`: the reference store from outside of runs. What is done there is `refcache`'s; this is its words.
+
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context;
+use clap::Subcommand;
+use refcache::{Action, Cleaned, CleanedScope, Cleaning, ScopeReport, clean, inspect};
+use serde_json::{Value, json};
+
+use crate::{
+    numbers::grouped,
+    run::{EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY, EXIT_USAGE},
+    timestamp::rfc3339,
+};
+
+/// What to do with a store of reference log-probs.
+#[derive(Subcommand)]
+pub enum Cache {
+    /// List the scopes: what their values are valid for, how many there are, when a run last used them.
+    Inspect {
+        /// The store, `reference.store` of a job.
+        store: PathBuf,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Read every byte and check that duplicate entries agree; name file and offset of what is wrong.
+    ///
+    /// Exit codes: 0 all is well, 1 something is damaged, 2 no store there.
+    Verify {
+        /// The store, `reference.store` of a job.
+        store: PathBuf,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove scopes that nobody has used for long, and merge the segments of each other scope into one.
+    ///
+    /// Scopes that a run has open are left alone. Exit codes: 0 done, 1 something is damaged and was left alone, 2 no
+    /// store there, 75 something is in use.
+    Gc {
+        /// The store, `reference.store` of a job.
+        store: PathBuf,
+        /// Remove scopes that no run has opened for so many days; without it none is removed.
+        #[arg(long, value_name = "DAYS")]
+        older_than: Option<u32>,
+        /// Tell what would be done.
+        #[arg(long)]
+        dry_run: bool,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// What a command has to say.
+struct Answer {
+    text: String,
+    /// For standard error.
+    complaints: Vec<String>,
+    code: u8,
+}
+
+/// Does it and prints what there is to tell; gives the exit code.
+///
+/// # Errors
+/// The store could not be read or changed.
+pub fn run(cache: &Cache) -> anyhow::Result<u8> {
+    let (Cache::Inspect { store, .. } | Cache::Verify { store, .. } | Cache::Gc { store, .. }) =
+        cache;
+    if !store.is_dir() {
+        eprintln!("error: there is no store at {}", store.display());
+        return Ok(EXIT_USAGE);
+    }
+    let answer = match *cache {
+        Cache::Inspect { ref store, json } => inspected(store, &inspect(store)?, json),
+        Cache::Verify { ref store, json } => verified(store, &inspect(store)?, json),
+        Cache::Gc {
+            ref store,
+            older_than,
+            dry_run,
+            json,
+        } => {
+            let cleaning = Cleaning {
+                unused_for: older_than.map(|days| days * Duration::from_hours(24)),
+                now: SystemTime::now(),
+                dry_run,
+            };
+            cleaned(store, &clean(store, &cleaning)?, dry_run, json)
+        }
+    };
+    for complaint in &answer.complaints {
+        eprintln!("error: {complaint}");
+    }
+    match writeln!(io::stdout().lock(), "{}", answer.text.trim_end()) {
+        // A reader that has seen enough is no error.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("write to standard output")
+        }
+        _ => Ok(answer.code),
+    }
+}
+
+fn inspected(store: &Path, scopes: &[ScopeReport], json: bool) -> Answer {
+    let text = if json {
+        let scopes: Vec<_> = scopes.iter().map(scope_json).collect();
+        json!({"store": store, "scopes": scopes}).to_string()
+    } else {
+        let blocks: Vec<_> = scopes.iter().map(scope_text).collect();
+        format!("{}\n{}", blocks.join("\n"), totals(store, scopes))
+    };
+    Answer {
+        text,
+        complaints: Vec::new(),
+        code: EXIT_DONE,
+    }
+}
+
+fn verified(store: &Path, scopes: &[ScopeReport], json: bool) -> Answer {
+    let damages: Vec<_> = scopes.iter().flat_map(|scope| &scope.damages).collect();
+    let ok = damages.is_empty();
+    let text = if json {
+        let scopes: Vec<_> = scopes.iter().map(scope_json).collect();
+        json!({"store": store, "ok": ok, "scopes": scopes}).to_string()
+    } else {
+        let mut text = String::new();
+        for tail in scopes.iter().flat_map(|scope| &scope.torn) {
+            let _ = writeln!(text, "note: {tail}");
+        }
+        text += &totals(store, scopes);
+        text += if ok { "; every byte verified" } else { "" };
+        text
+    };
+    Answer {
+        text,
+        complaints: damages.iter().map(ToString::to_string).collect(),
+        code: if ok { EXIT_DONE } else { EXIT_FAILED },
+    }
+}
+
+fn cleaned(store: &Path, cleaned: &Cleaned, dry_run: bool, json: bool) -> Answer {
+    let damages = cleaned.scopes.iter().filter_map(|scope| {
+        let damaged = scope.action == Action::Damaged;
+        damaged.then_some(&scope.before.damages)
+    });
+    let complaints = damages.flatten().chain(&cleaned.in_use);
+    let freed: u64 = cleaned
+        .scopes
+        .iter()
+        .map(|scope| scope.before.bytes.saturating_sub(scope.bytes))
+        .sum();
+    let text = if json {
+        let scopes: Vec<_> = cleaned.scopes.iter().map(cleaned_json).collect();
+        let in_use: Vec<_> = cleaned.in_use.iter().map(ToString::to_string).collect();
+        json!({
+            "store": store,
+            "dry_run": dry_run,
+            "scopes": scopes,
+            "in_use": in_use,
+            "leftovers": cleaned.leftovers,
+            "bytes_freed": freed,
+        })
+        .to_string()
+    } else {
+        let scopes = cleaned.scopes.iter();
+        let mut text: String = scopes.map(|scope| cleaned_text(scope, dry_run)).collect();
+        for path in &cleaned.leftovers {
+            let verb = if dry_run { "would remove" } else { "removed" };
+            let _ = writeln!(text, "{verb} {}, left by a crash", path.display());
+        }
+        let verb = if dry_run { "would free" } else { "freed" };
+        let _ = write!(text, "{verb} {} bytes", grouped(freed));
+        text
+    };
+    let damaged = |scope: &CleanedScope| scope.action == Action::Damaged;
+    Answer {
+        text,
+        complaints: complaints.map(ToString::to_string).collect(),
+        code: if cleaned.scopes.iter().any(damaged) {
+            EXIT_FAILED
+        } else if cleaned.in_use.is_empty() {
+            EXIT_DONE
+        } else {
+            EXIT_TEMPORARY
+        },
+    }
+}
+
+fn scope_text(report: &ScopeReport) -> String {
+    let mut text = format!("scope         {}\n", report.digest);
+    if let Some(scope) = &report.scope {
+        let fields = json!(scope);
+        for (name, value) in fields.as_object().into_iter().flatten() {
+            let value = value.as_str().map_or(value.to_string(), ToOwned::to_owned);
+            let _ = writeln!(text, "{:<13} {value}", name.replace('_', " "));
+        }
+    }
+    let _ = writeln!(
+        text,
+        "entries       {} in {}, {} bytes\n\
+         last used     {}",
+        grouped(report.entries as u64),
+        count(report.segments, "segment"),
+        grouped(report.bytes),
+        rfc3339(report.used)
+    );
+    for tail in &report.torn {
+        let _ = writeln!(text, "note          {tail}");
+    }
+    for damage in &report.damages {
+        let _ = writeln!(text, "damaged       {damage}");
+    }
+    text
+}
+
+fn scope_json(report: &ScopeReport) -> Value {
+    let torn = report
+        .torn
+        .iter()
+        .map(|tail| json!({"path": tail.path, "offset": tail.offset, "bytes": tail.bytes}));
+    let damages = report.damages.iter().map(|damage| {
+        let (path, offset) = damage.place().unzip();
+        json!({"path": path, "offset": offset, "reason": damage.to_string()})
+    });
+    json!({
+        "digest": report.digest,
+        "folder": report.folder,
+        "scope": report.scope,
+        "entries": report.entries,
+        "segments": report.segments,
+        "bytes": report.bytes,
+        "last_used": rfc3339(report.used),
+        "unfinished": torn.collect::<Vec<_>>(),
+        "damages": damages.collect::<Vec<_>>(),
+    })
+}
+
+fn cleaned_text(scope: &CleanedScope, dry_run: bool) -> String {
+    let before = &scope.before;
+    let did = |done, would| if dry_run { would } else { done };
+    let (verb, what) = match scope.action {
+        Action::Kept => ("kept", "nothing to do".to_owned()),
+        Action::Damaged => (
+            "left alone",
+            "damaged, delete the files that are named first".to_owned(),
+        ),
+        Action::Merged => (
+            did("merged", "would merge"),
+            format!(
+                "{} into one of {} entries, {} bytes to {}",
+                count(before.segments, "segment"),
+                grouped(before.entries as u64),
+                grouped(before.bytes),
+                grouped(scope.bytes)
+            ),
+        ),
+        Action::Removed => (
+            did("removed", "would remove"),
+            format!(
+                "{} entries in {} bytes, last used {}",
+                grouped(before.entries as u64),
+                grouped(before.bytes),
+                rfc3339(before.used)
+            ),
+        ),
+    };
+    format!("{verb} {}: {what}\n", before.digest)
+}
+
+fn cleaned_json(scope: &CleanedScope) -> Value {
+    let action = match scope.action {
+        Action::Kept => "kept",
+        Action::Merged => "merged",
+        Action::Removed => "removed",
+        Action::Damaged => "damaged",
+    };
+    json!({"action": action, "bytes": scope.bytes, "before": scope_json(&scope.before)})
+}
+
+fn totals(store: &Path, scopes: &[ScopeReport]) -> String {
+    let sum = |of: fn(&ScopeReport) -> u64| grouped(scopes.iter().map(of).sum());
+    format!(
+        "{}: {}, {} entries, {} bytes",
+        store.display(),
+        count(scopes.len(), "scope"),
+        sum(|scope| scope.entries as u64),
+        sum(|scope| scope.bytes)
+    )
+}
+
+fn count(number: usize, noun: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {noun}{plural}")
+}
