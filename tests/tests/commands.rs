@@ -223,3 +223,43 @@ fn copy_reference(folder: &Path, names: &[&str]) {
         fs::copy(reference.join(name), folder.join(name)).expect("copy");
     }
 }
+
+#[test]
+fn a_first_configuration_fits_model_and_pairs_and_runs_as_it_is() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("mine.toml");
+    let init = |data: &str| {
+        Command::new(program("coordinator"))
+            .args(["config", "--model", REFERENCE, "--data", data, "--init"])
+            .arg(&file)
+            .current_dir(workspace_root())
+            .output()
+            .expect("it starts")
+    };
+    refused("no pairs", &init("configs"), &["--data", "train*.jsonl"]);
+    assert!(!file.exists());
+    let output = init("configs/quickstart");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let written = fs::read_to_string(&file).expect("a configuration");
+    // 512 letters of 49 tokens on average, the longest 62 with its prompt; held-out letters beside them.
+    for line in [
+        "train = [\"configs/quickstart/train.jsonl\"]",
+        "eval = [\"configs/quickstart/eval.jsonl\"]",
+        "beta = 0.1",
+        "max_length = 64",
+        "batch_pairs = 16",
+    ] {
+        assert!(written.contains(line), "no `{line}` in: {written}");
+    }
+    let run = Run::new(&written)
+        .set("train.epochs=1")
+        .set("data.train=[\"configs/quickstart/eval.jsonl\"]");
+    run.complete();
+    assert_eq!(run.metrics().len(), 8);
+    refused(
+        "a file that is there",
+        &init("configs/quickstart"),
+        &["mine.toml", "exists"],
+    );
+    assert_eq!(fs::read_to_string(&file).expect("unchanged"), written);
+}

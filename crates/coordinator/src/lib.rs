@@ -15,6 +15,7 @@ pub mod compare;
 pub mod config;
 mod driver;
 pub mod finish;
+pub mod init;
 mod launcher;
 pub mod log;
 pub mod model_card;

@@ -1,6 +1,6 @@
 //! The `coordinator` program.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[cfg(feature = "local")]
@@ -10,6 +10,8 @@ use clap::{Args, Parser, Subcommand};
 use coordinator::cache::{self, Cache};
 use coordinator::compare::{CompareError, Comparison, compare};
 use coordinator::config::{Config, JobConfigError, Resolved, Sources};
+#[cfg(feature = "local")]
+use coordinator::init;
 use coordinator::log::{self, LogFormat};
 use coordinator::run::{EXIT_USAGE, Show, run};
 use coordinator::status::print_status;
@@ -32,8 +34,13 @@ struct Program {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Print the resolved configuration.
-    Config(SourceArguments),
+    /// Print the resolved configuration, or write a first one for a model and pairs.
+    Config {
+        #[command(flatten)]
+        sources: SourceArguments,
+        #[command(flatten)]
+        init: InitArguments,
+    },
     /// Read tokenizer and data as training would, and print what becomes of the rows.
     Data {
         #[command(flatten)]
@@ -84,17 +91,41 @@ struct SourceArguments {
     set: Vec<String>,
 }
 
+#[derive(Args)]
+struct InitArguments {
+    /// Write a commented configuration for --model and --data to this new file.
+    #[arg(long, value_name = "FILE", requires_all = ["model", "data"], conflicts_with_all = ["files", "config", "set"])]
+    init: Option<PathBuf>,
+    /// Hugging Face directory of the model to train.
+    #[arg(long, value_name = "DIR", requires = "init")]
+    model: Option<PathBuf>,
+    /// Training pairs: a JSONL file, or a folder with train*.jsonl and test*.jsonl or eval*.jsonl.
+    #[arg(long, value_name = "PATH", requires = "init")]
+    data: Option<PathBuf>,
+    /// Held-out pairs.
+    #[arg(long, value_name = "FILE", requires = "init")]
+    eval: Option<PathBuf>,
+}
+
 fn main() -> ExitCode {
     let program = Program::parse();
     match program.command {
         #[cfg(feature = "local")]
         Some(Command::Worker(arguments)) => worker::cli::run(&arguments),
-        Some(Command::Config(sources)) => {
+        Some(Command::Config { sources, init }) => {
             log::start(program.log);
-            report(load(sources).map(|config| {
-                print!("{}", config.to_toml());
-                0
-            }))
+            report(match init {
+                InitArguments {
+                    init: Some(file),
+                    model: Some(model),
+                    data: Some(data),
+                    eval,
+                } => initialize(&file, &model, &data, eval.as_deref()).map(|()| 0),
+                _ => load(sources).map(|config| {
+                    print!("{}", config.to_toml());
+                    0
+                }),
+            })
         }
         Some(Command::Data { sources, json }) => {
             log::start(program.log);
@@ -162,6 +193,41 @@ fn data(sources: SourceArguments, json: bool) -> anyhow::Result<()> {
         write!(out, "{reports}")
     };
     written.context("write the report")
+}
+
+/// Reads the pairs as a job without truncation would, and writes a configuration that fits them.
+#[cfg(feature = "local")]
+fn initialize(file: &Path, model: &Path, data: &Path, eval: Option<&Path>) -> anyhow::Result<()> {
+    let unusable = |error: anyhow::Error| Unusable(sentence(&error));
+    let files = init::Files::find(model, data, eval).map_err(unusable)?;
+    let reports = worker::report::reports(&files.probe());
+    let reports = reports.map_err(|error| Unusable(error.to_string()))?;
+    let train = &reports.train;
+    let found = init::Found {
+        pairs: train.pairs,
+        longest: train.longest,
+        completion_tokens: train.scored_tokens as f64 / (2 * train.pairs).max(1) as f64,
+    };
+    let name = file
+        .file_stem()
+        .map_or("run".into(), |stem| stem.to_string_lossy());
+    let text = init::configuration(&name, &files, &found).map_err(unusable)?;
+    let created =
+        std::fs::File::create_new(file).and_then(|mut out| out.write_all(text.as_bytes()));
+    created.map_err(|error| Unusable(format!("write {}: {error}", file.display())))?;
+    println!("{text}");
+    eprintln!(
+        "written to {0}; train with: coordinator {0}",
+        file.display()
+    );
+    Ok(())
+}
+
+#[cfg(not(feature = "local"))]
+fn initialize(_: &Path, _: &Path, _: &Path, _: Option<&Path>) -> anyhow::Result<()> {
+    let reason =
+        "this build carries no worker to read data with; build it with the default feature `local`";
+    Err(Unusable(reason.into()).into())
 }
 
 #[cfg(not(feature = "local"))]
