@@ -161,7 +161,10 @@ impl TrainError {
             | Self::ReferenceVocabulary { .. }
             | Self::ReferenceNotFinite { .. }
             | Self::StoreDisagrees { .. } => Cause::Config,
-            Self::Collective(_) | Self::Closed(_) | Self::Thread { .. } => Cause::Temporary,
+            Self::Collective(_)
+            | Self::Closed(_)
+            | Self::Thread { .. }
+            | Self::Store(refcache::StoreError::InUse { .. }) => Cause::Temporary,
             Self::Store(_)
             | Self::Append(_)
             | Self::ReferenceMissing { .. }
