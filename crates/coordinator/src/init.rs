@@ -208,6 +208,19 @@ pub fn configuration(name: &str, files: &Files, found: &Found) -> anyhow::Result
     Ok(lines.join("\n") + "\n")
 }
 
+/// Writes `text` to the new file `path`, whole or not at all.
+///
+/// # Errors
+/// A file that is there: it may hold somebody's changes.
+pub fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+    ensure!(
+        !path.exists(),
+        "--init {}: that file exists; name a new one",
+        path.display()
+    );
+    Ok(storage::atomic_write(path, text.as_bytes())?)
+}
+
 /// β whose target is in reach of completions of `tokens` tokens, rounded to one digit, and that target.
 fn beta(tokens: f64) -> (f64, f64) {
     let exact = 0.5 / (tokens.max(1.0) * NATS_PER_TOKEN);

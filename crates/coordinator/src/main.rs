@@ -212,9 +212,7 @@ fn initialize(file: &Path, model: &Path, data: &Path, eval: Option<&Path>) -> an
         .file_stem()
         .map_or("run".into(), |stem| stem.to_string_lossy());
     let text = init::configuration(&name, &files, &found).map_err(unusable)?;
-    let created =
-        std::fs::File::create_new(file).and_then(|mut out| out.write_all(text.as_bytes()));
-    created.map_err(|error| Unusable(format!("write {}: {error}", file.display())))?;
+    init::write(file, &text).map_err(unusable)?;
     println!("{text}");
     eprintln!(
         "written to {0}; train with: coordinator {0}",

@@ -132,7 +132,7 @@ fn text_that_is_not_toml_is_a_string() {
     let set = [
         "model.path=models/a b",
         "job.name=\"2024\"",
-        "job.output=/tmp/x",
+        "job.output=elsewhere/x",
     ];
     let config = load(&[], &[("OTHER__X", "?")], &set).unwrap();
     assert_eq!(
@@ -140,7 +140,7 @@ fn text_that_is_not_toml_is_a_string() {
         Some("models/a b")
     );
     assert_eq!(config.job.name, "2024");
-    assert_eq!(config.job.output, PathBuf::from("/tmp/x"));
+    assert_eq!(config.job.output, PathBuf::from("elsewhere/x"));
 }
 
 #[test]
