@@ -18,6 +18,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("cubecl-llvm", &[]),
     ("model", &["kernels"]),
     ("objective", &[]),
+    ("spec", &["data", "objective"]),
     (
         "trainer",
         &[
@@ -28,6 +29,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "model",
             "objective",
             "refcache",
+            "spec",
         ],
     ),
     (
@@ -38,6 +40,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "model",
             "objective",
             "protocol",
+            "spec",
             "trainer",
             "wire",
         ],
@@ -48,6 +51,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "checkpoint",
             "protocol",
             "refcache",
+            "spec",
             "storage",
             "wire",
             "worker",
@@ -65,6 +69,7 @@ const WITHOUT_BURN: &[&str] = &[
     "collective",
     "data",
     "objective",
+    "spec",
     "coordinator",
 ];
 

@@ -235,9 +235,8 @@ fn data(_sources: SourceArguments, _json: bool) -> anyhow::Result<()> {
     Err(Unusable(reason.into()).into())
 }
 
-#[cfg(feature = "local")]
 fn resolve(sections: &Table) -> Result<Resolved, JobConfigError> {
-    worker::job::resolve(sections)
+    spec::resolve(sections)
         .map(|job| Resolved {
             resolved: job.resolved,
             identity: job.identity,
@@ -246,15 +245,6 @@ fn resolve(sections: &Table) -> Result<Resolved, JobConfigError> {
             key: error.key,
             reason: error.reason,
         })
-}
-
-#[cfg(not(feature = "local"))]
-fn resolve(_sections: &Table) -> Result<Resolved, JobConfigError> {
-    Err(JobConfigError {
-        key: "cluster.workers".into(),
-        reason: "this build carries no worker to start; build it with the default feature `local`"
-            .into(),
-    })
 }
 
 fn report(result: anyhow::Result<u8>) -> ExitCode {

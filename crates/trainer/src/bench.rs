@@ -8,13 +8,12 @@ use data::{DataConfig, Tokenizer, step_pairs};
 use model::{Device, Model, Saving};
 use objective::ObjectiveConfig;
 use serde::Serialize;
+use spec::{Dtype, OptimizerSection, SpecError};
 
-use crate::adamw::OptimizerSection;
 use crate::error::TrainError;
 use crate::learner::{Learner, Times};
 use crate::measure::measure;
 use crate::setup::check_vocabulary;
-use crate::spec::{Dtype, SpecError};
 
 /// What to time.
 #[derive(Clone, Debug)]

@@ -1,9 +1,10 @@
 //! What can end a process's part in a run, and who is to act on it.
 
+use spec::SpecError;
+
 use std::path::PathBuf;
 
 use crate::gate::GateClosed;
-use crate::spec::SpecError;
 
 /// Why training could not begin or go on.
 #[derive(Debug, thiserror::Error)]

@@ -2,10 +2,10 @@
 
 use data::{Pair, Tokenizer};
 use model::{Model, Sampler};
+use spec::EvaluateSection;
 
 use crate::gate::Sample;
 use crate::generate::stop_ids;
-use crate::spec::EvaluateSection;
 
 /// Greedy continuations of the first held-out prompts.
 pub(crate) fn samples(

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use collective::{Collective, CollectiveError};
 use model::{Gradients, Model};
 use objective::{ObjectiveConfig, PairLogps, pair_loss};
+use spec::OptimizerSection;
 
-use crate::adamw::OptimizerSection;
 use crate::batch::Batch;
 use crate::exchange::share_logps;
 use crate::measure::pair_logps;

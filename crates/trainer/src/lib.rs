@@ -22,16 +22,13 @@ mod generate;
 mod learner;
 mod measure;
 mod reference;
-mod schedule;
 mod scope;
 mod score;
 mod setup;
 mod shards;
 mod snapshot;
-mod spec;
 mod trainer;
 
-pub use adamw::OptimizerSection;
 pub use bench::{BenchRequest, BenchResult, Profile, bench};
 pub use error::{Cause, TrainError};
 pub use gate::{
@@ -40,10 +37,6 @@ pub use gate::{
 };
 pub use generate::{Continuation, GenerateRequest, Prompts, generate};
 pub use reference::ReferenceCounts;
-pub use schedule::{Schedule, ScheduleKind, ScheduleSection};
 pub use score::{ScoreRequest, ScoredPair, score};
 pub use setup::{Facts, Progress, Reports, Setup, reports};
-pub use spec::{
-    Dtype, EvaluateSection, ModelSection, ReferenceSection, Spec, SpecError, TrainSection,
-};
 pub use trainer::{End, Membership, Trainer};

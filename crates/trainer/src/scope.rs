@@ -3,8 +3,7 @@
 use data::Truncation;
 use model::Device;
 use refcache::Scope;
-
-use crate::spec::Spec;
+use spec::Spec;
 
 /// The scope of reference values of `spec` by a model with this weights digest on `device`.
 pub(crate) fn scope(spec: &Spec, weights: [u8; 32], device: &Device) -> Scope {

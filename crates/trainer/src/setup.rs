@@ -6,9 +6,9 @@ use std::path::Path;
 use data::{Dataset, Pair, Report, Tokenizer};
 use model::{Device, Model, ModelConfig, Saving};
 use serde::Serialize;
+use spec::Spec;
 
 use crate::error::TrainError;
-use crate::spec::Spec;
 
 /// Hears how far a long phase is: its name, units done, units in all.
 pub type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64);

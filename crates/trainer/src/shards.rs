@@ -11,8 +11,9 @@
 use std::{ops::Range, time::Instant};
 
 use collective::{Collective, CollectiveError, Op, Region, shard_range};
+use spec::OptimizerSection;
 
-use crate::adamw::{OptimizerSection, Update};
+use crate::adamw::Update;
 
 /// Flat memory in the layout's buckets.
 pub type Buckets = Vec<Vec<f32>>;

@@ -7,6 +7,7 @@ use checkpoint::TrainState;
 use collective::Collective;
 use data::{Dataset, Pair, StepPairs, Tokenizer, step_pairs};
 use objective::PairLogps;
+use spec::{Schedule, Spec};
 
 use crate::batch::Batch;
 use crate::error::TrainError;
@@ -15,10 +16,8 @@ use crate::gate::{EvaluationRow, Next, StepGate, StepReport, Verdict};
 use crate::learner::{Learner, Prepared};
 use crate::measure::{measure, pair_logps};
 use crate::reference::{ReferenceCounts, References};
-use crate::schedule::Schedule;
 use crate::setup::{Progress, Setup, held_out};
 use crate::snapshot::{Destination, Saver, restore};
-use crate::spec::Spec;
 
 /// A rank's place among the others, for one generation.
 pub struct Membership {

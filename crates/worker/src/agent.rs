@@ -11,11 +11,11 @@ use protocol::{
     Awaits, Cause, CoordinatorMessage, Generation, Incarnation, RunFacts, Step, ToWorker,
     WIRE_VERSION, WorkerMessage,
 };
+use spec::{JobError, Spec};
 use tokio::runtime::Handle;
-use trainer::{End, Facts, Membership, Setup, Spec, TrainError, Trainer};
+use trainer::{End, Facts, Membership, Setup, TrainError, Trainer};
 
 use crate::gate::{Gate, ProgressTeller};
-use crate::job::{self, JobError};
 use crate::session::{Session, SessionError};
 
 /// Version that all members of a job must share.
@@ -119,7 +119,7 @@ fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError>
         } => Some((config_toml, checkpoint_dir)),
         _ => None,
     })?;
-    let spec = job::parse(&config_toml)?;
+    let spec = spec::parse(&config_toml)?;
     voice.await_next(Awaits::Form);
     let form = wait(session, |heard| match heard.message {
         CoordinatorMessage::Form {

@@ -12,10 +12,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use data::DataConfig;
 use protocol::Cause;
 use serde_json::{Map, Value, json};
+use spec::Dtype;
 use tokio::runtime::Runtime;
-use trainer::{
-    BenchRequest, Continuation, Dtype, GenerateRequest, Prompts, ScoreRequest, TrainError,
-};
+use trainer::{BenchRequest, Continuation, GenerateRequest, Prompts, ScoreRequest, TrainError};
 
 use crate::agent::{Ending, Options, serve};
 use crate::backend::{Backend, device};

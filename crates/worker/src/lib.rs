@@ -15,7 +15,6 @@ mod agent;
 pub mod backend;
 pub mod cli;
 mod gate;
-pub mod job;
 pub mod log;
 pub mod report;
 mod session;

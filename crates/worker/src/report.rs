@@ -1,9 +1,8 @@
 //! What becomes of a job's rows, before anything is trained.
 
+use spec::JobError;
 use toml::Table;
 use trainer::{Reports, TrainError};
-
-use crate::job::{self, JobError};
 
 /// Why there is no report. Every case is the job's to mend.
 #[derive(Debug, thiserror::Error)]
@@ -21,5 +20,5 @@ pub enum ReportError {
 /// # Errors
 /// What its training would refuse about them, with its place.
 pub fn reports(sections: &Table) -> Result<Reports, ReportError> {
-    Ok(trainer::reports(&job::resolve(sections)?.spec)?)
+    Ok(trainer::reports(&spec::resolve(sections)?.spec)?)
 }

@@ -4,7 +4,7 @@ use std::fs;
 
 use crate::support::{Script, fixture, relative_error, run};
 use serde_json::Value;
-use trainer::Spec;
+use spec::Spec;
 
 /// f32 against f64 over five steps.
 const TOLERANCE: f64 = 1e-4;

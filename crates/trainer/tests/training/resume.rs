@@ -108,7 +108,7 @@ fn a_checkpoint_of_another_run_is_refused_with_what_differs() {
         stop_after: None,
         ..script
     };
-    let refused = |spec: &trainer::Spec, word: &str| {
+    let refused = |spec: &spec::Spec, word: &str| {
         let error = try_run(spec, 1, &resume).err().expect("refused");
         assert_eq!(error.cause(), Cause::Fatal);
         assert!(error.to_string().contains(word), "{error}");

@@ -7,7 +7,8 @@ use crate::support::{Folder, fixture};
 use data::DataConfig;
 use model::Device;
 use serde_json::Value;
-use trainer::{BenchRequest, Dtype, ScoreRequest, ScoredPair, TrainError, bench, score};
+use spec::Dtype;
+use trainer::{BenchRequest, ScoreRequest, ScoredPair, TrainError, bench, score};
 
 fn data(file: &Path) -> DataConfig {
     toml::from_str(&format!("train = [{file:?}]")).unwrap()

@@ -4,7 +4,8 @@ use std::fs;
 
 use crate::support::{Folder, Run, Script, relative_error, run, state_bits};
 use checkpoint::{Checkpoint, Kind};
-use trainer::{Spec, StepReport};
+use spec::Spec;
+use trainer::StepReport;
 
 const CAL_DPO: &str = "objective = { kind = \"cal_dpo\", beta = 0.1 }\n";
 

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use model::{Layout, ModelConfig, random_weights, write_safetensors};
 use serde_json::json;
+use spec::Spec;
 use tempfile::TempDir;
-use trainer::Spec;
 
 /// Words of the tokenizer; ids 0 and 1 are `<unk>` and `</s>`.
 const WORDS: usize = 64;

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use checkpoint::{Checkpoint, Kind, ManifestInfo, RankFile};
 use collective::{Collective, tcp::Rendezvous};
 use model::Device;
+use spec::Spec;
 use trainer::{
     Cause, End, EvaluationRow, GateClosed, Membership, Next, ReferenceCounts, Sample,
-    SavedReporter, SavedShard, Setup, Spec, StepGate, StepReport, TrainError, Trainer, Verdict,
+    SavedReporter, SavedShard, Setup, StepGate, StepReport, TrainError, Trainer, Verdict,
 };
 
 const PATIENCE: Duration = Duration::from_mins(1);

@@ -5,7 +5,7 @@ use std::f64::consts::PI;
 
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{SpecError, refuse};
+use crate::sections::{SpecError, refuse};
 
 /// `[schedule]`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]

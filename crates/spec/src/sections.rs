@@ -1,6 +1,4 @@
-//! What one training run is: the sections of a configuration that training reads, with their defaults and ranges.
-//!
-//! Values only; nothing here opens a file. Where a run is executed (workers, addresses, cadence of checkpoints) is not here.
+//! The sections that training reads, with their defaults and ranges.
 
 use std::path::PathBuf;
 
@@ -8,7 +6,7 @@ use data::DataConfig;
 use objective::ObjectiveConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::adamw::OptimizerSection;
+use crate::optimizer::OptimizerSection;
 use crate::schedule::{Schedule, ScheduleSection};
 
 /// Everything that decides what a run computes.

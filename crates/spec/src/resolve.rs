@@ -6,7 +6,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use toml::Table;
-use trainer::Spec;
+
+use crate::sections::Spec;
 
 /// Sections of [`Spec`], as in the configuration file.
 const SECTIONS: [&str; 8] = [
