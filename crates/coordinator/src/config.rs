@@ -1,7 +1,7 @@
 //! A job's configuration: built-in defaults, then files, then the environment, then `--set`.
 //!
-//! The coordinator reads its own sections here. What describes the training itself goes, merged, to the worker's resolver,
-//! which fills in its defaults and refuses what it does not know. Nothing here starts or writes anything.
+//! The coordinator reads its own sections here. What describes the training itself goes, merged, to [`spec::resolve`], which
+//! fills in defaults and refuses what it does not know. Nothing here starts or writes anything.
 
 mod layers;
 mod refusal;
@@ -11,6 +11,7 @@ use std::path::Path;
 
 use protocol::JobPolicy;
 use serde::Serialize;
+use spec::JobError;
 use toml::{Table, Value};
 
 use layers::Merged;
@@ -23,7 +24,7 @@ pub use sections::{Backend, CheckpointSection, ClusterSection, JobSection};
 
 /// Sections of the coordinator.
 const OWN: [&str; 4] = ["job", "checkpoint", "cluster", "telemetry"];
-/// Sections that are the worker's to read, in the order in which they are written out.
+/// Sections that training reads, in the order in which they are written out.
 const TRAINING: [&str; 8] = [
     "model",
     "data",
@@ -34,28 +35,6 @@ const TRAINING: [&str; 8] = [
     "train",
     "evaluate",
 ];
-
-/// The worker's reading of the training sections.
-#[derive(Clone, Debug)]
-pub struct Resolved {
-    /// The sections with defaults filled in; resolving them again changes nothing.
-    pub resolved: Table,
-    /// What makes a run this run and no other.
-    pub identity: serde_json::Value,
-}
-
-/// A training key that the worker refuses.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{key}: {reason}")]
-pub struct JobConfigError {
-    /// Dotted path.
-    pub key: String,
-    /// What is wrong and what would be right.
-    pub reason: String,
-}
-
-/// Resolves `job.seed` and the training sections.
-pub type ResolveJob<'a> = dyn Fn(&Table) -> Result<Resolved, JobConfigError> + 'a;
 
 /// A configuration that can be run.
 #[derive(Clone, Debug)]
@@ -95,7 +74,7 @@ impl Config {
     ///
     /// # Errors
     /// The first key that is unknown, of the wrong type, or impossible, with the origin of its value.
-    pub fn load(sources: &Sources, resolve: &ResolveJob) -> Result<Self, ConfigError> {
+    pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
         let merged = layers::merge(sources)?;
         let mut all = merged.table();
         check_sections(&all, &merged)?;
@@ -119,8 +98,8 @@ impl Config {
             "job".into(),
             Value::Table(Table::from_iter([("seed".into(), seed)])),
         );
-        let resolved = resolve(&all)
-            .map_err(|JobConfigError { key, reason }| refuse(&merged, &key, reason))?;
+        let resolved = spec::resolve(&all)
+            .map_err(|JobError { key, reason }| refuse(&merged, &key, reason))?;
         Ok(Self {
             job,
             checkpoint,
@@ -149,7 +128,7 @@ impl Config {
                 let limit = Value::Integer(self.skipped_steps_max as i64);
                 train
                     .as_table_mut()
-                    .expect("the worker resolves [train] to a table")
+                    .expect("[train] resolves to a table")
                     .insert("skipped_steps_max".into(), limit);
             }
             if let Some(section) = section {

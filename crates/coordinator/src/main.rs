@@ -9,13 +9,12 @@ use {anyhow::Context, std::io::Write};
 use clap::{Args, Parser, Subcommand};
 use coordinator::cache::{self, Cache};
 use coordinator::compare::{CompareError, Comparison, compare};
-use coordinator::config::{Config, JobConfigError, Resolved, Sources};
+use coordinator::config::{Config, Sources};
 #[cfg(feature = "local")]
 use coordinator::init;
 use coordinator::log::{self, LogFormat};
 use coordinator::run::{EXIT_USAGE, Show, run};
 use coordinator::status::print_status;
-use toml::Table;
 
 /// Aligns a language model to preferences: starts workers on this machine, runs one job to its end, and exits.
 ///
@@ -178,7 +177,7 @@ fn load(sources: SourceArguments) -> anyhow::Result<Config> {
         return Err(Unusable(reason.into()).into());
     }
     let sources = Sources::from_process(files, set);
-    Config::load(&sources, &resolve).map_err(|error| Unusable(error.to_string()).into())
+    Config::load(&sources).map_err(|error| Unusable(error.to_string()).into())
 }
 
 #[cfg(feature = "local")]
@@ -233,18 +232,6 @@ fn data(_sources: SourceArguments, _json: bool) -> anyhow::Result<()> {
     let reason =
         "this build carries no worker to read data with; build it with the default feature `local`";
     Err(Unusable(reason.into()).into())
-}
-
-fn resolve(sections: &Table) -> Result<Resolved, JobConfigError> {
-    spec::resolve(sections)
-        .map(|job| Resolved {
-            resolved: job.resolved,
-            identity: job.identity,
-        })
-        .map_err(|error| JobConfigError {
-            key: error.key,
-            reason: error.reason,
-        })
 }
 
 fn report(result: anyhow::Result<u8>) -> ExitCode {

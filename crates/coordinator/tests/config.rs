@@ -4,43 +4,16 @@
 
 use std::path::PathBuf;
 
-use coordinator::config::{Config, ConfigError, JobConfigError, Resolved, Sources};
-use serde_json::json;
+use coordinator::config::{Config, ConfigError, Sources};
 use tempfile::TempDir;
 use toml::{Table, Value};
 
-/// A stand-in for the worker: knows two sections, fills one default in.
-fn resolve(all: &Table) -> Result<Resolved, JobConfigError> {
-    let mut resolved = all.clone();
-    for (section, values) in all {
-        for key in values.as_table().into_iter().flat_map(Table::keys) {
-            let path = format!("{section}.{key}");
-            let known = [
-                "job.seed",
-                "model.path",
-                "objective.kind",
-                "objective.beta",
-                "evaluate.every_steps",
-                "train.steps",
-            ];
-            if !known.contains(&path.as_str()) {
-                return Err(JobConfigError {
-                    key: path,
-                    reason: "there is no such key".into(),
-                });
-            }
-        }
-    }
-    let objective = resolved
-        .entry("objective")
-        .or_insert(Value::Table(Table::new()))
-        .as_table_mut()
-        .unwrap();
-    objective.entry("kind").or_insert("cal_dpo".into());
-    objective.entry("beta").or_insert(0.1.into());
-    let identity = json!({"seed": all["job"]["seed"].as_integer(), "beta": resolved["objective"]["beta"].as_float()});
-    Ok(Resolved { resolved, identity })
-}
+/// The least that a job needs. Files lose against it, so that it goes where they have nothing to say.
+const LEAST: [(&str, &str); 3] = [
+    ("CALDPO__MODEL__PATH", "models/m"),
+    ("CALDPO__DATA__TRAIN", "[\"train.jsonl\"]"),
+    ("CALDPO__OBJECTIVE__KIND", "cal_dpo"),
+];
 
 struct Case {
     folder: TempDir,
@@ -55,7 +28,7 @@ fn case(files: &[&str], environment: &[(&str, &str)], set: &[&str]) -> Case {
         std::fs::write(&path, text).unwrap();
         paths.push(path);
     }
-    let pairs = environment.iter();
+    let pairs = LEAST.iter().chain(environment);
     Case {
         folder,
         sources: Sources {
@@ -68,7 +41,7 @@ fn case(files: &[&str], environment: &[(&str, &str)], set: &[&str]) -> Case {
 
 fn load(files: &[&str], environment: &[(&str, &str)], set: &[&str]) -> Result<Config, ConfigError> {
     let case = case(files, environment, set);
-    let loaded = Config::load(&case.sources, &resolve);
+    let loaded = Config::load(&case.sources);
     drop(case.folder);
     loaded
 }
@@ -151,7 +124,7 @@ fn the_run_is_named_after_its_file() {
 }
 
 #[test]
-fn the_worker_is_given_its_sections_and_the_seed_and_nothing_else() {
+fn workers_are_given_the_training_sections_and_the_seed_and_nothing_else() {
     let config = load(
         &["[job]\nseed = 7\n[train]\nsteps = 5\nskipped_steps_max = 2\n"],
         &[],
@@ -164,12 +137,11 @@ fn the_worker_is_given_its_sections_and_the_seed_and_nothing_else() {
         handed["job"],
         Value::Table(Table::from_iter([("seed".into(), 7.into())]))
     );
-    assert_eq!(
-        handed["train"],
-        Value::Table(Table::from_iter([("steps".into(), 5.into())]))
-    );
+    assert_eq!(handed["train"]["steps"], 5.into());
+    assert!(handed["train"].get("skipped_steps_max").is_none());
     assert!(!handed.contains_key("cluster"));
-    assert_eq!(config.identity, json!({"seed": 7, "beta": 0.1}));
+    assert_eq!(config.identity["seed"], 7);
+    assert_eq!(config.identity["objective"]["beta"], 0.1);
 }
 
 #[test]
@@ -271,12 +243,12 @@ fn unknown_names_are_refused_with_place_and_nearest_name() {
 }
 
 #[test]
-fn what_the_worker_refuses_is_told_with_its_place() {
+fn what_training_refuses_is_told_with_its_place() {
     check_refused(
         &["[objective]\nbeta = 0.1\n"],
         &[],
         &["objective.gamma=2"],
-        &["objective.gamma (from --set objective.gamma): there is no such key"],
+        &["objective.gamma (from --set objective.gamma): unknown key"],
     );
     check_refused(
         &["[train]\nsteps = 1\nbatchpairs = 3\n"],
@@ -402,6 +374,6 @@ fn malformed_sources_are_refused() {
         files: vec!["/does/not/exist.toml".into()],
         ..Sources::default()
     };
-    let error = Config::load(&missing, &resolve).unwrap_err().to_string();
+    let error = Config::load(&missing).unwrap_err().to_string();
     assert!(error.contains("/does/not/exist.toml"), "{error}");
 }

@@ -10,7 +10,7 @@ use std::{
 
 use checkpoint::{ExportDtype, Kind, ManifestInfo, Piece, TensorSpec, TrainState};
 use coordinator::{
-    config::{Config, Resolved, Sources},
+    config::{Config, Sources},
     finish::{Finished, finish},
     model_card::ModelCard,
     run_directory::RunDirectory,
@@ -20,7 +20,6 @@ use protocol::{
     CommitRecord, EvaluationRow, Generation, Incarnation, MetricsRow, Outcome, Record, RunFacts,
     Statistics, Step, StepReport,
 };
-use serde_json::json;
 
 const STEPS: u64 = 2;
 
@@ -29,12 +28,7 @@ fn config(set: &[&str]) -> Config {
         set: set.iter().map(|text| (*text).into()).collect(),
         ..Sources::default()
     };
-    let resolve = |all: &toml::Table| {
-        let identity = json!({"seed": 1});
-        let resolved = all.clone();
-        Ok(Resolved { resolved, identity })
-    };
-    Config::load(&sources, &resolve).unwrap()
+    Config::load(&sources).unwrap()
 }
 
 fn configured(more: &[&str]) -> Config {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use coordinator::{
-    config::{Config, Resolved, Sources},
+    config::{Config, Sources},
     run_directory::SampleRow,
     summary::{Artifacts, Ending, ReferenceCounts, Summary},
     ui::{Banner, Console, Report},
@@ -18,19 +18,14 @@ use coordinator::{
 use protocol::{
     Cause, EvaluationRow, MetricsRow, Outcome, RunFacts, Sample, Statistics, Step, StepReport,
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 
 fn config(set: &[&str]) -> Config {
     let sources = Sources {
         set: set.iter().map(|text| (*text).into()).collect(),
         ..Sources::default()
     };
-    let resolve = |all: &toml::Table| {
-        let identity = json!({});
-        let resolved = all.clone();
-        Ok(Resolved { resolved, identity })
-    };
-    Config::load(&sources, &resolve).unwrap()
+    Config::load(&sources).unwrap()
 }
 
 fn calibrated() -> Config {
@@ -174,11 +169,16 @@ fn the_banner_says_what_will_run_on_what_and_where() {
     check(&text, &says, &["continued"]);
     let continued = Banner::new(&calibrated(), Some(40)).to_string();
     check(&continued, &["stories, continued after step 40"], &[]);
-    let dpo = config(&["objective.kind=dpo", "objective.beta=0.1"]);
+    let dpo = config(&[
+        "model.path=m",
+        "data.train=['train.jsonl']",
+        "objective.kind=dpo",
+        "objective.beta=0.1",
+    ]);
     check(
         &Banner::new(&dpo, None).to_string(),
-        &["dpo, β = 0.1"],
-        &["nats", "model"],
+        &["dpo, β = 0.1", "train.jsonl; none held out"],
+        &["nats"],
     );
 }
 
