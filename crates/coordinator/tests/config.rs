@@ -377,3 +377,28 @@ fn malformed_sources_are_refused() {
     let error = Config::load(&missing).unwrap_err().to_string();
     assert!(error.contains("/does/not/exist.toml"), "{error}");
 }
+
+#[test]
+fn a_file_that_is_not_utf_8_is_refused_with_its_first_wrong_byte_and_a_cure() {
+    let folder = tempfile::tempdir().unwrap();
+    let check = |name: &str, bytes: &[u8], byte: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        let sources = Sources {
+            files: vec![path.clone()],
+            ..Sources::default()
+        };
+        let error = Config::load(&sources).unwrap_err().to_string();
+        let path = path.display().to_string();
+        for part in [path.as_str(), byte, "save the file as UTF-8"] {
+            assert!(error.contains(part), "`{part}` is missing in: {error}");
+        }
+    };
+    check(
+        "latin-1.toml",
+        b"[job]\nname = \"caf\xe9\"\n",
+        "byte 17 is 0xe9",
+    );
+    check("utf-16.toml", b"\xff\xfe[\0j\0o\0b\0]\0", "byte 0 is 0xff");
+    check("cut.toml", b"# \xc3", "byte 2 is 0xc3");
+}

@@ -108,9 +108,14 @@ fn first_origin(value: &Value) -> Option<String> {
 }
 
 fn file_layer(path: &Path) -> Result<Layer, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+    let bytes = std::fs::read(path).map_err(|source| ConfigError::Read {
         path: path.to_owned(),
         source,
+    })?;
+    let text = String::from_utf8(bytes).map_err(|error| ConfigError::Encoding {
+        path: path.to_owned(),
+        offset: error.utf8_error().valid_up_to(),
+        byte: error.as_bytes()[error.utf8_error().valid_up_to()],
     })?;
     let values = parse_document(&text, Some(path)).map_err(|reason| ConfigError::Syntax {
         path: path.to_owned(),

@@ -17,6 +17,19 @@ pub enum ConfigError {
         #[source]
         source: std::io::Error,
     },
+    /// A file that is not UTF-8, as TOML must be.
+    #[error(
+        "{path} is not UTF-8: byte {offset} is 0x{byte:02x}; save the file as UTF-8, for example with \
+         `iconv -f WINDOWS-1252 -t UTF-8`"
+    )]
+    Encoding {
+        /// The file.
+        path: PathBuf,
+        /// The first byte that cannot be, counted from 0.
+        offset: usize,
+        /// Its value.
+        byte: u8,
+    },
     /// A file that is not TOML.
     #[error("{path} is not valid TOML: {reason}")]
     Syntax {
