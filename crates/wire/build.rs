@@ -7,7 +7,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={}", proto.display());
     let mut compiler = protox::Compiler::new([&proto])?;
     compiler.include_source_info(true).include_imports(true);
-    compiler.open_files(["caldpo/v1/workers.proto", "caldpo/v1/cluster.proto"])?;
+    compiler.open_files([
+        "caldpo/v1/workers.proto",
+        "caldpo/v1/jobs.proto",
+        "caldpo/v1/cluster.proto",
+    ])?;
     // Served by reflection, so that stock clients can ask for status.
     let descriptors = PathBuf::from(env::var("OUT_DIR")?).join("caldpo.v1.bin");
     fs::write(descriptors, compiler.encode_file_descriptor_set())?;

@@ -26,6 +26,9 @@ use crate::{
     read::{Checkpoint, CheckpointError},
 };
 
+/// Folder beside the checkpoints with the model's config and tokenizer.
+pub const SOURCE: &str = "source";
+
 /// Element type of exported weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -152,6 +155,28 @@ pub fn export(
         bytes,
         copied,
     })
+}
+
+/// Copies the small files of `model_dir` that an export needs (config and tokenizer) to [`SOURCE`] below `checkpoints`, so that
+/// it can be made where the model is not. Files that are there already with the same content stay untouched.
+///
+/// # Errors
+/// `model_dir` is no model directory, or something cannot be written.
+pub fn keep_source(model_dir: &Path, checkpoints: &Path) -> Result<(), ExportError> {
+    let folder = checkpoints.join(SOURCE);
+    storage::create_directory(&folder)?;
+    let mut names = source::files(model_dir)?;
+    names.push(source::CONFIG.into());
+    for name in names {
+        let from = model_dir.join(&name);
+        let content = fs::read(&from).map_err(at("read", &from))?;
+        let to = folder.join(&name);
+        if fs::read(&to).is_ok_and(|there| there == content) {
+            continue;
+        }
+        storage::atomic_write(&to, &content)?;
+    }
+    Ok(())
 }
 
 /// Refuses a target whose content would be lost.

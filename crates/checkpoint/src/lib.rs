@@ -76,7 +76,7 @@ pub use commit::{CommitError, CommittedCheckpoint, commit};
 pub use coverage::CoverageError;
 pub use damage::Damage;
 pub use digest::CHUNK_BYTES;
-pub use export::{ExportDtype, ExportError, ExportSummary, export};
+pub use export::{ExportDtype, ExportError, ExportSummary, SOURCE, export, keep_source};
 pub use folder::MANIFEST;
 pub use history::{Newest, newest, retain};
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestError, ManifestInfo};

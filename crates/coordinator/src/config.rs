@@ -6,6 +6,7 @@
 mod layers;
 mod refusal;
 mod sections;
+mod service;
 
 use std::path::Path;
 
@@ -21,9 +22,10 @@ use sections::{Section, refuse};
 pub use layers::Sources;
 pub use refusal::ConfigError;
 pub use sections::{Backend, CheckpointSection, ClusterSection, JobSection};
+pub use service::{SecuritySection, ServiceConfig};
 
 /// Sections of the coordinator.
-const OWN: [&str; 4] = ["job", "checkpoint", "cluster", "telemetry"];
+const OWN: [&str; 5] = ["job", "checkpoint", "cluster", "security", "telemetry"];
 /// Sections that training reads, in the order in which they are written out.
 const TRAINING: [&str; 8] = [
     "model",
@@ -45,6 +47,8 @@ pub struct Config {
     pub checkpoint: CheckpointSection,
     /// `[cluster]`.
     pub cluster: ClusterSection,
+    /// `[security]`.
+    pub security: SecuritySection,
     /// `train.skipped_steps_max`: consecutive skipped steps that end the job.
     pub skipped_steps_max: u64,
     /// `job.seed` and the training sections, resolved: what workers are given.
@@ -62,10 +66,19 @@ impl Sources {
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
         Self {
+            texts: Vec::new(),
             files,
             environment,
             set,
         }
+    }
+
+    /// The same without environment variables that are keys of a service.
+    #[must_use]
+    pub fn without_service_variables(mut self) -> Self {
+        self.environment
+            .retain(|(name, _)| !service::is_service_variable(name));
+        self
     }
 }
 
@@ -82,7 +95,14 @@ impl Config {
         let job = job_section(Section::take(&mut all, "job", &merged)?, sources, &merged)?;
         let checkpoint = Section::take(&mut all, "checkpoint", &merged)?;
         let checkpoint = checkpoint_section(checkpoint, &job.output, &merged)?;
+        if merged.origin("cluster.state").is_some() {
+            let reason =
+                "belongs to `coordinator --cluster`; one job keeps everything in job.output";
+            return Err(refuse(&merged, "cluster.state", reason));
+        }
         let cluster = ClusterSection::parse(Section::take(&mut all, "cluster", &merged)?)?;
+        let security = SecuritySection::parse(Section::take(&mut all, "security", &merged)?)?;
+        service::check_listener(&merged, "cluster.listen", cluster.listen, &security)?;
         Section::take(&mut all, "telemetry", &merged)?.finish()?;
         let mut train = Section::take(&mut all, "train", &merged)?;
         let skipped_steps_max = train.required("skipped_steps_max")?;
@@ -104,10 +124,20 @@ impl Config {
             job,
             checkpoint,
             cluster,
+            security,
             skipped_steps_max,
             training: resolved.resolved,
             identity: resolved.identity,
         })
+    }
+
+    /// A job that is submitted to a service: the same without the service's keys, which are refused.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_job(sources: &Sources) -> Result<Self, ConfigError> {
+        service::check_job(&layers::merge(sources)?)?;
+        Self::load(sources)
     }
 
     /// The training sections as text, for the workers.
@@ -117,6 +147,25 @@ impl Config {
 
     /// The whole resolved configuration as text; loaded again, it gives the same configuration.
     pub fn to_toml(&self) -> String {
+        let mut text = self.job_toml();
+        write_section(&mut text, "cluster", &self.cluster);
+        if self.security != SecuritySection::default() {
+            write_section(&mut text, "security", &self.security);
+        }
+        text
+    }
+
+    /// The same without the service's keys: what is submitted to a service.
+    pub fn to_job_toml(&self) -> String {
+        let mut text = self.job_toml();
+        let mut cluster = Table::try_from(&self.cluster).expect("a section is a TOML table");
+        cluster.remove("listen");
+        write_section(&mut text, "cluster", &cluster);
+        text
+    }
+
+    /// All sections up to `[cluster]`.
+    fn job_toml(&self) -> String {
         let mut text = String::from(
             "# Resolved: built-in defaults, configuration files, environment and --set merged.\n",
         );
@@ -136,7 +185,6 @@ impl Config {
             }
         }
         write_section(&mut text, "checkpoint", &self.checkpoint);
-        write_section(&mut text, "cluster", &self.cluster);
         text
     }
 

@@ -8,30 +8,32 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Context;
 use checkpoint::{ManifestInfo, RankFile};
 use protocol::{
-    Action, Cause, CoordinatorMessage, Event, FromWorker, Incarnation, Job, Note, Outcome, Record,
-    RunFacts, Step, ToWorker, Waiting, WorkerMessage,
+    Action, Afterwards, Cause, CoordinatorMessage, Event, FromWorker, Incarnation, Job, Note,
+    Outcome, Record, RunFacts, Step, ToWorker, Waiting, WorkerMessage,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant as TokioInstant, sleep_until};
 use wire::proto;
+use wire::proto::job_event::Event as Kind;
 
+use crate::feed::{self, Feed};
 use crate::launcher::ChildExit;
 use crate::run_directory::{RunDirectory, RunDirectoryError};
-use crate::server::ToSession;
+use crate::server::{Connected, ToSession};
 use crate::summary::ReferenceCounts;
 use crate::ui::Console;
 
 /// What reaches the driver. The queue that carries it is bounded; senders wait.
 #[derive(Debug)]
 pub enum Input {
-    /// A session spoke for the first time; answers go here.
-    Connected(Incarnation, ToSession),
+    /// A session spoke for the first time.
+    Connected(Connected),
     /// A worker's message.
     Message(FromWorker),
     /// A session ended.
     Disconnected(Incarnation),
-    /// Somebody asks how things are.
-    Status(oneshot::Sender<proto::Status>),
+    /// Somebody asks how the job is.
+    Job(oneshot::Sender<proto::Job>),
     /// A checkpoint became visible, or did not.
     Checkpoint(Step, Result<(), String>),
     /// A worker process of this machine is gone.
@@ -57,6 +59,9 @@ pub struct Driver<'a> {
     directory: &'a mut RunDirectory,
     console: &'a mut Console,
     checkpoints: Checkpoints,
+    feed: Feed,
+    /// The state that watchers were told last.
+    told: Option<proto::JobState>,
     /// For the results of work that is done beside the loop.
     inputs: mpsc::Sender<Input>,
     sessions: BTreeMap<Incarnation, ToSession>,
@@ -74,6 +79,8 @@ pub struct Driven {
     pub facts: Option<RunFacts>,
     /// Over all members.
     pub references: ReferenceCounts,
+    /// The last commit.
+    pub committed: Step,
 }
 
 impl<'a> Driver<'a> {
@@ -84,6 +91,7 @@ impl<'a> Driver<'a> {
         directory: &'a mut RunDirectory,
         console: &'a mut Console,
         checkpoints: Checkpoints,
+        feed: Feed,
         inputs: mpsc::Sender<Input>,
     ) -> Self {
         Self {
@@ -91,6 +99,8 @@ impl<'a> Driver<'a> {
             directory,
             console,
             checkpoints,
+            feed,
+            told: None,
             inputs,
             sessions: BTreeMap::new(),
             references: BTreeMap::new(),
@@ -128,6 +138,7 @@ impl<'a> Driver<'a> {
             if let Some(event) = event {
                 let actions = self.job.handle(self.now_ms(), event);
                 self.execute(actions)?;
+                self.tell_state();
             }
         }
         self.console.finish(Instant::now());
@@ -135,6 +146,7 @@ impl<'a> Driver<'a> {
         let references = self.references.values();
         Ok(Driven {
             outcome,
+            committed: self.job.committed(),
             facts: self.job.facts().cloned(),
             references: references.fold(ReferenceCounts::default(), |sum, counts| {
                 ReferenceCounts {
@@ -145,6 +157,27 @@ impl<'a> Driver<'a> {
         })
     }
 
+    /// The job as it is, for whoever asks.
+    fn view(&self) -> proto::Job {
+        let last = self.directory.metrics().last();
+        proto::Job {
+            events: self.feed.notes(),
+            output: self.directory.path().display().to_string(),
+            ..wire::running_job(&self.job, self.now_ms(), last)
+        }
+    }
+
+    /// Watchers hear of the job's every new state. That it has ended they hear from its shell, once its export is written.
+    fn tell_state(&mut self) {
+        let state = wire::job_state(&self.job);
+        if self.job.outcome().is_some() {
+            return;
+        }
+        if self.told.replace(state) != Some(state) {
+            self.feed.tell(Kind::Job(self.view()));
+        }
+    }
+
     fn now_ms(&self) -> u64 {
         self.start.elapsed().as_millis() as u64
     }
@@ -152,8 +185,8 @@ impl<'a> Driver<'a> {
     /// The job's event in an input, if it concerns the job.
     fn event(&mut self, input: Input) -> Option<Event> {
         match input {
-            Input::Connected(incarnation, session) => {
-                self.sessions.insert(incarnation, session);
+            Input::Connected(it) => {
+                self.sessions.insert(it.incarnation, it.answers);
                 None
             }
             Input::Message(message) => {
@@ -175,11 +208,9 @@ impl<'a> Driver<'a> {
                 self.sessions.remove(&incarnation);
                 Some(Event::Disconnected { incarnation })
             }
-            Input::Status(answer) => {
-                let last = self.directory.metrics().last();
-                let status = wire::status(&self.job, self.now_ms(), last);
+            Input::Job(answer) => {
                 // Whoever asked may have gone.
-                drop(answer.send(status));
+                drop(answer.send(self.view()));
                 None
             }
             Input::Checkpoint(step, Ok(())) => Some(Event::CheckpointCommitted { step }),
@@ -233,9 +264,11 @@ impl<'a> Driver<'a> {
                 }
                 Action::RecordStep(row) => {
                     self.directory.record_step(row)?;
+                    self.feed.tell(Kind::Step(row.into()));
                     let total = self.job.facts().map_or(0, |facts| facts.steps_total);
                     self.console.step(Instant::now(), &row, total);
                     tracing::info!(
+                        target: "coordinator::step",
                         step = row.report.step,
                         loss = row.report.statistics.loss,
                         grad_norm = row.report.grad_norm,
@@ -246,7 +279,9 @@ impl<'a> Driver<'a> {
                 Action::RecordEvaluation { row, samples } => {
                     self.directory.record_evaluation(row, &samples)?;
                     self.console.evaluation(&row);
+                    self.feed.tell(Kind::Evaluation(row.into()));
                     tracing::info!(
+                        target: "coordinator::step",
                         step = row.step,
                         chosen = row.statistics.log_ratios_chosen,
                         rejected = row.statistics.log_ratios_rejected,
@@ -256,6 +291,7 @@ impl<'a> Driver<'a> {
                 Action::DataReport { text } => {
                     self.console.say(&text);
                     self.directory.write_data_report(&text)?;
+                    self.feed.tell(Kind::DataReport(proto::DataReport { text }));
                 }
                 Action::Note(note) => self.note(&note)?,
                 Action::Progress {
@@ -266,6 +302,12 @@ impl<'a> Driver<'a> {
                 } => {
                     let now = Instant::now();
                     self.console.phase(now, rank.0, &phase, done, total);
+                    self.feed.tell(Kind::Progress(proto::RankProgress {
+                        rank: rank.0,
+                        phase,
+                        done,
+                        total,
+                    }));
                 }
                 Action::Done(outcome) => {
                     self.outcome.get_or_insert(outcome);
@@ -276,7 +318,9 @@ impl<'a> Driver<'a> {
     }
 
     fn note(&mut self, note: &Note) -> Result<(), RunDirectoryError> {
-        self.directory.event(SystemTime::now(), note)?;
+        let now = SystemTime::now();
+        self.directory.event(now, note)?;
+        self.feed.note(feed::event(now, note));
         tracing::info!(kind = note.kind, "{}", note.text);
         if ["lost", "skip", "rewind", "stop", "ready"].contains(&note.kind) {
             self.console.say(&note.text);
@@ -297,6 +341,7 @@ impl<'a> Driver<'a> {
                 generation,
                 message: CoordinatorMessage::Stop {
                     reason: reason.clone(),
+                    afterwards: Afterwards::Rejoin,
                 },
             });
         }

@@ -120,7 +120,13 @@ fn export(
         Some(dtype) if dtype.as_str() == Some("bf16") => ExportDtype::Bf16,
         _ => ExportDtype::F32,
     };
-    checkpoint::export(checkpoint, model.as_ref(), &out, dtype)?;
+    // Workers on other machines may see a model that this one does not; rank 0 left a copy of what an export needs.
+    let kept = config.checkpoint.path.join(checkpoint::SOURCE);
+    let model = match Path::new(model) {
+        here if here.join("config.json").exists() || !kept.exists() => here,
+        _ => &kept,
+    };
+    checkpoint::export(checkpoint, model, &out, dtype)?;
     Ok(out)
 }
 

@@ -32,6 +32,8 @@ pub struct Launch {
     pub threads: usize,
     /// `auto`, `cpu` or `cuda`.
     pub backend: String,
+    /// The token they show.
+    pub token_file: Option<PathBuf>,
     /// Folder of their logs.
     pub logs: PathBuf,
     /// Whether they log JSON.
@@ -69,22 +71,29 @@ pub fn launch(launch: &Launch, inputs: &mpsc::Sender<Input>) -> anyhow::Result<W
     let mut watchers = Vec::new();
     for number in 0..launch.workers {
         let log = launch.logs.join(format!("worker-{number}.log"));
-        let child = start(launch, &program, &log)?;
+        let child = start(launch, &program, number, &log)?;
         watchers.push(tokio::spawn(watch(child, number, log, inputs.clone())));
     }
     Ok(Workers { watchers })
 }
 
-fn start(launch: &Launch, program: &Path, log: &Path) -> anyhow::Result<Child> {
+fn start(launch: &Launch, program: &Path, number: u32, log: &Path) -> anyhow::Result<Child> {
     let file = File::create(log).with_context(|| format!("create {}", log.display()))?;
     let same = file.try_clone().context("share a log file")?;
     let mut command = Command::new(program);
     command
         .arg("worker")
         .args(["--coordinator", &launch.url, "--once", "--child"])
+        .args(["--name", &format!("worker-{number}")])
         .args(["--threads", &launch.threads.to_string()])
         .args(["--backend", &launch.backend])
         .args(["--log", if launch.json_logs { "json" } else { "text" }])
+        .args(
+            launch
+                .token_file
+                .iter()
+                .flat_map(|file| ["--token-file".as_ref(), file.as_os_str()]),
+        )
         .stdin(Stdio::piped())
         .stdout(same)
         .stderr(file)

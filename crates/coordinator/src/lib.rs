@@ -8,12 +8,17 @@
 //! run: open run directory ─► recover ─► serve, launch workers ─► driver ─► finish: export, plots, summary
 //!      driver: inputs of sessions, processes, signals ─► protocol::Job ─► actions, strictly in order
 //! ```
-//! Decisions about a job are `protocol`'s; training is the workers'.
+//! `--cluster` ([`cluster`]) serves job after job the same way, each attempt on a thread of its own; [`client`] is what people
+//! type to it. Decisions about a job are `protocol`'s; training is the workers'.
 
+mod attempt;
 pub mod cache;
+pub mod client;
+pub mod cluster;
 pub mod compare;
 pub mod config;
 mod driver;
+mod feed;
 pub mod finish;
 pub mod init;
 mod launcher;
@@ -21,11 +26,11 @@ pub mod log;
 pub mod model_card;
 mod numbers;
 mod objective;
+mod only;
 pub mod plots;
 pub mod run;
 pub mod run_directory;
 mod server;
-pub mod status;
 pub mod summary;
 mod timestamp;
 pub mod ui;

@@ -17,10 +17,18 @@ pub enum LogFormat {
 
 /// Starts logging, at the level that `RUST_LOG` says: by default warnings beside the console, everything of interest as JSON.
 pub fn start(format: LogFormat) {
-    let level = match format {
-        LogFormat::Text => "warn",
-        LogFormat::Json => "info",
-    };
+    match format {
+        LogFormat::Text => begin(format, "warn", false),
+        LogFormat::Json => begin(format, "info", false),
+    }
+}
+
+/// The same for a service, whose log is all that it shows: everything of interest but single steps.
+pub fn start_service(format: LogFormat) {
+    begin(format, "info,coordinator::step=warn", true);
+}
+
+fn begin(format: LogFormat, level: &str, times: bool) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -28,6 +36,7 @@ pub fn start(format: LogFormat) {
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     match format {
+        LogFormat::Text if times => builder.with_target(false).init(),
         LogFormat::Text => builder.with_target(false).without_time().init(),
         LogFormat::Json => builder.json().init(),
     }

@@ -8,15 +8,17 @@ use {anyhow::Context, std::io::Write};
 
 use clap::{Args, Parser, Subcommand};
 use coordinator::cache::{self, Cache};
+use coordinator::client::{self, Refused, Target};
+use coordinator::cluster;
 use coordinator::compare::{CompareError, Comparison, compare};
-use coordinator::config::{Config, Sources};
+use coordinator::config::{Config, ServiceConfig, Sources};
 #[cfg(feature = "local")]
 use coordinator::init;
 use coordinator::log::{self, LogFormat};
 use coordinator::run::{EXIT_USAGE, Show, run};
-use coordinator::status::print_status;
 
-/// Aligns a language model to preferences: starts workers on this machine, runs one job to its end, and exits.
+/// Aligns a language model to preferences: starts workers on this machine, runs one job to its end, and exits; or, with
+/// --cluster, serves job after job to workers that join from anywhere.
 ///
 /// Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 cancelled, 75 try again, 130 and 143 after a signal.
 #[derive(Parser)]
@@ -26,6 +28,9 @@ struct Program {
     command: Option<Command>,
     #[command(flatten)]
     sources: SourceArguments,
+    /// Serve job after job; the configuration holds cluster.listen, cluster.state, [security] and telemetry.metrics_listen.
+    #[arg(long)]
+    cluster: bool,
     /// What standard error carries.
     #[arg(long, value_enum, default_value_t)]
     log: LogFormat,
@@ -51,11 +56,78 @@ enum Command {
     /// Look into a store of reference log-probs, verify it, or clean it up.
     #[command(subcommand)]
     Cache(Cache),
-    /// Print how a running coordinator and its workers fare.
+    /// Print how a running coordinator, its jobs and its workers fare.
     Status {
-        /// Its URL.
-        #[arg(default_value = "http://127.0.0.1:7070")]
-        url: String,
+        /// The same as --coordinator.
+        #[arg(value_name = "URL")]
+        at: Option<String>,
+        #[command(flatten)]
+        target: Target,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Submit a job to a coordinator that serves job after job.
+    Submit {
+        #[command(flatten)]
+        sources: SourceArguments,
+        #[command(flatten)]
+        target: Target,
+        /// Submitting again with the same key submits nothing, and prints the first job.
+        #[arg(long, value_name = "KEY")]
+        key: Option<String>,
+        /// Follow the job to its end; the exit code tells how it ended.
+        #[arg(long)]
+        watch: bool,
+        /// One JSON object a line.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Follow a running job live; leaving does not touch it. The exit code tells how it ended.
+    Watch {
+        /// Its name; without one, the only job that has not ended.
+        job: Option<String>,
+        #[command(flatten)]
+        target: Target,
+        /// One JSON object an event.
+        #[arg(long)]
+        json: bool,
+    },
+    /// End a job; one that runs commits the step under way and saves first.
+    Cancel {
+        /// Its name.
+        job: String,
+        #[command(flatten)]
+        target: Target,
+        /// For the record.
+        #[arg(long, default_value = "by a person")]
+        reason: String,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List a coordinator's jobs.
+    Jobs {
+        #[command(flatten)]
+        target: Target,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List a coordinator's workers.
+    Workers {
+        #[command(flatten)]
+        target: Target,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let a worker go; its job saves and goes on with others.
+    Drain {
+        /// Its name.
+        worker: String,
+        #[command(flatten)]
+        target: Target,
         /// One JSON object.
         #[arg(long)]
         json: bool,
@@ -131,7 +203,32 @@ fn main() -> ExitCode {
             report(data(sources, json).map(|()| 0))
         }
         Some(Command::Cache(command)) => report(cache::run(&command)),
-        Some(Command::Status { url, json }) => report(print_status(&url, json).map(|()| 0)),
+        Some(Command::Status { at, target, json }) => report(client::status(&target.at(at), json)),
+        Some(Command::Submit {
+            sources,
+            target,
+            key,
+            watch,
+            json,
+        }) => report(
+            load_job(sources).and_then(|config| client::submit(&target, &config, key, json, watch)),
+        ),
+        Some(Command::Watch { job, target, json }) => {
+            report(client::watch(&target, job.as_deref(), json))
+        }
+        Some(Command::Cancel {
+            job,
+            target,
+            reason,
+            json,
+        }) => report(client::cancel(&target, &job, &reason, json)),
+        Some(Command::Jobs { target, json }) => report(client::jobs(&target, json)),
+        Some(Command::Workers { target, json }) => report(client::workers(&target, json)),
+        Some(Command::Drain {
+            worker,
+            target,
+            json,
+        }) => report(client::drain(&target, &worker, json)),
         Some(Command::Compare {
             directories,
             json,
@@ -146,6 +243,13 @@ fn main() -> ExitCode {
                 println!("{text}");
                 0
             }))
+        }
+        None if program.cluster => {
+            log::start_service(program.log);
+            let sources = program.sources.sources();
+            let config = ServiceConfig::load(&sources);
+            let config = config.map_err(|error| Unusable(error.to_string()).into());
+            report(config.and_then(|config| cluster::serve(&config)))
         }
         None => {
             log::start(program.log);
@@ -165,19 +269,32 @@ fn main() -> ExitCode {
 #[error("{0}")]
 struct Unusable(String);
 
+impl SourceArguments {
+    fn sources(self) -> Sources {
+        let mut files = self.files;
+        files.extend(self.config);
+        Sources::from_process(files, self.set)
+    }
+}
+
 fn load(sources: SourceArguments) -> anyhow::Result<Config> {
-    let SourceArguments {
-        mut files,
-        config,
-        set,
-    } = sources;
-    files.extend(config);
-    if files.is_empty() {
+    let sources = sources.sources();
+    if sources.files.is_empty() {
         let reason = "no configuration: name a file, such as `coordinator configs/quickstart.toml`";
         return Err(Unusable(reason.into()).into());
     }
-    let sources = Sources::from_process(files, set);
     Config::load(&sources).map_err(|error| Unusable(error.to_string()).into())
+}
+
+/// A job to submit. The environment of whoever submits may hold keys of a service too, which are not the job's.
+fn load_job(sources: SourceArguments) -> anyhow::Result<Config> {
+    let sources = sources.sources().without_service_variables();
+    if sources.files.is_empty() {
+        let reason =
+            "no configuration: name a file, such as `coordinator submit configs/quickstart.toml`";
+        return Err(Unusable(reason.into()).into());
+    }
+    Config::load_job(&sources).map_err(|error| Unusable(error.to_string()).into())
 }
 
 #[cfg(feature = "local")]
@@ -239,6 +356,9 @@ fn report(result: anyhow::Result<u8>) -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("error: {}", sentence(&error));
+            if let Some(refused) = error.downcast_ref::<Refused>() {
+                return ExitCode::from(refused.exit_code());
+            }
             let usage = error.is::<Unusable>()
                 || error
                     .downcast_ref::<CompareError>()

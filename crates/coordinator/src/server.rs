@@ -1,34 +1,80 @@
-//! The gRPC services: worker sessions and status in, answers out. Decides nothing; everything goes to the driver's queue.
+//! The gRPC services: worker sessions, requests of clients, health and reflection. Decides nothing: sessions go to whoever
+//! they are routed to, requests to whoever owns the jobs.
 //!
-//! Open are `Workers`, `Cluster`, health and reflection. Only loopback listeners are allowed so far, so none of them asks for
-//! credentials (invariant S1).
+//! All but health asks for the service's token, where it has one (invariant S1).
 
 use std::future::Future;
 use std::pin::Pin;
+use std::time::Duration;
 
 use protocol::{FromWorker, Incarnation};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
-use tokio_stream::Stream;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio_stream::wrappers::{BroadcastStream, ReceiverStream, TcpListenerStream};
+use tokio_stream::{Stream, StreamExt, wrappers::errors::BroadcastStreamRecvError};
 use tonic::{Request, Response, Status, Streaming};
-use wire::proto;
 use wire::proto::cluster_server::{Cluster, ClusterServer};
+use wire::proto::job_event::Event as Kind;
+use wire::proto::jobs_server::{Jobs, JobsServer};
 use wire::proto::workers_server::{Workers, WorkersServer};
+use wire::{Guard, proto};
 
 use crate::driver::Input;
 
 /// Messages to one worker that wait for its network. A job sends a handful a step; a worker that lets more pile up is lost.
 const OUTGOING_MESSAGES_MAX: usize = 64;
 
+/// A peer whose machine is gone is noticed by this: a ping so often, and so long for its answer.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+
 /// Where a session's messages go.
 pub type ToSession = mpsc::Sender<Result<proto::ToWorker, Status>>;
 
-#[derive(Clone)]
-struct Services {
-    /// The job of workers that name none: this coordinator runs one.
-    job: String,
-    inputs: mpsc::Sender<Input>,
+/// Who listens to a session, and may hand it on.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// The job of workers that name none.
+    pub job: String,
+    /// Who listens.
+    pub inputs: mpsc::Sender<Input>,
+}
+
+/// Where an answer goes.
+pub type Answer<T> = oneshot::Sender<Result<T, Status>>;
+
+/// A job as it is, and what happens to it from then on.
+pub type Watched = (proto::Job, broadcast::Receiver<proto::JobEvent>);
+
+/// What a client asks of whoever owns the jobs.
+#[derive(Debug)]
+pub enum Ask {
+    /// Everything on one screen.
+    Status(Answer<proto::Status>),
+    /// One job; without a name the only one that has not ended.
+    Job(String, Answer<proto::Job>),
+    /// All jobs.
+    Jobs(Answer<Vec<proto::Job>>),
+    /// To follow a job.
+    Watch(String, Answer<Watched>),
+    /// To end a job.
+    Cancel(proto::CancelRequest, Answer<proto::Job>),
+    /// To take a job; true when it is new.
+    Submit(proto::SubmitRequest, Answer<(proto::Job, bool)>),
+    /// All connected workers.
+    Workers(Answer<Vec<proto::Worker>>),
+    /// To follow the coordinator's events.
+    Events(Answer<broadcast::Receiver<proto::Event>>),
+    /// To let a worker go.
+    Drain(String, Answer<proto::Worker>),
+}
+
+/// Where sessions and clients are let in to.
+#[derive(Clone, Debug)]
+pub struct Doors {
+    /// Who listens to a new session.
+    pub sessions: Route,
+    /// Who answers clients.
+    pub asks: mpsc::Sender<Ask>,
 }
 
 /// Serves on `listener` until `shutdown` resolves.
@@ -37,72 +83,181 @@ struct Services {
 /// What tonic says; a service description that does not load.
 pub async fn serve(
     listener: TcpListener,
-    job: String,
-    inputs: mpsc::Sender<Input>,
+    doors: Doors,
+    guard: Guard,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
-    let services = Services { job, inputs };
     let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<ClusterServer<Services>>().await;
-    health.set_serving::<WorkersServer<Services>>().await;
+    health.set_serving::<ClusterServer<Doors>>().await;
+    health.set_serving::<JobsServer<Doors>>().await;
+    health.set_serving::<WorkersServer<Doors>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(wire::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()?;
+    let reflection =
+        tonic::service::interceptor::InterceptedService::new(reflection, guard.clone());
     tonic::transport::Server::builder()
         .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
         .add_service(health_service)
         .add_service(reflection)
-        .add_service(WorkersServer::new(services.clone()))
-        .add_service(ClusterServer::new(services))
+        .add_service(WorkersServer::with_interceptor(
+            doors.clone(),
+            guard.clone(),
+        ))
+        .add_service(JobsServer::with_interceptor(doors.clone(), guard.clone()))
+        .add_service(ClusterServer::with_interceptor(doors, guard))
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown)
         .await?;
     Ok(())
 }
 
+type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
 #[tonic::async_trait]
-impl Workers for Services {
-    type SessionStream = Pin<Box<dyn Stream<Item = Result<proto::ToWorker, Status>> + Send>>;
+impl Workers for Doors {
+    type SessionStream = Events<proto::ToWorker>;
 
     async fn session(
         &self,
         request: Request<Streaming<proto::FromWorker>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         let (answers, outgoing) = mpsc::channel(OUTGOING_MESSAGES_MAX);
+        let (route, routed) = watch::channel(self.sessions.clone());
         let session = Session {
-            services: self.clone(),
-            answers,
+            home: self.sessions.inputs.clone(),
+            routed,
+            told: answers.downgrade(),
+            first: Some((answers, route)),
         };
         tokio::spawn(session.run(request.into_inner()));
         Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
     }
 }
 
+impl Doors {
+    async fn ask<T>(&self, ask: impl FnOnce(Answer<T>) -> Ask) -> Result<T, Status> {
+        let gone = || Status::unavailable("the coordinator is leaving");
+        let (answer, answered) = oneshot::channel();
+        self.asks.send(ask(answer)).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
+    }
+}
+
 #[tonic::async_trait]
-impl Cluster for Services {
+impl Jobs for Doors {
+    type WatchStream = Events<proto::JobEvent>;
+
+    async fn submit(
+        &self,
+        request: Request<proto::SubmitRequest>,
+    ) -> Result<Response<proto::SubmitResponse>, Status> {
+        let request = request.into_inner();
+        let (job, created) = self.ask(|answer| Ask::Submit(request, answer)).await?;
+        let job = Some(job);
+        Ok(Response::new(proto::SubmitResponse { job, created }))
+    }
+
+    async fn get(
+        &self,
+        request: Request<proto::GetRequest>,
+    ) -> Result<Response<proto::Job>, Status> {
+        let name = request.into_inner().job;
+        Ok(Response::new(self.ask(|it| Ask::Job(name, it)).await?))
+    }
+
+    async fn list(
+        &self,
+        _request: Request<proto::ListRequest>,
+    ) -> Result<Response<proto::ListResponse>, Status> {
+        let jobs = self.ask(Ask::Jobs).await?;
+        Ok(Response::new(proto::ListResponse { jobs }))
+    }
+
+    async fn watch(
+        &self,
+        request: Request<proto::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let name = request.into_inner().job;
+        let (job, events) = self.ask(|it| Ask::Watch(name, it)).await?;
+        let first = proto::JobEvent {
+            event: Some(Kind::Job(job)),
+        };
+        let events = BroadcastStream::new(events).map(|event| {
+            Ok(
+                event.unwrap_or_else(|BroadcastStreamRecvError::Lagged(missed)| proto::JobEvent {
+                    event: Some(Kind::Missed(missed)),
+                }),
+            )
+        });
+        let stream = tokio_stream::once(Ok(first)).chain(events);
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn cancel(
+        &self,
+        request: Request<proto::CancelRequest>,
+    ) -> Result<Response<proto::CancelResponse>, Status> {
+        let request = request.into_inner();
+        let job = Some(self.ask(|it| Ask::Cancel(request, it)).await?);
+        Ok(Response::new(proto::CancelResponse { job }))
+    }
+}
+
+#[tonic::async_trait]
+impl Cluster for Doors {
+    type WatchEventsStream = Events<proto::Event>;
+
     async fn get_status(
         &self,
         _request: Request<proto::GetStatusRequest>,
     ) -> Result<Response<proto::Status>, Status> {
-        let (answer, status) = oneshot::channel();
-        let gone = || Status::unavailable("the job has ended and the coordinator is leaving");
-        self.inputs
-            .send(Input::Status(answer))
-            .await
-            .map_err(|_| gone())?;
-        let status = status.await.map_err(|_| gone())?;
-        Ok(Response::new(status))
+        Ok(Response::new(self.ask(Ask::Status).await?))
+    }
+
+    async fn list_workers(
+        &self,
+        _request: Request<proto::ListWorkersRequest>,
+    ) -> Result<Response<proto::ListWorkersResponse>, Status> {
+        let workers = self.ask(Ask::Workers).await?;
+        Ok(Response::new(proto::ListWorkersResponse { workers }))
+    }
+
+    async fn watch_events(
+        &self,
+        _request: Request<proto::WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        let events = self.ask(Ask::Events).await?;
+        // A client that is too slow loses some; the next one tells where things are.
+        let events = BroadcastStream::new(events).filter_map(Result::ok).map(Ok);
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn drain_worker(
+        &self,
+        request: Request<proto::DrainWorkerRequest>,
+    ) -> Result<Response<proto::DrainWorkerResponse>, Status> {
+        let name = request.into_inner().name;
+        let worker = Some(self.ask(|it| Ask::Drain(name, it)).await?);
+        Ok(Response::new(proto::DrainWorkerResponse { worker }))
     }
 }
 
 /// One worker's stream.
 struct Session {
-    services: Services,
-    answers: ToSession,
+    /// Who listened first, and hears of the end.
+    home: mpsc::Sender<Input>,
+    routed: watch::Receiver<Route>,
+    /// Given to whoever listens first: where answers go, and to whom the session may be handed on.
+    first: Option<(ToSession, watch::Sender<Route>)>,
+    /// Where answers go, as long as somebody holds it; then the stream ends.
+    told: mpsc::WeakSender<Result<proto::ToWorker, Status>>,
 }
 
 impl Session {
-    async fn run(self, mut incoming: Streaming<proto::FromWorker>) {
+    async fn run(mut self, mut incoming: Streaming<proto::FromWorker>) {
         let mut speaker = None;
         let end = loop {
             match incoming.message().await {
@@ -115,35 +270,41 @@ impl Session {
                 Ok(None) | Err(_) => break None,
             }
         };
-        if let Some(status) = end {
+        let first = self.first.take().map(|(answers, _)| answers);
+        if let (Some(status), Some(answers)) = (end, first.or_else(|| self.told.upgrade())) {
             // The worker may be gone as well; then nobody needs to know why.
-            drop(self.answers.try_send(Err(status)));
+            drop(answers.try_send(Err(status)));
         }
-        if let Some(incarnation) = speaker {
-            // A driver that is gone has ended its job.
-            drop(
-                self.services
-                    .inputs
-                    .send(Input::Disconnected(incarnation))
-                    .await,
-            );
+        let Some(incarnation) = speaker else { return };
+        let now = self.routed.borrow().inputs.clone();
+        // Whoever is gone has ended the job.
+        drop(now.send(Input::Disconnected(incarnation)).await);
+        if !now.same_channel(&self.home) {
+            drop(self.home.send(Input::Disconnected(incarnation)).await);
         }
     }
 
     async fn pass_on(
-        &self,
+        &mut self,
         mut message: proto::FromWorker,
         speaker: &mut Option<Incarnation>,
     ) -> Result<(), Status> {
+        let route = self.routed.borrow().clone();
         if message.job.is_empty() {
-            message.job.clone_from(&self.services.job);
+            message.job.clone_from(&route.job);
         }
         let message = FromWorker::try_from(message)?;
         match speaker {
             None => {
                 *speaker = Some(message.incarnation);
-                self.tell(Input::Connected(message.incarnation, self.answers.clone()))
-                    .await?;
+                if let Some((answers, route_to)) = self.first.take() {
+                    let connected = Connected {
+                        incarnation: message.incarnation,
+                        answers,
+                        route: route_to,
+                    };
+                    tell(&route, Input::Connected(connected)).await?;
+                }
             }
             Some(known) if *known != message.incarnation => {
                 return Err(Status::invalid_argument(format!(
@@ -153,11 +314,22 @@ impl Session {
             }
             Some(_) => {}
         }
-        self.tell(Input::Message(message)).await
+        tell(&route, Input::Message(message)).await
     }
+}
 
-    async fn tell(&self, input: Input) -> Result<(), Status> {
-        let told = self.services.inputs.send(input).await;
-        told.map_err(|_| Status::unavailable("the job has ended"))
-    }
+/// A session that spoke for the first time.
+#[derive(Debug)]
+pub struct Connected {
+    /// Whose.
+    pub incarnation: Incarnation,
+    /// Where answers go. The session ends when nobody holds this.
+    pub answers: ToSession,
+    /// To hand it on.
+    pub route: watch::Sender<Route>,
+}
+
+async fn tell(route: &Route, input: Input) -> Result<(), Status> {
+    let told = route.inputs.send(input).await;
+    told.map_err(|_| Status::unavailable("the job has ended"))
 }

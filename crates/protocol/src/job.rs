@@ -20,9 +20,9 @@ mod view;
 use std::collections::BTreeMap;
 
 use crate::{
-    Awaits, Cause, CoordinatorMessage, EvaluationRow, FromWorker, Generation, Incarnation, JobId,
-    JobPolicy, MetricsRow, Note, Outcome, Rank, Record, Recovery, RunFacts, Sample, Step, ToWorker,
-    WorkerMessage,
+    Afterwards, Awaits, Cause, CoordinatorMessage, EvaluationRow, FromWorker, Generation,
+    Incarnation, JobId, JobPolicy, MetricsRow, Note, Outcome, Rank, Record, Recovery, RunFacts,
+    Sample, Step, ToWorker, WorkerMessage,
 };
 use phase::{Member, Phase, Save};
 pub use view::{Waiting, WorkerView};
@@ -40,6 +40,8 @@ pub struct JobSpec {
     pub config_toml: String,
     /// Where checkpoints go.
     pub checkpoint_dir: String,
+    /// A file in that folder, by which workers see that it is the same disk; empty for none.
+    pub probe: String,
     /// Key of this generation's collective handshake.
     pub secret: [u8; 32],
     /// What to go on from.
@@ -247,27 +249,17 @@ impl Job {
         // A worker may not know the name of the only job here.
         if !job.0.is_empty() && job != self.spec.id {
             let reason = format!("this coordinator runs job {}, not {job}", self.spec.id);
-            return self.send(incarnation, CoordinatorMessage::Stop { reason }, actions);
+            return self.stop(incarnation, reason, actions);
         }
         if let Phase::Done(outcome) = &self.phase {
             let reason = format!("the job ended: {outcome}");
-            return self.send(incarnation, CoordinatorMessage::Stop { reason }, actions);
+            return self.stop(incarnation, reason, actions);
         }
         if let Some(reason) = self.knows_more(incarnation, generation, &message) {
             return self.fail(Cause::Fatal, reason, None, actions);
         }
-        if let WorkerMessage::Join {
-            build,
-            wire_version,
-            address,
-        } = message
-        {
-            let join = gathering::Join {
-                build,
-                wire_version,
-                address,
-            };
-            return self.join(now_ms, incarnation, join, actions);
+        if let WorkerMessage::Join(profile) = message {
+            return self.join(now_ms, incarnation, profile, actions);
         }
         let gathering = matches!(self.phase, Phase::Gathering { .. });
         let truth = CoordinatorMessage::Stale {
@@ -278,7 +270,7 @@ impl Job {
                 return self.send(incarnation, truth, actions);
             }
             let reason = format!("generation {} has its members already", self.generation);
-            return self.send(incarnation, CoordinatorMessage::Stop { reason }, actions);
+            return self.stop(incarnation, reason, actions);
         };
         // Before its Form a member speaks with generation 0; once it said Ready, it does not.
         let fresh = generation == Generation(0)
@@ -288,14 +280,21 @@ impl Job {
         }
         member.last_heard_ms = now_ms;
         let Some(rank) = member.rank else {
-            if let WorkerMessage::Failed { cause, reason } = message {
-                let reason = format!("worker {incarnation} (not yet ranked): {reason}");
-                self.fail(cause, reason, Some(incarnation), actions);
+            let name = self.name(incarnation);
+            match message {
+                WorkerMessage::Failed { cause, reason } => {
+                    let reason = format!("{name} (not yet ranked): {reason}");
+                    self.fail(cause, reason, Some(incarnation), actions);
+                }
+                WorkerMessage::Leave { reason } => {
+                    self.stop_requested(format!("{name} leaves: {reason}"), actions);
+                }
+                _ => {}
             }
             return;
         };
         match message {
-            WorkerMessage::Join { .. } => unreachable!("joins were taken above"),
+            WorkerMessage::Join(_) => unreachable!("joins were taken above"),
             WorkerMessage::Beat { committed, awaits } => {
                 member.committed = member.committed.max(committed);
                 self.repeat(incarnation, committed, awaits, actions);
@@ -331,6 +330,10 @@ impl Job {
             WorkerMessage::Finished => self.finished(incarnation, actions),
             WorkerMessage::Failed { cause, reason } => {
                 self.member_failed(incarnation, cause, &reason, actions);
+            }
+            WorkerMessage::Leave { reason } => {
+                let reason = format!("{} leaves: {reason}", self.name(incarnation));
+                self.stop_requested(reason, actions);
             }
         }
     }
@@ -396,21 +399,29 @@ impl Job {
         }));
     }
 
+    /// Tells a worker that the job is over for it; it may ask for another.
+    fn stop(&self, incarnation: Incarnation, reason: String, actions: &mut Vec<Action>) {
+        let stop = CoordinatorMessage::Stop {
+            reason,
+            afterwards: Afterwards::Rejoin,
+        };
+        self.send(incarnation, stop, actions);
+    }
+
     fn send_all(&self, message: &CoordinatorMessage, actions: &mut Vec<Action>) {
         for incarnation in self.members.keys() {
             self.send(*incarnation, message.clone(), actions);
         }
     }
 
-    /// `rank 1 (worker 7)`, or the worker alone before it has a rank.
+    /// `rank 1 (worker gpu-3)`, or the worker alone before it has a rank; its incarnation when it is no member.
     fn name(&self, incarnation: Incarnation) -> String {
-        match self
-            .members
-            .get(&incarnation)
-            .and_then(|member| member.rank)
-        {
-            Some(rank) => format!("rank {rank} (worker {incarnation})"),
-            None => format!("worker {incarnation}"),
+        let Some(member) = self.members.get(&incarnation) else {
+            return format!("worker {incarnation}");
+        };
+        match member.rank {
+            Some(rank) => format!("rank {rank} (worker {})", member.name),
+            None => format!("worker {}", member.name),
         }
     }
 }

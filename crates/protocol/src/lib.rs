@@ -8,8 +8,11 @@
 //! of the generation have sent identical bits, the job journals COMMIT and only then sends [`CoordinatorMessage::Commit`],
 //! which lets the optimizer step. The journaled record is the commit.
 //!
-//! Not here: gRPC (`wire`), files and processes (`coordinator`), training (`trainer`). A lost worker ends the job as
-//! failed and resumable; forming a new generation among survivors is not built.
+//! [`Scheduler`] is the queue of a coordinator that serves job after job: it gives waiting workers to jobs, each of whose
+//! attempts is a [`Job`].
+//!
+//! Not here: gRPC (`wire`), files and processes (`coordinator`), training (`trainer`). A lost worker ends an
+//! attempt as failed and resumable; forming a new generation among survivors is not built.
 
 mod ids;
 mod job;
@@ -17,13 +20,19 @@ mod message;
 mod policy;
 mod record;
 mod report;
+mod scheduler;
 
 pub use ids::{Generation, Incarnation, JobId, Rank, Step};
 pub use job::{Action, Event, Job, JobSpec, Waiting, WorkerView};
 pub use message::{
-    Awaits, Cause, CoordinatorMessage, FromWorker, Note, RunFacts, ToWorker, WIRE_VERSION,
-    WorkerMessage,
+    Afterwards, Awaits, Cause, CoordinatorMessage, FromWorker, Note, RunFacts, ToWorker,
+    WIRE_VERSION, WorkerMessage, WorkerProfile,
 };
 pub use policy::JobPolicy;
 pub use record::{CommitRecord, Outcome, Record, Recovery, RecoveryError, recover, surviving};
 pub use report::{EvaluationRow, MetricsRow, Sample, Statistics, StepReport};
+pub use scheduler::{
+    ENDED_MAX, Ending, JOBS_MAX, JobRecord, JobSummary, JobSummaryState, JobsRecovery, NewJob,
+    PoolWorker, Scheduler, SchedulerAction, SchedulerEvent, SchedulerPolicy, SubmitError,
+    recover_jobs,
+};

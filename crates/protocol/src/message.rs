@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{EvaluationRow, Generation, Incarnation, JobId, Rank, Sample, Step, StepReport};
 
 /// Version of these messages. A worker that speaks another one is refused.
-pub const WIRE_VERSION: u32 = 1;
+pub const WIRE_VERSION: u32 = 2;
 
 /// A worker's message with its fences.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,14 +42,7 @@ pub struct ToWorker {
 #[derive(Clone, Debug, PartialEq)]
 pub enum WorkerMessage {
     /// Here I am.
-    Join {
-        /// Version of the program; all members must run the same.
-        build: String,
-        /// Version of these messages.
-        wire_version: u32,
-        /// `host:port` of its bound collective listener.
-        address: String,
-    },
+    Join(WorkerProfile),
     /// Alive.
     Beat {
         /// The last commit it knows.
@@ -115,6 +108,44 @@ pub enum WorkerMessage {
         /// What happened, where, and the cure.
         reason: String,
     },
+    /// It was told to leave, and asks for its job to save first.
+    Leave {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a worker says of itself when it joins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerProfile {
+    /// Version of the program; all members must run the same.
+    pub build: String,
+    /// Version of these messages.
+    pub wire_version: u32,
+    /// `host:port` of its bound collective listener.
+    pub address: String,
+    /// What people call it; unique among the workers of a coordinator.
+    pub name: String,
+    /// What it computes on, such as `cpu, 2 threads`.
+    pub device: String,
+}
+
+impl WorkerProfile {
+    /// Why it cannot work with a coordinator of version `build`, if it cannot.
+    pub(crate) fn mismatch(&self, build: &str) -> Option<String> {
+        if self.wire_version != WIRE_VERSION {
+            return Some(format!(
+                "it speaks wire version {}, the coordinator {WIRE_VERSION}; install the same version on both",
+                self.wire_version
+            ));
+        }
+        (self.build != build).then(|| {
+            format!(
+                "it runs build {}, the coordinator {build}; install the same version on both",
+                self.build
+            )
+        })
+    }
 }
 
 /// What a waiting worker waits for.
@@ -197,6 +228,8 @@ pub enum CoordinatorMessage {
         config_toml: String,
         /// Where checkpoints go.
         checkpoint_dir: String,
+        /// A file in that folder, which a worker sees only if it looks at the same disk; empty for none.
+        probe: String,
     },
     /// A generation: load, connect, score your part of the reference, then say Ready.
     Form {
@@ -233,16 +266,30 @@ pub enum CoordinatorMessage {
     },
     /// All is done and durable: say Finished. Follows the last Commit; or Form, when no step was left to do.
     Finish,
-    /// Leave.
+    /// The job is over for this worker.
     Stop {
         /// Why.
         reason: String,
+        /// What to do next.
+        afterwards: Afterwards,
     },
     /// What was said is of another time; this is true now.
     Stale {
         /// The last commit.
         committed: Step,
     },
+}
+
+/// What a stopped worker does next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Afterwards {
+    /// Ask for the next job, if it serves more than one.
+    #[default]
+    Rejoin,
+    /// Leave in good order: it was drained.
+    Leave,
+    /// Leave, and do not try again as it is.
+    Refused,
 }
 
 /// Without the secret (invariant S1).
@@ -274,7 +321,12 @@ impl fmt::Debug for CoordinatorMessage {
                 "Commit {{ step: {step}, apply: {apply}, save: {save}, evaluate: {evaluate}, last: {last} }}"
             ),
             Self::Finish => write!(f, "Finish"),
-            Self::Stop { reason } => write!(f, "Stop {{ reason: {reason:?} }}"),
+            Self::Stop { reason, afterwards } => {
+                write!(
+                    f,
+                    "Stop {{ reason: {reason:?}, afterwards: {afterwards:?} }}"
+                )
+            }
             Self::Stale { committed } => write!(f, "Stale {{ committed: {committed} }}"),
         }
     }
@@ -283,7 +335,8 @@ impl fmt::Debug for CoordinatorMessage {
 /// Something worth a line in `events.jsonl`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
-    /// One word: `join`, `form`, `ready`, `go`, `skip`, `checkpoint`, `rewind`, `lost`, `stop`, `done`.
+    /// One word: `join`, `form`, `ready`, `go`, `skip`, `checkpoint`, `rewind`, `lost`, `stop`, `done`; of the queue `submit`,
+    /// `start`, `pause`, `queue`, `retry`, `cancel`, `drain`, `refuse`, `wait`.
     pub kind: &'static str,
     /// A sentence for a person.
     pub text: String,

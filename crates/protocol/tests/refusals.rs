@@ -13,7 +13,7 @@ use support::{Play, facts, join_message, journaled, outcome, policy, report, sto
 /// The only thing said, which is to stop, and why.
 fn stop_reason(actions: &[Action]) -> String {
     match told(actions).as_slice() {
-        [(_, CoordinatorMessage::Stop { reason })] => reason.clone(),
+        [(_, CoordinatorMessage::Stop { reason, .. })] => reason.clone(),
         other => panic!("{other:?}"),
     }
 }
@@ -45,7 +45,7 @@ fn a_worker_of_another_build_or_wire_version_is_refused_and_others_may_join() {
     let other_version = play.say_in(1, 0, join_message("build", WIRE_VERSION + 1));
     let reason = stop_reason(&other_version);
     assert!(
-        reason.contains("it speaks wire version 2, the coordinator 1"),
+        reason.contains("it speaks wire version 3, the coordinator 2"),
         "{reason}"
     );
     assert!(matches!(

@@ -104,6 +104,9 @@ pub enum TrainError {
         /// Its log-prob.
         value: f32,
     },
+    /// What an export needs of the model could not be copied beside the checkpoints.
+    #[error(transparent)]
+    Source(#[from] checkpoint::ExportError),
     /// The checkpoint to go on from is not this run's, or cannot be read.
     #[error("resume from {}: {reason}", path.display())]
     Resume {
@@ -168,6 +171,7 @@ impl TrainError {
             | Self::Store(refcache::StoreError::InUse { .. }) => Cause::Temporary,
             Self::Store(_)
             | Self::Append(_)
+            | Self::Source(_)
             | Self::ReferenceMissing { .. }
             | Self::Resume { .. }
             | Self::Order { .. } => Cause::Fatal,

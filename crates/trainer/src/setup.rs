@@ -92,6 +92,14 @@ impl Setup {
         }
     }
 
+    /// Leaves a copy of what an export needs of the model beside the checkpoints: exports are made where the coordinator is.
+    ///
+    /// # Errors
+    /// A folder that cannot be written.
+    pub fn keep_source(&self, checkpoints: &Path) -> Result<(), TrainError> {
+        Ok(checkpoint::keep_source(&self.spec.model.path, checkpoints)?)
+    }
+
     /// What became of the rows.
     pub fn reports(&self) -> Reports {
         Reports::of(&self.train, self.eval.as_ref())

@@ -2,9 +2,10 @@
 
 use protocol::{
     Awaits, Cause, FromWorker, Generation, Incarnation, JobId, Sample, Step, WorkerMessage,
+    WorkerProfile,
 };
 
-use crate::error::{address, from_one, required, text};
+use crate::error::{address, from_one, name, required, text};
 use crate::proto::from_worker::Message;
 use crate::{WireError, proto};
 
@@ -35,14 +36,12 @@ impl TryFrom<proto::FromWorker> for FromWorker {
 impl From<WorkerMessage> for Message {
     fn from(it: WorkerMessage) -> Self {
         match it {
-            WorkerMessage::Join {
-                build,
-                wire_version,
-                address,
-            } => Self::Join(proto::Join {
-                build,
-                wire_version,
-                address,
+            WorkerMessage::Join(it) => Self::Join(proto::Join {
+                build: it.build,
+                wire_version: it.wire_version,
+                address: it.address,
+                name: it.name,
+                device: it.device,
             }),
             WorkerMessage::Beat { committed, awaits } => Self::Beat(proto::Beat {
                 committed: committed.0,
@@ -81,6 +80,7 @@ impl From<WorkerMessage> for Message {
                 cause: proto::Cause::from(cause).into(),
                 reason,
             }),
+            WorkerMessage::Leave { reason } => Self::Leave(proto::Leave { reason }),
         }
     }
 }
@@ -90,11 +90,13 @@ impl TryFrom<Message> for WorkerMessage {
 
     fn try_from(it: Message) -> Result<Self, WireError> {
         Ok(match it {
-            Message::Join(it) => Self::Join {
+            Message::Join(it) => Self::Join(WorkerProfile {
                 build: text("Join.build", it.build)?,
                 wire_version: it.wire_version,
                 address: address("Join.address", it.address)?,
-            },
+                name: name("Join.name", it.name)?,
+                device: it.device,
+            }),
             Message::Beat(it) => Self::Beat {
                 committed: Step(it.committed),
                 awaits: awaits(it.awaits)?,
@@ -132,6 +134,7 @@ impl TryFrom<Message> for WorkerMessage {
                 cause: cause(it.cause)?,
                 reason: it.reason,
             },
+            Message::Leave(it) => Self::Leave { reason: it.reason },
         })
     }
 }

@@ -24,10 +24,12 @@ mod from_worker;
 mod report;
 mod status;
 mod to_worker;
+mod token;
 
 pub use error::WireError;
 pub use protocol::WIRE_VERSION;
-pub use status::status;
+pub use status::{job_state, pool_worker, queued_job, running_job};
+pub use token::{Guard, Pass, Token, TokenError};
 
 /// What tonic and prost generate from `/proto`; its documentation is that of the protocol files.
 #[allow(

@@ -1,14 +1,18 @@
-//! A job's status, for whoever asks.
+//! Jobs and workers, for whoever asks.
 
-use protocol::{Job, MetricsRow, Outcome, Waiting, WorkerView};
+use protocol::{
+    Incarnation, Job, JobSummary, JobSummaryState, MetricsRow, Outcome, PoolWorker, Waiting,
+    WorkerView,
+};
 
 use crate::proto::{self, JobState};
 
-/// The status of `job` at `now_ms` of its clock; `last_row` is the last committed step's.
-pub fn status(job: &Job, now_ms: u64, last_row: Option<&MetricsRow>) -> proto::Status {
+/// `job` as it is at `now_ms` of its clock; `last_row` is the last committed step's. What only its shell knows (events,
+/// output, submission) is left empty.
+pub fn running_job(job: &Job, now_ms: u64, last_row: Option<&MetricsRow>) -> proto::Job {
     let waiting = job.waiting();
-    proto::Status {
-        job: job.spec().id.0.clone(),
+    proto::Job {
+        name: job.spec().id.0.clone(),
         state: state(&waiting, job.outcome()).into(),
         waiting: match job.outcome() {
             Some(outcome) => outcome.to_string(),
@@ -18,14 +22,55 @@ pub fn status(job: &Job, now_ms: u64, last_row: Option<&MetricsRow>) -> proto::S
         committed_step: job.committed().0,
         steps_total: job.facts().map(|facts| facts.steps_total),
         world_size: job.spec().policy.world,
-        build: job.spec().build.clone(),
         workers: job
             .workers()
             .into_iter()
             .map(|it| worker(it, now_ms))
             .collect(),
         last_row: last_row.copied().map(Into::into),
+        ..proto::Job::default()
     }
+}
+
+/// A job as the queue sees it.
+pub fn queued_job(it: JobSummary) -> proto::Job {
+    let state = match it.state {
+        JobSummaryState::Queued => JobState::Queued,
+        JobSummaryState::Running => JobState::Gathering,
+        JobSummaryState::Completed => JobState::Completed,
+        JobSummaryState::Cancelled => JobState::Cancelled,
+        JobSummaryState::Failed => JobState::Failed,
+    };
+    proto::Job {
+        name: it.id.0,
+        state: state.into(),
+        waiting: it.waiting,
+        world_size: it.workers,
+        attempts: it.attempts,
+        submitted_unix_ms: it.submitted_unix_ms,
+        ..proto::Job::default()
+    }
+}
+
+/// A connected worker of a coordinator that serves job after job.
+pub fn pool_worker(incarnation: Incarnation, it: &PoolWorker, now_ms: u64) -> proto::Worker {
+    proto::Worker {
+        name: it.profile.name.clone(),
+        incarnation: incarnation.0,
+        address: it.profile.address.clone(),
+        device: it.profile.device.clone(),
+        job: it.job.as_ref().map(|id| id.0.clone()).unwrap_or_default(),
+        draining: it.draining,
+        silent_ms: match it.job {
+            None => Some(now_ms.saturating_sub(it.last_heard_ms)),
+            Some(_) => None,
+        },
+    }
+}
+
+/// Where `job` is.
+pub fn job_state(job: &Job) -> JobState {
+    state(&job.waiting(), job.outcome())
 }
 
 fn state(waiting: &Waiting, outcome: Option<&Outcome>) -> JobState {
@@ -44,6 +89,7 @@ fn state(waiting: &Waiting, outcome: Option<&Outcome>) -> JobState {
 fn worker(it: WorkerView, now_ms: u64) -> proto::WorkerStatus {
     proto::WorkerStatus {
         incarnation: it.incarnation.0,
+        name: it.name,
         rank: it.rank.map(|rank| rank.0),
         address: it.address,
         generation: it.generation.0,

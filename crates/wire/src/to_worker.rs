@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use protocol::{CoordinatorMessage, Generation, Incarnation, Rank, Step, ToWorker};
+use protocol::{Afterwards, CoordinatorMessage, Generation, Incarnation, Rank, Step, ToWorker};
 
 use crate::error::{address, from_one, required, text};
 use crate::proto::to_worker::Message;
@@ -36,9 +36,11 @@ impl From<CoordinatorMessage> for Message {
             CoordinatorMessage::Welcome {
                 config_toml,
                 checkpoint_dir,
+                probe,
             } => Self::Welcome(proto::Welcome {
                 config_toml,
                 checkpoint_dir,
+                probe,
             }),
             CoordinatorMessage::Form {
                 rank,
@@ -71,7 +73,10 @@ impl From<CoordinatorMessage> for Message {
                 last,
             }),
             CoordinatorMessage::Finish => Self::Finish(proto::Finish {}),
-            CoordinatorMessage::Stop { reason } => Self::Stop(proto::Stop { reason }),
+            CoordinatorMessage::Stop { reason, afterwards } => Self::Stop(proto::Stop {
+                reason,
+                afterwards: proto::Afterwards::from(afterwards).into(),
+            }),
             CoordinatorMessage::Stale { committed } => Self::Stale(proto::Stale {
                 committed: committed.0,
             }),
@@ -87,6 +92,7 @@ impl TryFrom<Message> for CoordinatorMessage {
             Message::Welcome(it) => Self::Welcome {
                 config_toml: it.config_toml,
                 checkpoint_dir: text("Welcome.checkpoint_dir", it.checkpoint_dir)?,
+                probe: it.probe,
             },
             Message::Form(it) => form(it)?,
             Message::Go(it) => Self::Go {
@@ -101,11 +107,33 @@ impl TryFrom<Message> for CoordinatorMessage {
                 last: it.last,
             },
             Message::Finish(_) => Self::Finish,
-            Message::Stop(it) => Self::Stop { reason: it.reason },
+            Message::Stop(it) => Self::Stop {
+                afterwards: afterwards(it.afterwards)?,
+                reason: it.reason,
+            },
             Message::Stale(it) => Self::Stale {
                 committed: Step(it.committed),
             },
         })
+    }
+}
+
+impl From<Afterwards> for proto::Afterwards {
+    fn from(it: Afterwards) -> Self {
+        match it {
+            Afterwards::Rejoin => Self::Unspecified,
+            Afterwards::Leave => Self::Leave,
+            Afterwards::Refused => Self::Refused,
+        }
+    }
+}
+
+fn afterwards(value: i32) -> Result<Afterwards, WireError> {
+    match proto::Afterwards::try_from(value) {
+        Ok(proto::Afterwards::Unspecified) => Ok(Afterwards::Rejoin),
+        Ok(proto::Afterwards::Leave) => Ok(Afterwards::Leave),
+        Ok(proto::Afterwards::Refused) => Ok(Afterwards::Refused),
+        Err(_) => Err(WireError::invalid("Stop.afterwards", value, "0 to 2")),
     }
 }
 

@@ -4,8 +4,9 @@
 
 use prost::Message as _;
 use protocol::{
-    Awaits, Cause, CoordinatorMessage, EvaluationRow, FromWorker, Generation, Incarnation, JobId,
-    MetricsRow, Rank, RunFacts, Sample, Statistics, Step, StepReport, ToWorker, WorkerMessage,
+    Afterwards, Awaits, Cause, CoordinatorMessage, EvaluationRow, FromWorker, Generation,
+    Incarnation, JobId, MetricsRow, Rank, RunFacts, Sample, Statistics, Step, StepReport, ToWorker,
+    WorkerMessage, WorkerProfile,
 };
 use wire::{WireError, proto};
 
@@ -55,11 +56,13 @@ fn facts() -> RunFacts {
 
 fn worker_messages() -> Vec<WorkerMessage> {
     let mut all = vec![
-        WorkerMessage::Join {
+        WorkerMessage::Join(WorkerProfile {
             build: "0.1.0+abc".into(),
             wire_version: wire::WIRE_VERSION,
             address: "[::1]:4711".into(),
-        },
+            name: "node-7.gpu_0".into(),
+            device: "cpu, 2 threads".into(),
+        }),
         WorkerMessage::Progress {
             phase: "load model".into(),
             done: 3,
@@ -93,6 +96,9 @@ fn worker_messages() -> Vec<WorkerMessage> {
         WorkerMessage::Finished,
         WorkerMessage::DataReport {
             text: "all good".into(),
+        },
+        WorkerMessage::Leave {
+            reason: "SIGTERM".into(),
         },
     ];
     for awaits in [
@@ -135,6 +141,7 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
         CoordinatorMessage::Welcome {
             config_toml: "a = 1".into(),
             checkpoint_dir: "c".into(),
+            probe: ".probe-1".into(),
         },
         form(0, None),
         form(40, Some("checkpoints/step-00000040".into())),
@@ -143,12 +150,14 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             evaluate: true,
         },
         CoordinatorMessage::Finish,
-        CoordinatorMessage::Stop {
-            reason: "because".into(),
-        },
         CoordinatorMessage::Stale { committed: Step(0) },
     ];
     all.extend((0..4).map(commit));
+    let afterwards = [Afterwards::Rejoin, Afterwards::Leave, Afterwards::Refused];
+    all.extend(afterwards.map(|afterwards| CoordinatorMessage::Stop {
+        reason: "because".into(),
+        afterwards,
+    }));
     all
 }
 
@@ -287,6 +296,8 @@ fn a_workers_message_that_breaks_a_rule_is_refused_by_field() {
         "Join.address"
     );
     spoil!(0, Join, |it| it.address = ":80".into(), "Join.address");
+    spoil!(0, Join, |it| it.name.clear(), "Join.name");
+    spoil!(0, Join, |it| it.name = "a b".into(), "Join.name");
     spoil!(1, Progress, |it| it.phase.clear(), "Progress.phase");
     spoil!(2, Ready, |it| it.facts = None, "Ready.facts");
     let no_digest = "RunFacts.data_digest";
@@ -315,10 +326,10 @@ fn a_workers_message_that_breaks_a_rule_is_refused_by_field() {
     spoil!(5, Saved, |it| it.shard.clear(), "Saved.shard");
     spoil!(6, SaveFailed, |it| it.step = 0, "SaveFailed.step");
     spoil!(8, DataReport, |it| it.text.clear(), "DataReport.text");
-    spoil!(9, Beat, |it| it.awaits = 0, "Beat.awaits");
-    spoil!(9, Beat, |it| it.awaits = 99, "Beat.awaits");
-    spoil!(14, Failed, |it| it.cause = 0, "Failed.cause");
-    spoil!(14, Failed, |it| it.cause = -1, "Failed.cause");
+    spoil!(10, Beat, |it| it.awaits = 0, "Beat.awaits");
+    spoil!(10, Beat, |it| it.awaits = 99, "Beat.awaits");
+    spoil!(15, Failed, |it| it.cause = 0, "Failed.cause");
+    spoil!(15, Failed, |it| it.cause = -1, "Failed.cause");
 }
 
 #[test]

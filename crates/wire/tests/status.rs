@@ -2,7 +2,7 @@
 
 use protocol::{
     Event, FromWorker, Generation, Incarnation, Job, JobId, JobPolicy, JobSpec, Recovery,
-    WorkerMessage,
+    WorkerMessage, WorkerProfile,
 };
 use wire::proto::JobState;
 
@@ -24,6 +24,7 @@ fn job() -> Job {
         build: "b".into(),
         config_toml: String::new(),
         checkpoint_dir: "c".into(),
+        probe: String::new(),
         secret: [0; 32],
         recovery: Recovery::default(),
         resume: None,
@@ -32,11 +33,13 @@ fn job() -> Job {
 }
 
 fn join(job: &mut Job, now_ms: u64, incarnation: u64) {
-    let message = WorkerMessage::Join {
+    let message = WorkerMessage::Join(WorkerProfile {
         build: "b".into(),
         wire_version: wire::WIRE_VERSION,
         address: format!("127.0.0.1:{incarnation}"),
-    };
+        name: format!("worker-{incarnation}"),
+        device: String::new(),
+    });
     let from = FromWorker {
         job: JobId("run".into()),
         incarnation: Incarnation(incarnation),
@@ -50,7 +53,7 @@ fn join(job: &mut Job, now_ms: u64, incarnation: u64) {
 fn a_status_tells_the_state_the_wait_and_the_workers() {
     let mut job = job();
     join(&mut job, 1_200, 9);
-    let status = wire::status(&job, 1_500, None);
+    let status = wire::running_job(&job, 1_500, None);
     assert_eq!(status.state(), JobState::Gathering);
     assert_eq!(status.waiting, "waiting for workers to join (1 of 2 have)");
     assert_eq!(status.steps_total, None);
@@ -60,7 +63,7 @@ fn a_status_tells_the_state_the_wait_and_the_workers() {
     );
 
     join(&mut job, 1_600, 4);
-    let status = wire::status(&job, 1_600, None);
+    let status = wire::running_job(&job, 1_600, None);
     assert_eq!(status.state(), JobState::Forming);
     assert_eq!(status.waiting, "waiting for ranks 0, 1 to be ready");
     let ranks: Vec<_> = status
@@ -80,7 +83,7 @@ fn a_status_of_an_ended_job_tells_how_it_ended() {
             reason: "asked".into(),
         },
     );
-    let status = wire::status(&job, 2_000, None);
+    let status = wire::running_job(&job, 2_000, None);
     assert_eq!(status.state(), JobState::Interrupted);
     assert!(
         status.waiting.starts_with("interrupted after step 0"),

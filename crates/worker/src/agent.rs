@@ -1,28 +1,26 @@
 //! A worker's life in one job: join, form, load, train, leave.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use collective::tcp::Rendezvous;
 use collective::{Collective, CollectiveError, single};
 use model::Device;
 use protocol::{
-    Awaits, Cause, CoordinatorMessage, Generation, Incarnation, RunFacts, Step, ToWorker,
-    WIRE_VERSION, WorkerMessage,
+    Afterwards, Awaits, Cause, CoordinatorMessage, Generation, Incarnation, RunFacts, Step,
+    ToWorker, WIRE_VERSION, WorkerMessage, WorkerProfile,
 };
 use spec::{JobError, Spec};
 use tokio::runtime::Handle;
 use trainer::{End, Facts, Membership, Setup, TrainError, Trainer};
 
 use crate::gate::{Gate, ProgressTeller};
-use crate::session::{Session, SessionError};
+use crate::presence::Presence;
+use crate::session::{Door, Session, SessionError};
 
 /// Version that all members of a job must share.
 pub(crate) const BUILD: &str = env!("CARGO_PKG_VERSION");
-
-/// How long a worker tries to reach its coordinator.
-const CONNECT_PATIENCE: Duration = Duration::from_mins(1);
 
 /// How long ranks wait for each other's connections; all of them were just formed.
 const RENDEZVOUS_PATIENCE: Duration = Duration::from_mins(1);
@@ -33,10 +31,16 @@ const COLLECTIVE_PATIENCE: Duration = Duration::from_hours(1);
 
 /// What a worker needs to take part in jobs.
 pub(crate) struct Options {
-    pub url: String,
+    pub door: Door,
     pub device: Device,
+    /// What it computes on, in words.
+    pub device_text: String,
     /// Where the other ranks reach this one.
     pub listen: IpAddr,
+    /// What people call it.
+    pub name: String,
+    /// How long it tries to reach its coordinator.
+    pub patience: Duration,
 }
 
 /// How a job ended for this worker.
@@ -62,10 +66,19 @@ enum AgentError {
     Collective(#[from] CollectiveError),
     #[error("the training thread panicked: {0}")]
     Panicked(String),
+    #[error(
+        "checkpoint.path: {folder} on {worker} is not the coordinator's folder ({reason}); all workers and the coordinator must \
+         see one folder under this path, such as a network file system: set job.output or checkpoint.path to one"
+    )]
+    OtherDisk {
+        folder: String,
+        worker: String,
+        reason: String,
+    },
 }
 
 /// Takes part in one job from Join to its end.
-pub(crate) fn serve(options: &Options, runtime: &Handle) -> Ending {
+pub(crate) fn serve(options: &Options, presence: &Presence, runtime: &Handle) -> Ending {
     let incarnation = match incarnation() {
         Ok(incarnation) => incarnation,
         Err(reason) => {
@@ -75,11 +88,12 @@ pub(crate) fn serve(options: &Options, runtime: &Handle) -> Ending {
             };
         }
     };
-    let session = Session::open(runtime, &options.url, incarnation, CONNECT_PATIENCE);
+    let session = Session::open(runtime, &options.door, incarnation, options.patience);
     let mut session = match session {
         Ok(session) => session,
         Err(error) => return Ending::Left(error),
     };
+    let _present = presence.enter(session.voice());
     let result = take_part(options, &mut session);
     // An error that follows from the session's end is not this worker's own.
     if let (Err(_), Some(error)) = (&result, session.over()) {
@@ -107,19 +121,24 @@ pub(crate) fn serve(options: &Options, runtime: &Handle) -> Ending {
 fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError> {
     let rendezvous = Rendezvous::bind(options.listen)?;
     let voice = session.voice().clone();
-    voice.say(WorkerMessage::Join {
+    voice.say(WorkerMessage::Join(WorkerProfile {
         build: BUILD.into(),
         wire_version: WIRE_VERSION,
         address: rendezvous.address(),
-    })?;
-    let (config_toml, checkpoint_dir) = wait(session, |heard| match heard.message {
+        name: options.name.clone(),
+        device: options.device_text.clone(),
+    }))?;
+    let (config_toml, checkpoint_dir, probe) = wait(session, |heard| match heard.message {
         CoordinatorMessage::Welcome {
             config_toml,
             checkpoint_dir,
-        } => Some((config_toml, checkpoint_dir)),
+            probe,
+        } => Some((config_toml, checkpoint_dir, probe)),
         _ => None,
     })?;
     let spec = spec::parse(&config_toml)?;
+    let checkpoint_dir = PathBuf::from(checkpoint_dir);
+    same_disk(&checkpoint_dir, &probe, &options.name)?;
     voice.await_next(Awaits::Form);
     let form = wait(session, |heard| match heard.message {
         CoordinatorMessage::Form {
@@ -148,8 +167,7 @@ fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError>
         let training = std::thread::Builder::new().name("training".into());
         let training = training
             .spawn_scoped(scope, || {
-                let checkpoints = checkpoint_dir.into();
-                train(options, session, &spec, &form, collective, checkpoints)
+                train(options, session, &spec, &form, collective, checkpoint_dir)
             })
             .map_err(|source| TrainError::Thread {
                 thread: "training",
@@ -159,6 +177,26 @@ fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError>
             .join()
             .unwrap_or_else(|panic| Err(AgentError::Panicked(words(&*panic))))
     })
+}
+
+/// Looks for the file that the coordinator left where checkpoints go, and whether one can be left beside it.
+fn same_disk(folder: &Path, probe: &str, worker: &str) -> Result<(), AgentError> {
+    if probe.is_empty() {
+        return Ok(());
+    }
+    let other = |reason: String| AgentError::OtherDisk {
+        folder: folder.display().to_string(),
+        worker: worker.into(),
+        reason,
+    };
+    let left = folder.join(probe);
+    if !left.exists() {
+        return Err(other(format!("{} is not there", left.display())));
+    }
+    let own = folder.join(format!("{probe}-{worker}"));
+    std::fs::write(&own, b"the worker can write here\n")
+        .and_then(|()| std::fs::remove_file(&own))
+        .map_err(|error| other(format!("write {}: {error}", own.display())))
 }
 
 struct Formed {
@@ -202,6 +240,8 @@ fn train(
     if form.rank == 0 {
         let text = setup.reports().to_string();
         voice.say(WorkerMessage::DataReport { text })?;
+        // The export is made where the coordinator runs, which may not see the model's folder.
+        setup.keep_source(&checkpoints)?;
     }
     let facts = setup.facts();
     let membership = Membership {
@@ -220,7 +260,11 @@ fn train(
     let mut gate = Gate::new(session, form.rank);
     match trainer.run(&mut gate)? {
         End::Finished => Ok(()),
-        End::Stopped => Err(SessionError::Stopped("the job stops here".into()).into()),
+        End::Stopped => Err(SessionError::Stopped {
+            reason: "the job stops here".into(),
+            afterwards: Afterwards::Rejoin,
+        }
+        .into()),
     }
 }
 
@@ -258,7 +302,7 @@ fn incarnation() -> Result<Incarnation, String> {
 impl AgentError {
     fn cause(&self) -> Cause {
         match self {
-            Self::Job(_) => Cause::Config,
+            Self::Job(_) | Self::OtherDisk { .. } => Cause::Config,
             Self::Session(_) | Self::Collective(_) => Cause::Temporary,
             Self::Panicked(_) => Cause::Fatal,
             Self::Train(error) => match error.cause() {

@@ -10,16 +10,24 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use data::DataConfig;
-use protocol::Cause;
+use protocol::{Afterwards, Cause};
 use serde_json::{Map, Value, json};
 use spec::Dtype;
 use tokio::runtime::Runtime;
 use trainer::{BenchRequest, Continuation, GenerateRequest, Prompts, ScoreRequest, TrainError};
+use wire::{Pass, Token};
 
 use crate::agent::{Ending, Options, serve};
 use crate::backend::{Backend, device};
 use crate::log::{self, LogFormat};
-use crate::session::EXIT_TEMPORARY;
+use crate::presence::{EXIT_DRAINED, Presence};
+use crate::session::{Door, EXIT_TEMPORARY, SessionError};
+
+/// How long a worker tries to reach its coordinator before it says so; a serving worker then tries again.
+const CONNECT_PATIENCE: Duration = Duration::from_mins(1);
+
+/// Pause of a serving worker after a job that did not end well.
+const KNOCK: Duration = Duration::from_secs(1);
 
 const EXIT_FAILED: u8 = 1;
 const EXIT_USAGE: u8 = 2;
@@ -53,8 +61,17 @@ struct Serve {
     #[arg(long)]
     once: bool,
     /// Address of this machine on which the other workers reach this one.
-    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    #[arg(long, value_name = "IP", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     listen: IpAddr,
+    /// What people call this worker; by default the host's name and the process id.
+    #[arg(long)]
+    name: Option<String>,
+    /// File with the coordinator's token.
+    #[arg(long, value_name = "FILE", env = "CALDPO__SECURITY__TOKEN_FILE")]
+    token_file: Option<PathBuf>,
+    /// Serve gRPC health here: SERVING while this worker is connected to its coordinator.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    health: Option<String>,
     #[command(flatten)]
     compute: Compute,
     /// How log lines are written.
@@ -206,60 +223,132 @@ fn sentence(error: &anyhow::Error) -> String {
 
 fn serve_jobs(arguments: &Serve) -> ExitCode {
     log::start(arguments.log);
-    let prepared = prepare(arguments);
-    let (options, runtime) = match prepared {
+    let (options, presence, runtime) = match prepare(arguments) {
         Ok(prepared) => prepared,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", sentence(&error));
             return ExitCode::from(EXIT_USAGE);
         }
     };
     loop {
-        let ending = serve(&options, runtime.handle());
-        let code = match &ending {
-            Ending::Finished => {
-                tracing::info!("the job is done");
-                0
-            }
-            Ending::Left(error) => {
-                tracing::warn!("{error}");
-                EXIT_TEMPORARY
-            }
-            Ending::Failed { cause, reason } => {
-                tracing::error!("{reason}");
-                match cause {
-                    Cause::Config => EXIT_USAGE,
-                    Cause::Temporary => EXIT_TEMPORARY,
-                    Cause::Fatal => EXIT_FAILED,
-                }
-            }
-        };
-        if arguments.once {
-            return ExitCode::from(code);
+        let ending = serve(&options, &presence, runtime.handle());
+        let code = tell(&ending);
+        if presence.is_leaving() {
+            return ExitCode::from(EXIT_DRAINED);
         }
-        // A serving worker outlives its jobs, their failures included; it knocks again after a moment.
-        std::thread::sleep(Duration::from_secs(2));
+        let next = Next::of(&ending);
+        match next {
+            Next::Leave => return ExitCode::from(EXIT_DRAINED),
+            Next::Refused => return ExitCode::from(EXIT_USAGE),
+            _ if arguments.once => return ExitCode::from(code),
+            Next::AtOnce => {}
+            // A serving worker outlives its jobs, their failures included; it knocks again after a moment.
+            Next::Later => std::thread::sleep(KNOCK),
+        }
     }
 }
 
-fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Runtime)> {
+/// Logs how a job ended for this worker; its exit code, if it was the only one.
+fn tell(ending: &Ending) -> u8 {
+    match ending {
+        Ending::Finished => {
+            tracing::info!("the job is done");
+            0
+        }
+        Ending::Left(error) => {
+            tracing::warn!("{error}");
+            EXIT_TEMPORARY
+        }
+        Ending::Failed { cause, reason } => {
+            tracing::error!("{reason}");
+            match cause {
+                Cause::Config => EXIT_USAGE,
+                Cause::Temporary => EXIT_TEMPORARY,
+                Cause::Fatal => EXIT_FAILED,
+            }
+        }
+    }
+}
+
+/// What a serving worker does after a job.
+enum Next {
+    AtOnce,
+    Later,
+    Leave,
+    Refused,
+}
+
+impl Next {
+    fn of(ending: &Ending) -> Self {
+        match ending {
+            Ending::Finished => Self::AtOnce,
+            Ending::Left(SessionError::Stopped { afterwards, .. }) => match afterwards {
+                Afterwards::Rejoin => Self::Later,
+                Afterwards::Leave => Self::Leave,
+                Afterwards::Refused => Self::Refused,
+            },
+            Ending::Left(SessionError::Url { .. } | SessionError::Denied { .. }) => Self::Refused,
+            Ending::Left(_) | Ending::Failed { .. } => Self::Later,
+        }
+    }
+}
+
+fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Presence, Runtime)> {
+    anyhow::ensure!(
+        !arguments.listen.is_unspecified(),
+        "--listen {}: name the address of this machine at which the other workers reach it",
+        arguments.listen
+    );
+    let name = arguments.name.clone().unwrap_or_else(default_name);
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    anyhow::ensure!(
+        !name.is_empty() && !name.starts_with('.') && name.chars().all(plain),
+        "--name {name}: must be letters, digits, `-`, `_` and `.`, the first of them not a `.`"
+    );
+    let token = arguments.token_file.as_deref().map(Token::read);
+    let token = token.transpose().context("--token-file")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
         .build()
         .context("start the network thread")?;
+    let presence = Presence::default();
     if arguments.child {
         follow_parent(&runtime)?;
+    } else {
+        presence.follow_signals(&runtime)?;
     }
+    if let Some(address) = &arguments.health {
+        presence.serve_health(address, &runtime)?;
+    }
+    let device = arguments.compute.prepare()?;
     let options = Options {
-        url: arguments
-            .coordinator
-            .clone()
-            .context("--coordinator is missing")?,
-        device: arguments.compute.prepare()?,
+        door: Door {
+            url: arguments
+                .coordinator
+                .clone()
+                .context("--coordinator is missing")?,
+            pass: Pass::new(token.as_ref()),
+            once: arguments.once,
+        },
+        device_text: Compute::describe(&device),
+        device,
         listen: arguments.listen,
+        name,
+        patience: CONNECT_PATIENCE,
     };
-    Ok((options, runtime))
+    Ok((options, presence, runtime))
+}
+
+/// The host's name and the process id, with other characters than names have left out.
+fn default_name() -> String {
+    let host = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned();
+    let plain = |c: &char| c.is_ascii_alphanumeric() || "-_".contains(*c);
+    let host: String = host.chars().filter(plain).collect();
+    format!("{host}-{}", std::process::id())
 }
 
 /// Ties this process to the coordinator that started it: the pipe on standard input closes when that process ends, however
@@ -293,6 +382,18 @@ impl Compute {
                 .context("start compute threads")?;
         }
         Ok(device(self.backend)?)
+    }
+
+    /// The device in words.
+    fn describe(device: &model::Device) -> String {
+        if *device != model::Device::flex() {
+            return "cuda".into();
+        }
+        let threads = rayon::current_num_threads();
+        format!(
+            "cpu, {threads} thread{}",
+            if threads == 1 { "" } else { "s" }
+        )
     }
 }
 

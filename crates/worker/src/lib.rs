@@ -16,5 +16,6 @@ pub mod backend;
 pub mod cli;
 mod gate;
 pub mod log;
+mod presence;
 pub mod report;
 mod session;

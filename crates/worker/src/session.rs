@@ -2,31 +2,34 @@
 //!
 //! When the coordinator says Stop, or the stream ends, the task first aborts the collective, so that a training thread that
 //! waits for a peer wakes up, then passes the word on. A thread that has not left after [`LEAVE_SECONDS_MAX`] is in a long
-//! computation whose result nobody wants: the process exits under it.
+//! computation whose result nobody wants: a process that serves one job exits under it, one that serves more lets it end.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as blocking};
 use std::time::{Duration, Instant};
 
 use collective::Aborter;
 use protocol::{
-    Awaits, CoordinatorMessage, FromWorker, Generation, Incarnation, JobId, Step, ToWorker,
-    WorkerMessage,
+    Afterwards, Awaits, CoordinatorMessage, FromWorker, Generation, Incarnation, JobId, Step,
+    ToWorker, WorkerMessage,
 };
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
-use wire::proto;
+use tonic::{Code, Streaming};
 use wire::proto::workers_client::WorkersClient;
+use wire::{Pass, proto};
 
 /// Between two beats; a coordinator's shortest heartbeat timeout is several of them.
 const BEAT_MS: u64 = 500;
 
 /// Messages that wait for the network. A step sends a handful; what does not fit waits in the training thread.
 const OUTGOING_MESSAGES_MAX: usize = 64;
+
+/// A coordinator whose machine is gone is noticed by this: a ping so often, and so long for its answer.
+const KEEPALIVE: Duration = Duration::from_secs(10);
 
 /// How long the training thread may take to leave after the session ended.
 const LEAVE_SECONDS_MAX: u64 = 10;
@@ -50,9 +53,24 @@ pub(crate) enum SessionError {
     /// It answered and is gone.
     #[error("the session with the coordinator ended: {0}")]
     Closed(String),
+    /// It does not let this worker in.
+    #[error("the coordinator at {url} does not let this worker in: {reason}")]
+    Denied { url: String, reason: String },
     /// It said Stop.
-    #[error("stopped by the coordinator: {0}")]
-    Stopped(String),
+    #[error("stopped by the coordinator: {reason}")]
+    Stopped {
+        reason: String,
+        afterwards: Afterwards,
+    },
+}
+
+/// Where the coordinator is, and how to get in.
+#[derive(Clone, Debug)]
+pub(crate) struct Door {
+    pub(crate) url: String,
+    pub(crate) pass: Pass,
+    /// Whether the process ends with the session, even in the middle of a computation.
+    pub(crate) once: bool,
 }
 
 /// The training thread's end.
@@ -89,7 +107,7 @@ impl Session {
     /// Connects, trying again until `patience` is over.
     pub(crate) fn open(
         runtime: &Handle,
-        url: &str,
+        door: &Door,
         incarnation: Incarnation,
         patience: Duration,
     ) -> Result<Self, SessionError> {
@@ -99,11 +117,11 @@ impl Session {
         });
         let (outgoing, queue) = mpsc::channel(OUTGOING_MESSAGES_MAX);
         let voice = Voice { shared, outgoing };
-        let incoming = runtime.block_on(connect(url, queue, patience))?;
+        let incoming = runtime.block_on(connect(door, queue, patience))?;
         let (tell, heard) = blocking::channel();
         let tasks = [
             runtime.spawn(beat(voice.clone())),
-            runtime.spawn(listen(incoming, Arc::clone(&voice.shared), tell)),
+            runtime.spawn(listen(incoming, Arc::clone(&voice.shared), tell, door.once)),
         ];
         Ok(Self {
             voice,
@@ -196,7 +214,7 @@ impl Shared {
 
     fn sign(&self, message: WorkerMessage) -> FromWorker {
         FromWorker {
-            // A coordinator that runs one job fills its name in.
+            // The coordinator fills in the job that the session was given to.
             job: JobId::default(),
             incarnation: self.incarnation,
             generation: self.state().generation,
@@ -218,25 +236,36 @@ impl Shared {
 }
 
 async fn connect(
-    url: &str,
+    door: &Door,
     queue: mpsc::Receiver<FromWorker>,
     patience: Duration,
 ) -> Result<Streaming<proto::ToWorker>, SessionError> {
+    let url = door.url.as_str();
     let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|error| SessionError::Url {
         url: url.into(),
         reason: error.to_string(),
     })?;
     let endpoint = endpoint
         .connect_timeout(Duration::from_secs(5))
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE)
+        .keep_alive_while_idle(true)
         .tcp_nodelay(true);
     let channel = dial(&endpoint, url, patience).await?;
     let outgoing = tokio_stream::StreamExt::map(ReceiverStream::new(queue), |message| {
         proto::FromWorker::from(message)
     });
-    let answer = WorkersClient::new(channel).session(outgoing).await;
+    let mut client = WorkersClient::with_interceptor(channel, door.pass.clone());
+    let answer = client.session(outgoing).await;
     answer
         .map(tonic::Response::into_inner)
-        .map_err(|status| SessionError::Closed(status.message().to_owned()))
+        .map_err(|status| match status.code() {
+            Code::Unauthenticated => SessionError::Denied {
+                url: url.into(),
+                reason: status.message().to_owned(),
+            },
+            _ => SessionError::Closed(status.message().to_owned()),
+        })
 }
 
 async fn dial(endpoint: &Endpoint, url: &str, patience: Duration) -> Result<Channel, SessionError> {
@@ -285,6 +314,7 @@ async fn listen(
     mut incoming: Streaming<proto::ToWorker>,
     shared: Arc<Shared>,
     tell: blocking::Sender<Result<ToWorker, SessionError>>,
+    once: bool,
 ) {
     let error = loop {
         let message = match incoming.message().await {
@@ -299,8 +329,8 @@ async fn listen(
         if message.incarnation != shared.incarnation {
             continue; // meant for another life of this process
         }
-        if let CoordinatorMessage::Stop { reason } = &message.message {
-            break SessionError::Stopped(reason.clone());
+        if let CoordinatorMessage::Stop { reason, afterwards } = message.message {
+            break SessionError::Stopped { reason, afterwards };
         }
         if tell.send(Ok(message)).is_err() {
             return;
@@ -310,6 +340,9 @@ async fn listen(
     drop(tell.send(Err(shared.end(error.clone()))));
     drop(tell);
     sleep(Duration::from_secs(LEAVE_SECONDS_MAX)).await;
+    if !once {
+        return tracing::warn!("a computation that nobody wants goes on to its end: {error}");
+    }
     tracing::warn!("leaving in the middle of a computation: {error}");
     std::process::exit(i32::from(EXIT_TEMPORARY));
 }

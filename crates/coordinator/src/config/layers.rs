@@ -10,12 +10,14 @@ use toml::{Spanned, de::DeTable, de::DeValue};
 
 use super::refusal::ConfigError;
 
-const ENVIRONMENT_PREFIX: &str = "CALDPO__";
+pub(super) const ENVIRONMENT_PREFIX: &str = "CALDPO__";
 const DEFAULTS: &str = include_str!("defaults.toml");
 
 /// What a configuration is made of; later kinds win over earlier ones, and all over the built-in defaults.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
+    /// Texts that came some other way than as files, with the name of their origin; files win over them.
+    pub texts: Vec<(String, String)>,
     /// `--config` files, the last one wins.
     pub files: Vec<PathBuf>,
     /// Environment variables; those that begin with `CALDPO__` count.
@@ -46,6 +48,14 @@ impl Source for Layer {
 pub(crate) fn merge(sources: &Sources) -> Result<Merged, ConfigError> {
     let defaults = parse_document(DEFAULTS, None).expect("the built-in defaults are valid TOML");
     let mut builder = config::Config::builder().add_source(Layer(defaults));
+    for (name, text) in &sources.texts {
+        let values = parse_document(text, Some(Path::new(name)));
+        let values = values.map_err(|reason| ConfigError::Syntax {
+            path: name.into(),
+            reason,
+        })?;
+        builder = builder.add_source(Layer(values));
+    }
     for path in &sources.files {
         builder = builder.add_source(file_layer(path)?);
     }
@@ -85,12 +95,36 @@ impl Merged {
         first_origin(value)
     }
 
+    /// Dotted paths of all values that somebody gave, sorted: those that are not built-in defaults.
+    pub(crate) fn given(&self) -> Vec<String> {
+        let mut given = Vec::new();
+        collect_given("", &self.0, &mut given);
+        given.sort();
+        given
+    }
+
     /// All values.
     pub(crate) fn table(&self) -> toml::Table {
         match plain(&self.0) {
             Some(toml::Value::Table(table)) => table,
             _ => toml::Table::new(),
         }
+    }
+}
+
+fn collect_given(path: &str, value: &Value, given: &mut Vec<String>) {
+    match &value.kind {
+        ValueKind::Table(table) => {
+            for (name, value) in table {
+                let path = match path {
+                    "" => name.clone(),
+                    _ => format!("{path}.{name}"),
+                };
+                collect_given(&path, value, given);
+            }
+        }
+        _ if first_origin(value).is_some() => given.push(path.to_owned()),
+        _ => {}
     }
 }
 

@@ -37,7 +37,7 @@ pub struct CheckpointSection {
 /// `[cluster]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClusterSection {
-    /// Where workers connect; loopback, port 0 for any free one.
+    /// Where workers and clients connect; port 0 for any free one. The service's to say where there is one.
     pub listen: SocketAddr,
     /// Worker processes.
     pub workers: u32,
@@ -204,13 +204,6 @@ impl ClusterSection {
     }
 
     fn validate(&self) -> Result<(), (&'static str, String)> {
-        if !self.listen.ip().is_loopback() {
-            let reason = format!(
-                "{} is not loopback, and workers of other machines are not served yet; use 127.0.0.1:0",
-                self.listen
-            );
-            return Err(("cluster.listen", reason));
-        }
         if self.workers == 0 {
             return Err(("cluster.workers", "must be at least 1".into()));
         }

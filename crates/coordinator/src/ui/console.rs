@@ -78,11 +78,9 @@ impl Console {
         }
     }
 
-    /// The same for an objective without rewards, such as `sft`.
-    #[must_use]
-    pub fn without_rewards(mut self) -> Self {
-        self.rewards = false;
-        self
+    /// Whether the objective has rewards to show; `sft` has none.
+    pub fn with_rewards(&mut self, rewards: bool) {
+        self.rewards = rewards;
     }
 
     /// Shows text that stays: the banner, the data report, notes. Above the bar, where there is one.

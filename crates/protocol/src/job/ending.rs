@@ -77,7 +77,9 @@ impl Job {
         match &mut self.phase {
             Phase::Gathering { .. } | Phase::Forming { .. } => {
                 actions.push(note("stop", format!("before the first step: {reason}")));
-                self.send_all(&CoordinatorMessage::Stop { reason }, actions);
+                for incarnation in self.members.keys() {
+                    self.stop(*incarnation, reason.clone(), actions);
+                }
                 let committed = self.committed;
                 self.end(Outcome::Interrupted { committed }, actions);
             }
@@ -178,8 +180,7 @@ impl Job {
         actions: &mut Vec<Action>,
     ) {
         for incarnation in self.members.keys().filter(|it| Some(**it) != except) {
-            let reason = reason.clone();
-            self.send(*incarnation, CoordinatorMessage::Stop { reason }, actions);
+            self.stop(*incarnation, reason.clone(), actions);
         }
         self.end(Outcome::Failed { cause, reason }, actions);
     }

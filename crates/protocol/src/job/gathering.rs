@@ -2,42 +2,38 @@
 
 use super::phase::{Member, Phase};
 use super::{Action, Job, note};
-use crate::{CoordinatorMessage, Incarnation, WIRE_VERSION};
-
-/// What a joining worker says of itself.
-pub(super) struct Join {
-    pub(super) build: String,
-    pub(super) wire_version: u32,
-    pub(super) address: String,
-}
+use crate::{Afterwards, CoordinatorMessage, Incarnation, WorkerProfile};
 
 impl Job {
     pub(super) fn join(
         &mut self,
         now_ms: u64,
         incarnation: Incarnation,
-        join: Join,
+        profile: WorkerProfile,
         actions: &mut Vec<Action>,
     ) {
         let welcome = CoordinatorMessage::Welcome {
             config_toml: self.spec.config_toml.clone(),
             checkpoint_dir: self.spec.checkpoint_dir.clone(),
+            probe: self.spec.probe.clone(),
         };
         if let Some(member) = self.members.get_mut(&incarnation) {
             // Said again: the Welcome was lost, or this Join came late. Either way the answer is the same.
             member.last_heard_ms = now_ms;
             return self.send(incarnation, welcome, actions);
         }
-        if let Some(reason) = self.refusal(&join) {
-            let text = format!("worker {incarnation} may not join: {reason}");
+        if let Some((reason, afterwards)) = self.refusal(&profile) {
+            let text = format!("worker {} may not join: {reason}", profile.name);
             actions.push(note("stop", text));
-            return self.send(incarnation, CoordinatorMessage::Stop { reason }, actions);
+            let stop = CoordinatorMessage::Stop { reason, afterwards };
+            return self.send(incarnation, stop, actions);
         }
         let world = self.spec.policy.world;
-        let text = format!("worker {incarnation} joined from {}", join.address);
+        let text = format!("worker {} joined from {}", profile.name, profile.address);
         let member = Member {
             rank: None,
-            address: join.address,
+            name: profile.name,
+            address: profile.address,
             last_heard_ms: now_ms,
             progress: None,
             committed: self.committed,
@@ -53,25 +49,17 @@ impl Job {
         }
     }
 
-    /// Why a worker may not join now.
-    fn refusal(&self, join: &Join) -> Option<String> {
-        if join.wire_version != WIRE_VERSION {
-            return Some(format!(
-                "it speaks wire version {}, the coordinator {WIRE_VERSION}; install the same version on both",
-                join.wire_version
-            ));
-        }
-        if join.build != self.spec.build {
-            return Some(format!(
-                "it runs build {}, the coordinator {}; install the same version on both",
-                join.build, self.spec.build
-            ));
+    /// Why a worker may not join now, and what it does next.
+    fn refusal(&self, profile: &WorkerProfile) -> Option<(String, Afterwards)> {
+        if let Some(reason) = profile.mismatch(&self.spec.build) {
+            return Some((reason, Afterwards::Refused));
         }
         if !matches!(self.phase, Phase::Gathering { .. }) {
-            return Some(format!(
+            let reason = format!(
                 "generation {} has its {} members already",
                 self.generation, self.spec.policy.world
-            ));
+            );
+            return Some((reason, Afterwards::Rejoin));
         }
         None
     }

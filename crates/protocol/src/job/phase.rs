@@ -50,6 +50,8 @@ pub(super) enum Phase {
 pub(super) struct Member {
     /// Its rank, from Forming on.
     pub(super) rank: Option<Rank>,
+    /// What people call it.
+    pub(super) name: String,
     /// `host:port` of its collective listener.
     pub(super) address: String,
     /// When it last said something that was not stale.

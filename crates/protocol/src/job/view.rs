@@ -83,6 +83,8 @@ impl fmt::Display for Waiting {
 pub struct WorkerView {
     /// Its incarnation.
     pub incarnation: Incarnation,
+    /// What people call it.
+    pub name: String,
     /// Its rank, once it has one.
     pub rank: Option<Rank>,
     /// `host:port` of its collective listener.
@@ -122,6 +124,7 @@ impl Job {
     pub fn workers(&self) -> Vec<WorkerView> {
         let view = |(incarnation, member): (&Incarnation, &super::Member)| WorkerView {
             incarnation: *incarnation,
+            name: member.name.clone(),
             rank: member.rank,
             address: member.address.clone(),
             generation: member.rank.map_or(Generation(0), |_| self.generation),

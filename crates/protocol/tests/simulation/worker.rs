@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use protocol::{
     Awaits, CoordinatorMessage, EvaluationRow, FromWorker, Generation, Incarnation, JobId,
-    RunFacts, Step, StepReport, ToWorker, WIRE_VERSION, WorkerMessage,
+    RunFacts, Step, StepReport, ToWorker, WIRE_VERSION, WorkerMessage, WorkerProfile,
 };
 
 use crate::disk::{Disk, Oracle};
@@ -100,11 +100,13 @@ impl Worker {
         let mut said = Vec::new();
         let awaits = match &self.doing {
             Doing::Joining => {
-                return vec![WorkerMessage::Join {
+                return vec![WorkerMessage::Join(WorkerProfile {
                     build: "build".into(),
                     wire_version: WIRE_VERSION,
                     address: format!("127.0.0.1:{}", self.incarnation),
-                }];
+                    name: format!("worker-{}", self.incarnation),
+                    device: "cpu".into(),
+                })];
             }
             Doing::Welcomed => Awaits::Form,
             Doing::Connecting | Doing::Computing { .. } => Awaits::Nothing,

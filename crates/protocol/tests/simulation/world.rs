@@ -296,6 +296,7 @@ impl World {
             build: "build".into(),
             config_toml: String::new(),
             checkpoint_dir: "checkpoints".into(),
+            probe: ".probe".into(),
             secret: [0; 32],
             recovery,
             resume: (committed > 0).then(|| committed.to_string()),

@@ -5,7 +5,7 @@
 use protocol::{
     Action, Awaits, CommitRecord, CoordinatorMessage, Event, FromWorker, Generation, Incarnation,
     Job, JobId, JobPolicy, JobSpec, MetricsRow, Outcome, Record, Recovery, RunFacts, Step,
-    StepReport, WIRE_VERSION, WorkerMessage,
+    StepReport, WIRE_VERSION, WorkerMessage, WorkerProfile,
 };
 
 pub struct Play {
@@ -36,6 +36,7 @@ pub fn spec(policy: JobPolicy, recovery: Recovery) -> JobSpec {
         build: "build".into(),
         config_toml: "[job]".into(),
         checkpoint_dir: "checkpoints".into(),
+        probe: ".probe".into(),
         secret: [7; 32],
         recovery,
         resume: (committed.0 > 0).then(|| format!("step-{committed}")),
@@ -214,12 +215,18 @@ impl Play {
     }
 }
 
-pub fn join_message(build: &str, wire_version: u32) -> WorkerMessage {
-    WorkerMessage::Join {
+pub fn profile(name: &str, build: &str, wire_version: u32) -> WorkerProfile {
+    WorkerProfile {
         build: build.into(),
         wire_version,
         address: "127.0.0.1:4000".into(),
+        name: name.into(),
+        device: "cpu".into(),
     }
+}
+
+pub fn join_message(build: &str, wire_version: u32) -> WorkerMessage {
+    WorkerMessage::Join(profile("any", build, wire_version))
 }
 
 /// What workers are told, by incarnation.

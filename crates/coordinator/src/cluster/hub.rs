@@ -1,0 +1,666 @@
+//! The one owner of a coordinator's queue: sessions of waiting workers, requests of clients, ends of attempts and signals come
+//! in; what [`Scheduler`] answers is executed strictly in order.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::absolute;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use protocol::{
+    Cause, CoordinatorMessage, FromWorker, Generation, Incarnation, JobId, NewJob, Note, Outcome,
+    Scheduler, SchedulerAction, SchedulerEvent, SchedulerPolicy, Step, SubmitError, ToWorker,
+    WorkerMessage,
+};
+use tokio::runtime::Handle;
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::time::{Instant as TokioInstant, sleep_until, timeout};
+use tonic::Status;
+use wire::proto;
+use wire::proto::job_event::Event as Kind;
+
+use super::jobs::Jobs;
+use crate::attempt::{Attempt, INPUTS_MAX};
+use crate::config::{Config, Sources};
+use crate::driver::Input;
+use crate::feed::{self, Feed};
+use crate::run_directory::RunDirectoryError;
+use crate::server::{Answer, Ask, Connected, Route};
+use crate::ui::Console;
+
+/// Silence after which a waiting worker counts as lost; a worker beats every half second.
+const HEARTBEAT_TIMEOUT_MS: u64 = 10_000;
+
+/// Pause before a job that lost workers is started again; doubled with each loss that came no further.
+const RETRY_PAUSE_MS: u64 = 2_000;
+
+/// Attempts in a row that come no further before a job counts as failed.
+const ATTEMPTS_MAX: u32 = 5;
+
+/// How often the head of the queue says what it waits for.
+const REMIND_MS: u64 = 60_000;
+
+/// How long a running job may take to say how it is.
+const VIEW_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Events of the coordinator that are kept for status, and that a slow watcher may be behind.
+const EVENTS_KEPT: usize = 100;
+
+/// A worker that waits for a job.
+struct Waiting {
+    session: Connected,
+    /// What it said first, to be said again to its job.
+    join: Option<FromWorker>,
+}
+
+/// A job that has not ended.
+struct Live {
+    config: Arc<Config>,
+    feed: Feed,
+    /// Where its running attempt listens.
+    inputs: Option<mpsc::Sender<Input>>,
+}
+
+/// An attempt is over.
+struct Ended {
+    id: JobId,
+    outcome: Outcome,
+    committed: Step,
+}
+
+pub(super) struct Hub {
+    scheduler: Scheduler,
+    jobs: Jobs,
+    waiting: BTreeMap<Incarnation, Waiting>,
+    live: BTreeMap<JobId, Live>,
+    events: broadcast::Sender<proto::Event>,
+    kept: VecDeque<proto::Event>,
+    ended: mpsc::Sender<Ended>,
+    ending: mpsc::Receiver<Ended>,
+    start: Instant,
+}
+
+impl Hub {
+    pub(super) fn new(jobs: Jobs) -> Self {
+        let policy = SchedulerPolicy {
+            build: env!("CARGO_PKG_VERSION").into(),
+            heartbeat_timeout_ms: HEARTBEAT_TIMEOUT_MS,
+            retry_pause_ms: RETRY_PAUSE_MS,
+            attempts_max: ATTEMPTS_MAX,
+            remind_ms: REMIND_MS,
+        };
+        let (ended, ending) = mpsc::channel(64);
+        Self {
+            scheduler: Scheduler::new(policy, jobs.recovery.clone(), 0),
+            jobs,
+            waiting: BTreeMap::new(),
+            live: BTreeMap::new(),
+            events: broadcast::Sender::new(EVENTS_KEPT),
+            kept: VecDeque::new(),
+            ended,
+            ending,
+            start: Instant::now(),
+        }
+    }
+
+    /// Serves until a signal comes through `stopping` and every running job has saved.
+    pub(super) async fn run(
+        mut self,
+        mut sessions: mpsc::Receiver<Input>,
+        mut asks: mpsc::Receiver<Ask>,
+        mut stopping: mpsc::Receiver<&'static str>,
+    ) -> anyhow::Result<()> {
+        self.find_jobs_again()?;
+        while !self.scheduler.is_shut_down() {
+            let deadline = self.scheduler.next_deadline();
+            let deadline = deadline.map_or(Duration::from_hours(24), Duration::from_millis);
+            // What has arrived goes first, so that a coordinator that slept does not take its workers for silent.
+            tokio::select! {
+                biased;
+                Some(signal) = stopping.recv() => {
+                    let reason = signal.to_owned();
+                    self.handle(SchedulerEvent::ShutdownRequested { reason })?;
+                }
+                Some(ended) = self.ending.recv() => self.attempt_ended(ended)?,
+                Some(input) = sessions.recv() => self.hear(input)?,
+                Some(ask) = asks.recv() => self.answer(ask)?,
+                () = sleep_until(TokioInstant::from_std(self.start + deadline)) => {
+                    self.handle(SchedulerEvent::Tick)?;
+                }
+                else => anyhow::bail!("all who speak to the coordinator are gone"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Jobs of an earlier life of the coordinator wait in the queue again.
+    fn find_jobs_again(&mut self) -> anyhow::Result<()> {
+        for job in self.scheduler.jobs() {
+            if matches!(
+                job.state,
+                protocol::JobSummaryState::Queued | protocol::JobSummaryState::Running
+            ) {
+                match read(&job.config_toml) {
+                    Ok(config) => {
+                        self.note(&Note {
+                            kind: "queue",
+                            text: format!("job {} was found again: {}", job.id, job.waiting),
+                        });
+                        self.live.insert(job.id, Live::new(config));
+                    }
+                    // Written by another version of the program, whose keys this one does not know.
+                    Err(reason) => {
+                        let reason =
+                            format!("its configuration is not accepted any more: {reason}");
+                        let id = job.id;
+                        self.handle(SchedulerEvent::CancelRequested { id, reason })?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.start.elapsed().as_millis() as u64
+    }
+
+    fn handle(&mut self, event: SchedulerEvent) -> anyhow::Result<()> {
+        let actions = self.scheduler.handle(self.now_ms(), event);
+        self.execute(actions)
+    }
+
+    /// A session that no job has.
+    fn hear(&mut self, input: Input) -> anyhow::Result<()> {
+        match input {
+            Input::Connected(session) => {
+                let incarnation = session.incarnation;
+                let join = None;
+                self.waiting.insert(incarnation, Waiting { session, join });
+                Ok(())
+            }
+            Input::Message(message) => self.message(message),
+            Input::Disconnected(incarnation) => {
+                self.waiting.remove(&incarnation);
+                self.handle(SchedulerEvent::Gone { incarnation })
+            }
+            // Said by drivers' own shells, which speak to their drivers.
+            Input::Job(_)
+            | Input::Checkpoint(..)
+            | Input::ChildExited(_)
+            | Input::StopRequested(_) => Ok(()),
+        }
+    }
+
+    fn message(&mut self, message: FromWorker) -> anyhow::Result<()> {
+        let incarnation = message.incarnation;
+        match &message.message {
+            WorkerMessage::Join(profile) => {
+                let profile = profile.clone();
+                if let Some(waiting) = self.waiting.get_mut(&incarnation) {
+                    waiting.join = Some(message);
+                }
+                self.handle(SchedulerEvent::Joined {
+                    incarnation,
+                    profile,
+                })
+            }
+            WorkerMessage::Leave { reason } => {
+                let reason = reason.clone();
+                self.handle(SchedulerEvent::Leaving {
+                    incarnation,
+                    reason,
+                })
+            }
+            // Said between its job's end and its session's; it waits for nothing here.
+            _ => self.handle(SchedulerEvent::Heard { incarnation }),
+        }
+    }
+
+    fn attempt_ended(&mut self, ended: Ended) -> anyhow::Result<()> {
+        if let Some(live) = self.live.get_mut(&ended.id) {
+            live.inputs = None;
+        }
+        self.handle(SchedulerEvent::Ended {
+            id: ended.id,
+            outcome: ended.outcome,
+            committed: ended.committed,
+        })
+    }
+
+    fn execute(&mut self, actions: Vec<SchedulerAction>) -> anyhow::Result<()> {
+        for action in actions {
+            match action {
+                SchedulerAction::Journal(record) => self.jobs.journal(&record)?,
+                SchedulerAction::Start { id, workers } => self.start(&id, &workers)?,
+                SchedulerAction::StopJob { id, reason } => self.stop(&id, reason),
+                SchedulerAction::Dismiss {
+                    incarnation,
+                    reason,
+                    afterwards,
+                } => {
+                    if let Some(waiting) = self.waiting.remove(&incarnation) {
+                        let message = CoordinatorMessage::Stop { reason, afterwards };
+                        let stop = ToWorker {
+                            incarnation,
+                            generation: Generation(0),
+                            message,
+                        };
+                        // Its session ends with this; one that is gone needs no word.
+                        drop(waiting.session.answers.try_send(Ok(stop.into())));
+                    }
+                }
+                SchedulerAction::Changed(id) => self.changed(&id),
+                SchedulerAction::Note(note) => self.note(&note),
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands the sessions of `workers` to a new attempt of a job, which has a thread of its own.
+    fn start(&mut self, id: &JobId, workers: &[Incarnation]) -> anyhow::Result<()> {
+        let live = self
+            .live
+            .get_mut(id)
+            .context("a job without configuration starts")?;
+        let (inputs, queue) = mpsc::channel(INPUTS_MAX.max(4 * workers.len()));
+        live.inputs = Some(inputs.clone());
+        let route = Route {
+            job: id.0.clone(),
+            inputs: inputs.clone(),
+        };
+        for incarnation in workers {
+            let Some(Waiting { session, join }) = self.waiting.remove(incarnation) else {
+                continue; // gone meanwhile; the job waits for it until its join timeout
+            };
+            let gone = session.route.send(route.clone()).is_err();
+            let mut first = vec![Input::Connected(session)];
+            if let Some(mut join) = join {
+                join.job = id.clone();
+                first.push(Input::Message(join));
+            }
+            if gone {
+                // It ended meanwhile, and told nobody but this hub.
+                first.push(Input::Disconnected(*incarnation));
+            }
+            for input in first {
+                // The queue is new and has room for all of them.
+                drop(inputs.try_send(input));
+            }
+        }
+        let (config, feed) = (Arc::clone(&live.config), live.feed.clone());
+        let (ended, id) = (self.ended.clone(), id.clone());
+        let runtime = Handle::current();
+        std::thread::Builder::new()
+            .name(format!("job {id}"))
+            .spawn(move || {
+                let _span = tracing::info_span!("job", name = %id).entered();
+                let (outcome, committed) = attempt(&config, feed, inputs, queue, &runtime);
+                // A hub that is gone has no queue any more.
+                drop(ended.blocking_send(Ended {
+                    id,
+                    outcome,
+                    committed,
+                }));
+            })
+            .context("start a job's thread")?;
+        Ok(())
+    }
+
+    fn stop(&mut self, id: &JobId, reason: String) {
+        let inputs = self.live.get(id).and_then(|live| live.inputs.clone());
+        let Some(inputs) = inputs else { return };
+        // Beside the loop: a driver that is busy may have a full queue. One that is gone has ended its job.
+        tokio::spawn(async move { inputs.send(Input::StopRequested(reason)).await });
+    }
+
+    /// Watchers hear where a job is; one that has ended is not watched any longer.
+    fn changed(&mut self, id: &JobId) {
+        let Some(job) = self.scheduler.job(id) else {
+            return;
+        };
+        let Some(live) = self.live.get(id) else {
+            return;
+        };
+        let running = job.state == protocol::JobSummaryState::Running;
+        let queued = job.state == protocol::JobSummaryState::Queued;
+        if !running {
+            let view = self.complete(wire::queued_job(job), &live.config, &live.feed);
+            live.feed.tell(Kind::Job(view));
+        }
+        if !running && !queued {
+            self.live.remove(id);
+        }
+    }
+
+    fn note(&mut self, note: &Note) {
+        match note.kind {
+            "lost" | "retry" | "refuse" | "wait" => {
+                tracing::warn!(kind = note.kind, "{}", note.text)
+            }
+            _ => tracing::info!(kind = note.kind, "{}", note.text),
+        }
+        let event = feed::event(SystemTime::now(), note);
+        if self.kept.len() == EVENTS_KEPT {
+            self.kept.pop_front();
+        }
+        self.kept.push_back(event.clone());
+        // Without watchers nobody needs to know.
+        drop(self.events.send(event));
+    }
+
+    fn answer(&mut self, ask: Ask) -> anyhow::Result<()> {
+        match ask {
+            Ask::Submit(request, answer) => {
+                let result = self.submit(request)?;
+                give(answer, result);
+            }
+            Ask::Cancel(request, answer) => {
+                let id = JobId(request.job);
+                let result = self.find(&id);
+                if result.is_ok() {
+                    let reason = match request.reason.as_str() {
+                        "" => "by a client".to_owned(),
+                        reason => reason.to_owned(),
+                    };
+                    self.handle(SchedulerEvent::CancelRequested {
+                        id: id.clone(),
+                        reason,
+                    })?;
+                }
+                self.view(result.map(|_| id), answer);
+            }
+            Ask::Drain(name, answer) => {
+                let found = self.scheduler.worker(&name);
+                let result = found.map(|(incarnation, it)| {
+                    let worker = wire::pool_worker(incarnation, it, self.now_ms());
+                    proto::Worker {
+                        draining: true,
+                        ..worker
+                    }
+                });
+                let result = result.ok_or_else(|| {
+                    Status::not_found(format!(
+                        "there is no worker {name}; `coordinator workers` lists those that are here"
+                    ))
+                });
+                if result.is_ok() {
+                    self.handle(SchedulerEvent::DrainRequested { name })?;
+                }
+                give(answer, result);
+            }
+            Ask::Job(name, answer) => {
+                let found = self.find(&JobId(name)).map(|job| job.id);
+                self.view(found, answer);
+            }
+            Ask::Watch(name, answer) => match self.find(&JobId(name)) {
+                Err(status) => give(answer, Err(status)),
+                Ok(job) => {
+                    // First the feed, so that nothing falls between it and the view.
+                    let feed = self.live.get(&job.id).map(|live| live.feed.clone());
+                    let events = feed.unwrap_or_else(Feed::new).watch();
+                    let view = self.ask_view(&job.id);
+                    tokio::spawn(async move {
+                        give(answer, view.await.map(|job| (job, events)));
+                    });
+                }
+            },
+            Ask::Jobs(answer) => {
+                let views = self.views();
+                tokio::spawn(async move { give(answer, Ok(views.await)) });
+            }
+            Ask::Workers(answer) => give(answer, Ok(self.workers())),
+            Ask::Events(answer) => give(answer, Ok(self.events.subscribe())),
+            Ask::Status(answer) => {
+                let status = proto::Status {
+                    build: env!("CARGO_PKG_VERSION").into(),
+                    cluster: true,
+                    jobs: Vec::new(),
+                    workers: self.workers(),
+                    events: self.kept.iter().cloned().collect(),
+                    waiting: self.scheduler.waiting(self.now_ms()).unwrap_or_default(),
+                };
+                let views = self.views();
+                tokio::spawn(async move {
+                    let jobs = views.await;
+                    give(answer, Ok(proto::Status { jobs, ..status }));
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks a job and puts it into the queue. The outer error ends the coordinator.
+    fn submit(
+        &mut self,
+        request: proto::SubmitRequest,
+    ) -> anyhow::Result<Result<(proto::Job, bool), Status>> {
+        let config = match read(&request.config_toml) {
+            Ok(config) => config,
+            Err(reason) => return Ok(Err(Status::invalid_argument(reason))),
+        };
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let new = NewJob {
+            id: JobId(config.job.name.clone()),
+            key: request.idempotency_key,
+            config_toml: request.config_toml,
+            workers: config.cluster.workers,
+            submitted_unix_ms: since.as_millis() as u64,
+        };
+        let (id, created, actions) = match self.scheduler.submit(self.now_ms(), new) {
+            Ok(taken) => taken,
+            Err(error) => return Ok(Err(refused(&error))),
+        };
+        if created {
+            self.live.insert(id.clone(), Live::new(config));
+        }
+        self.execute(actions)?;
+        let job = self.find(&id).map(wire::queued_job);
+        Ok(job.map(|job| {
+            let job = match self.live.get(&id) {
+                Some(live) => self.complete(job, &live.config, &live.feed),
+                None => job,
+            };
+            (job, created)
+        }))
+    }
+
+    fn find(&self, id: &JobId) -> Result<protocol::JobSummary, Status> {
+        self.scheduler.job(id).ok_or_else(|| {
+            Status::not_found(if id.0.is_empty() {
+                "name a job: there is none, or more than one, that has not ended; `coordinator jobs` lists them".to_owned()
+            } else {
+                format!("there is no job {id}; `coordinator jobs` lists those that are known")
+            })
+        })
+    }
+
+    fn view(&self, found: Result<JobId, Status>, answer: Answer<proto::Job>) {
+        match found {
+            Err(status) => give(answer, Err(status)),
+            Ok(id) => {
+                let view = self.ask_view(&id);
+                tokio::spawn(async move { give(answer, view.await) });
+            }
+        }
+    }
+
+    fn workers(&self) -> Vec<proto::Worker> {
+        let now_ms = self.now_ms();
+        let workers = self.scheduler.workers();
+        let mut workers: Vec<_> = workers
+            .map(|(incarnation, it)| wire::pool_worker(incarnation, it, now_ms))
+            .collect();
+        workers.sort_by(|a, b| a.name.cmp(&b.name));
+        workers
+    }
+
+    /// All jobs; those that run are asked how they are, all at once.
+    fn views(&self) -> impl Future<Output = Vec<proto::Job>> + Send + 'static {
+        let views: Vec<_> = self
+            .scheduler
+            .jobs()
+            .into_iter()
+            .map(|job| tokio::spawn(self.ask_view(&job.id)))
+            .collect();
+        async move {
+            let mut jobs = Vec::new();
+            for view in views {
+                if let Ok(Ok(job)) = view.await {
+                    jobs.push(job);
+                }
+            }
+            jobs
+        }
+    }
+
+    /// A job as it is: a running one by its driver's word, if it answers in time.
+    fn ask_view(
+        &self,
+        id: &JobId,
+    ) -> impl Future<Output = Result<proto::Job, Status>> + Send + 'static {
+        let found = self.find(id).map(|summary| {
+            let attempts = summary.attempts;
+            let submitted = summary.submitted_unix_ms;
+            let queued = wire::queued_job(summary);
+            let live = self.live.get(id);
+            let queued = match live {
+                Some(live) => self.complete(queued, &live.config, &live.feed),
+                None => queued,
+            };
+            let inputs = live.and_then(|live| live.inputs.clone());
+            (queued, inputs, attempts, submitted)
+        });
+        async move {
+            let (queued, inputs, attempts, submitted_unix_ms) = found?;
+            let Some(inputs) = inputs else {
+                return Ok(queued);
+            };
+            if inputs.is_closed() {
+                return Ok(proto::Job {
+                    state: proto::JobState::Finishing.into(),
+                    waiting: "writes its export, plots and summary".into(),
+                    ..queued
+                });
+            }
+            let (answer, answered) = oneshot::channel();
+            let asked = async {
+                inputs.send(Input::Job(answer)).await.ok()?;
+                answered.await.ok()
+            };
+            Ok(match timeout(VIEW_PATIENCE, asked).await {
+                Ok(Some(job)) => proto::Job {
+                    objective: queued.objective,
+                    attempts,
+                    submitted_unix_ms,
+                    ..job
+                },
+                // It opens its run directory.
+                Ok(None) | Err(_) => queued,
+            })
+        }
+    }
+
+    /// What the queue does not know of a job.
+    #[allow(clippy::unused_self, reason = "a job is completed by its hub")]
+    fn complete(&self, job: proto::Job, config: &Config, feed: &Feed) -> proto::Job {
+        proto::Job {
+            objective: config.objective().to_owned(),
+            output: config.job.output.display().to_string(),
+            events: feed.notes(),
+            ..job
+        }
+    }
+}
+
+impl Live {
+    fn new(config: Config) -> Self {
+        Self {
+            config: Arc::new(config),
+            feed: Feed::new(),
+            inputs: None,
+        }
+    }
+}
+
+/// Reads a submitted configuration. Its output lies below this coordinator's working directory, unless it is absolute.
+fn read(config_toml: &str) -> Result<Config, String> {
+    let sources = Sources {
+        texts: vec![("the submitted configuration".into(), config_toml.to_owned())],
+        ..Sources::default()
+    };
+    let mut config = Config::load_job(&sources).map_err(|error| error.to_string())?;
+    for path in [&mut config.job.output, &mut config.checkpoint.path] {
+        *path = absolute(&*path).map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    Ok(config)
+}
+
+/// One attempt of a job on its own thread: how it ended, and where it stands.
+fn attempt(
+    config: &Config,
+    feed: Feed,
+    inputs: mpsc::Sender<Input>,
+    mut queue: mpsc::Receiver<Input>,
+    runtime: &Handle,
+) -> (Outcome, Step) {
+    let mut committed = Step(0);
+    let mut run = || {
+        let mut attempt = Attempt::open(config)?;
+        committed = Step(attempt.resumed().unwrap_or(0));
+        let driven = match attempt.completed() {
+            Some(driven) => driven,
+            None => {
+                let mut console = Console::lines(Box::new(std::io::sink()));
+                runtime.block_on(attempt.drive(
+                    &mut console,
+                    feed.clone(),
+                    inputs.clone(),
+                    &mut queue,
+                ))?
+            }
+        };
+        committed = driven.committed;
+        // Nobody listens any more: the workers' sessions end, and they come back for the next job.
+        queue.close();
+        while queue.try_recv().is_ok() {}
+        attempt.finish(&driven, "submit it again: coordinator submit")?;
+        anyhow::Ok(driven.outcome)
+    };
+    let outcome = run().unwrap_or_else(|error| {
+        let usage = error.downcast_ref::<RunDirectoryError>();
+        let cause = match usage {
+            Some(error) if error.is_usage() => Cause::Config,
+            _ => Cause::Fatal,
+        };
+        let reason = format!("{error:#}");
+        tracing::error!(job = config.job.name, "{reason}");
+        feed.note(feed::event(
+            SystemTime::now(),
+            &Note {
+                kind: "done",
+                text: format!("failed: {reason}"),
+            },
+        ));
+        Outcome::Failed { cause, reason }
+    });
+    (outcome, committed)
+}
+
+fn refused(error: &SubmitError) -> Status {
+    let message = error.to_string();
+    match error {
+        SubmitError::NameTaken { .. } | SubmitError::KeyTaken { .. } => {
+            Status::already_exists(message)
+        }
+        SubmitError::Full => Status::resource_exhausted(message),
+        SubmitError::ShuttingDown => Status::unavailable(message),
+    }
+}
+
+fn give<T>(answer: Answer<T>, result: Result<T, Status>) {
+    // Whoever asked may have gone.
+    drop(answer.send(result));
+}

@@ -1,0 +1,159 @@
+//! The workers of a coordinator: who waits, who works for which job, who is to leave.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{Incarnation, JobId, WorkerProfile};
+
+/// A connected worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolWorker {
+    /// What it says of itself.
+    pub profile: WorkerProfile,
+    /// The job it works for; `None` while it waits.
+    pub job: Option<JobId>,
+    /// Whether it is to leave after its job.
+    pub draining: bool,
+    /// When it was last heard, while it waits; in a job its job listens.
+    pub last_heard_ms: u64,
+}
+
+#[derive(Default)]
+pub(super) struct Pool {
+    workers: BTreeMap<Incarnation, PoolWorker>,
+    /// Names that are told to leave when they come back.
+    draining: BTreeSet<String>,
+}
+
+impl Pool {
+    pub(super) fn join(&mut self, now_ms: u64, incarnation: Incarnation, profile: WorkerProfile) {
+        let worker = PoolWorker {
+            profile,
+            job: None,
+            draining: false,
+            last_heard_ms: now_ms,
+        };
+        self.workers.insert(incarnation, worker);
+    }
+
+    pub(super) fn heard(&mut self, now_ms: u64, incarnation: Incarnation) {
+        if let Some(worker) = self.workers.get_mut(&incarnation) {
+            worker.last_heard_ms = now_ms;
+        }
+    }
+
+    pub(super) fn remove(&mut self, incarnation: Incarnation) -> Option<PoolWorker> {
+        self.workers.remove(&incarnation)
+    }
+
+    pub(super) fn get(&self, incarnation: Incarnation) -> Option<&PoolWorker> {
+        self.workers.get(&incarnation)
+    }
+
+    pub(super) fn contains(&self, incarnation: Incarnation) -> bool {
+        self.workers.contains_key(&incarnation)
+    }
+
+    pub(super) fn of_name(&self, name: &str) -> Option<Incarnation> {
+        let mut workers = self.workers.iter();
+        workers
+            .find(|(_, it)| it.profile.name == name)
+            .map(|(incarnation, _)| *incarnation)
+    }
+
+    /// Where the worker of that name is.
+    pub(super) fn address_of(&self, name: &str) -> Option<String> {
+        let incarnation = self.of_name(name)?;
+        Some(self.workers.get(&incarnation)?.profile.address.clone())
+    }
+
+    /// Marks a worker that leaves after its job; false if it was marked before.
+    pub(super) fn drain(&mut self, incarnation: Incarnation) -> bool {
+        let worker = self.workers.get_mut(&incarnation);
+        worker.is_some_and(|it| !std::mem::replace(&mut it.draining, true))
+    }
+
+    /// Remembers a worker of a job that is told to leave when it comes back.
+    pub(super) fn remember_draining(&mut self, name: &str) {
+        self.draining.insert(name.to_owned());
+    }
+
+    /// Why a worker of that name is to leave, if it is. Asked once.
+    pub(super) fn take_draining(&mut self, name: &str) -> Option<String> {
+        self.draining.remove(name).then(|| "drained".to_owned())
+    }
+
+    /// The first `count` waiting workers by name, if there are so many. Those that leave are not given away.
+    pub(super) fn idle(&self, count: usize) -> Option<Vec<Incarnation>> {
+        let mut idle: Vec<(&str, Incarnation)> = self
+            .waiting()
+            .map(|(incarnation, it)| (it.profile.name.as_str(), incarnation))
+            .collect();
+        if idle.len() < count {
+            return None;
+        }
+        idle.sort_unstable();
+        idle.truncate(count);
+        Some(
+            idle.into_iter()
+                .map(|(_, incarnation)| incarnation)
+                .collect(),
+        )
+    }
+
+    pub(super) fn idle_count(&self) -> usize {
+        self.waiting().count()
+    }
+
+    pub(super) fn assign(&mut self, workers: &[Incarnation], id: &JobId) {
+        for incarnation in workers {
+            if let Some(worker) = self.workers.get_mut(incarnation) {
+                worker.job = Some(id.clone());
+            }
+        }
+    }
+
+    /// An attempt ended: its workers leave their sessions, and come back under other incarnations.
+    pub(super) fn forget_job(&mut self, id: &JobId) {
+        self.workers.retain(|_, it| it.job.as_ref() != Some(id));
+    }
+
+    pub(super) fn names(&self, workers: &[Incarnation]) -> Vec<String> {
+        let names = workers.iter().filter_map(|it| self.workers.get(it));
+        names.map(|it| it.profile.name.clone()).collect()
+    }
+
+    /// Takes out who waits and has been silent for too long.
+    pub(super) fn silent(
+        &mut self,
+        now_ms: u64,
+        timeout_ms: u64,
+    ) -> Vec<(Incarnation, PoolWorker)> {
+        let silent: Vec<Incarnation> = self
+            .waiting()
+            .filter(|(_, it)| now_ms >= it.last_heard_ms + timeout_ms)
+            .map(|(incarnation, _)| incarnation)
+            .collect();
+        silent
+            .into_iter()
+            .filter_map(|it| Some((it, self.workers.remove(&it)?)))
+            .collect()
+    }
+
+    /// When the first waiting worker will have been silent for too long.
+    pub(super) fn first_silent(&self, timeout_ms: u64) -> Option<u64> {
+        self.waiting()
+            .map(|(_, it)| it.last_heard_ms + timeout_ms)
+            .min()
+    }
+
+    pub(super) fn workers(&self) -> impl Iterator<Item = (Incarnation, &PoolWorker)> {
+        self.workers
+            .iter()
+            .map(|(incarnation, it)| (*incarnation, it))
+    }
+
+    fn waiting(&self) -> impl Iterator<Item = (Incarnation, &PoolWorker)> {
+        self.workers()
+            .filter(|(_, it)| it.job.is_none() && !it.draining)
+    }
+}

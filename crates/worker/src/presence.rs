@@ -1,0 +1,130 @@
+//! Whether this worker has a session, for whoever else in the process needs to know: the health service, and the signal that
+//! tells it to leave.
+
+use std::process::exit;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::Context;
+use protocol::WorkerMessage;
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use crate::session::Voice;
+
+/// Exit code of a worker that was told to leave.
+pub(crate) const EXIT_DRAINED: u8 = 143;
+
+/// The process's presence at a coordinator. Clones are the same.
+#[derive(Clone, Default)]
+pub(crate) struct Presence(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    /// Of the present session.
+    voice: Option<Voice>,
+    /// Why the process is to leave, once it was told to.
+    leaving: Option<&'static str>,
+    health: Option<(HealthReporter, tokio::runtime::Handle)>,
+}
+
+/// A session's time; over when dropped.
+pub(crate) struct Present<'a>(&'a Presence);
+
+impl Presence {
+    /// A session began.
+    pub(crate) fn enter(&self, voice: &Voice) -> Present<'_> {
+        let leaving = {
+            let mut state = self.state();
+            state.voice = Some(voice.clone());
+            state.leaving
+        };
+        if let Some(reason) = leaving {
+            leave(voice, reason);
+        }
+        self.report(ServingStatus::Serving);
+        Present(self)
+    }
+
+    /// Whether the process was told to leave.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.state().leaving.is_some()
+    }
+
+    /// The first SIGTERM or Ctrl-C asks the coordinator to let this worker go, so that its job saves first; without a session,
+    /// or the second time, the process leaves at once.
+    pub(crate) fn follow_signals(&self, runtime: &Runtime) -> anyhow::Result<()> {
+        let entered = runtime.enter();
+        for (kind, name) in [
+            (SignalKind::terminate(), "SIGTERM"),
+            (SignalKind::interrupt(), "Ctrl-C"),
+        ] {
+            let mut signals = signal(kind).context("listen for signals")?;
+            let presence = self.clone();
+            runtime.spawn(async move {
+                while signals.recv().await.is_some() {
+                    let (again, voice) = {
+                        let mut state = presence.state();
+                        let again = state.leaving.replace(name).is_some();
+                        (again, state.voice.clone())
+                    };
+                    match voice {
+                        Some(voice) if !again => {
+                            tracing::info!("{name}: leaving as soon as the job has saved; once more leaves at once");
+                            // Speaking may wait for the network.
+                            tokio::task::spawn_blocking(move || leave(&voice, name));
+                        }
+                        _ => exit(i32::from(EXIT_DRAINED)),
+                    }
+                }
+            });
+        }
+        drop(entered);
+        Ok(())
+    }
+
+    /// Serves gRPC health on `address`: SERVING while there is a session. It is open to everybody (invariant S1).
+    pub(crate) fn serve_health(&self, address: &str, runtime: &Runtime) -> anyhow::Result<()> {
+        let listener = runtime
+            .block_on(TcpListener::bind(address))
+            .with_context(|| format!("listen on {address} (--health); choose another port"))?;
+        let (reporter, service) = tonic_health::server::health_reporter();
+        self.state().health = Some((reporter, runtime.handle().clone()));
+        self.report(ServingStatus::NotServing);
+        runtime.spawn(
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(TcpListenerStream::new(listener)),
+        );
+        Ok(())
+    }
+
+    fn report(&self, status: ServingStatus) {
+        let health = self.state().health.clone();
+        if let Some((reporter, runtime)) = health {
+            // The empty name stands for the whole process.
+            runtime.block_on(reporter.set_service_status("", status));
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Plain values: a thread that panicked while it held them leaves them usable.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Present<'_> {
+    fn drop(&mut self) {
+        self.0.state().voice = None;
+        self.0.report(ServingStatus::NotServing);
+    }
+}
+
+fn leave(voice: &Voice, reason: &str) {
+    let reason = reason.to_owned();
+    // Without a session there is nobody to tell, and nothing to leave.
+    drop(voice.say(WorkerMessage::Leave { reason }));
+}
