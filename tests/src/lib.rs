@@ -2,6 +2,7 @@
 //!
 //! The tests live in `tests/tests`; this library holds only what several of them need.
 
+pub mod cluster;
 pub mod programs;
 pub mod quickstart;
 

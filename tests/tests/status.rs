@@ -28,7 +28,7 @@ fn a_running_job_tells_its_step_its_workers_and_what_it_waits_for() {
     coordinator.wait_until("status with a committed step", || {
         let output = ask(port, &["--json"]);
         status = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        status["committed_step"].as_u64() > Some(0)
+        status["jobs"][0]["committed_step"].as_u64() > Some(0)
     });
     let person = text(&ask(port, &[]));
     drop(coordinator);
@@ -37,10 +37,48 @@ fn a_running_job_tells_its_step_its_workers_and_what_it_waits_for() {
     assert!(text(&gone).contains(&port.to_string()), "{}", text(&gone));
 
     assert!(person.contains("small  training  step "), "{person}");
-    assert_eq!(status["job"], "small");
-    assert_eq!(status["state"], "training");
-    assert_eq!(status["steps_total"], 2000);
-    assert_eq!(status["workers"].as_array().expect("workers").len(), 2);
-    let waiting = status["waiting"].as_str().expect("a sentence");
+    assert_eq!(status["cluster"], false);
+    let job = &status["jobs"][0];
+    assert_eq!(job["job"], "small");
+    assert_eq!(job["state"], "training");
+    assert_eq!(job["steps_total"], 2000);
+    assert_eq!(job["workers"].as_array().expect("workers").len(), 2);
+    let waiting = job["waiting"].as_str().expect("a sentence");
     assert!(waiting.starts_with("waiting for"), "{waiting}");
+}
+
+#[test]
+fn a_watch_follows_a_job_on_one_machine_to_its_end_and_has_no_queue_to_submit_to() {
+    let port = TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a free port")
+        .port();
+    let url = format!("http://127.0.0.1:{port}");
+    let run = Run::new(SMALL).set(&format!("cluster.listen=127.0.0.1:{port}"));
+    let mut coordinator = run.start();
+    coordinator.wait_until("an answer", || ask(port, &[]).status.success());
+    let submitted = Command::new(program("coordinator"))
+        .args(["submit", "configs/quickstart.toml", "--coordinator", &url])
+        .current_dir(tests::workspace_root())
+        .output()
+        .expect("it starts");
+    assert_eq!(submitted.status.code(), Some(2));
+    assert!(
+        text(&submitted).contains("coordinator --cluster"),
+        "{}",
+        text(&submitted)
+    );
+    let watched = Command::new(program("coordinator"))
+        .args(["watch", "--coordinator", &url])
+        .output()
+        .expect("it starts");
+    assert_eq!(watched.status.code(), Some(0), "{}", text(&watched));
+    assert!(
+        text(&watched).contains("job small completed"),
+        "{}",
+        text(&watched)
+    );
+    assert_eq!(coordinator.wait().code(), Some(0));
+    // The watch ends when all is written.
+    assert!(run.path("export/model.safetensors").exists());
 }

@@ -136,7 +136,15 @@ impl Config {
     /// # Errors
     /// As [`Self::load`].
     pub fn load_job(sources: &Sources) -> Result<Self, ConfigError> {
-        service::check_job(&layers::merge(sources)?)?;
+        let merged = layers::merge(sources)?;
+        service::check_job(&merged)?;
+        if sources.files.is_empty() && merged.origin("job.name").is_none() {
+            return Err(refuse(
+                &merged,
+                "job.name",
+                "is missing: jobs go by their names",
+            ));
+        }
         Self::load(sources)
     }
 

@@ -32,6 +32,7 @@ fn case(files: &[&str], environment: &[(&str, &str)], set: &[&str]) -> Case {
     Case {
         folder,
         sources: Sources {
+            texts: Vec::new(),
             files: paths,
             environment: pairs.map(|(k, v)| ((*k).into(), (*v).into())).collect(),
             set: set.iter().map(|text| (*text).into()).collect(),

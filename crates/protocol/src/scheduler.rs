@@ -9,8 +9,8 @@
 //!                ▲                                          │
 //!                └── workers lost or leaving, coordinator restarted: from the last checkpoint, after a pause
 //! ```
-//! The queue is first in, first out: only its head may take workers, so that a large job is not starved by small ones. A
-//! job that pauses before its next attempt does not block the ones behind it.
+//! The queue is first in, first out: only its head may take workers, so that a large job is not starved by small ones, and a
+//! job that lost workers goes on before the ones behind it.
 //!
 //! State is bounded: [`JOBS_MAX`] jobs that have not ended, [`ENDED_MAX`] that have; workers live as long as their sessions.
 
@@ -57,6 +57,8 @@ pub struct SchedulerPolicy {
 struct Entry {
     job: NewJob,
     attempts: Attempts,
+    /// Where it stood when an attempt last ended.
+    committed: Step,
     state: State,
 }
 
@@ -131,6 +133,7 @@ impl Scheduler {
             let entry = Entry {
                 job: it.job,
                 attempts: Attempts::recovered(it.attempts),
+                committed: it.committed,
                 state,
             };
             (number as u64, entry)
@@ -191,6 +194,7 @@ impl Scheduler {
             Entry {
                 job,
                 attempts: Attempts::default(),
+                committed: Step(0),
                 state: State::Queued {
                     not_before_ms: now_ms,
                 },
@@ -421,6 +425,7 @@ impl Scheduler {
         };
         self.pool.forget_job(id);
         let entry = self.jobs.get_mut(&number).expect("it was just found");
+        entry.committed = committed;
         let policy = &self.policy;
         match (outcome, stopping) {
             (Outcome::Completed, _) => self.end(number, Ending::Completed, actions),
@@ -486,6 +491,7 @@ impl Scheduler {
         let text = format!("job {id} {}", view::ending(&ending));
         actions.push(SchedulerAction::Journal(JobRecord::Ended {
             id: id.clone(),
+            committed: entry.committed,
             ending: ending.clone(),
         }));
         entry.state = State::Ended(ending);
@@ -509,7 +515,7 @@ impl Scheduler {
             return;
         }
         loop {
-            let head = self.head(now_ms);
+            let head = self.ready_head(now_ms);
             let head = head.map(|(number, it)| (number, it.job.id.clone(), it.job.workers));
             let Some((number, id, wanted)) = head else {
                 self.reminded_ms = None;
@@ -540,15 +546,20 @@ impl Scheduler {
         }
     }
 
-    /// The first job of the queue whose pause is over.
-    fn head(&self, now_ms: u64) -> Option<(u64, &Entry)> {
+    /// The first job of the queue.
+    fn head(&self) -> Option<(u64, &Entry)> {
         let mut queue = self.jobs.iter();
         queue
-            .find(|(_, it)| match it.state {
-                State::Queued { not_before_ms } => not_before_ms <= now_ms,
-                _ => false,
-            })
+            .find(|(_, it)| matches!(it.state, State::Queued { .. }))
             .map(|(number, it)| (*number, it))
+    }
+
+    /// The same once its pause is over.
+    fn ready_head(&self, now_ms: u64) -> Option<(u64, &Entry)> {
+        self.head().filter(|(_, it)| match it.state {
+            State::Queued { not_before_ms } => not_before_ms <= now_ms,
+            _ => false,
+        })
     }
 
     fn tick(&mut self, now_ms: u64, actions: &mut Vec<SchedulerAction>) {
@@ -564,7 +575,7 @@ impl Scheduler {
             .is_some_and(|at_ms| now_ms >= at_ms + self.policy.remind_ms)
         {
             self.reminded_ms = Some(now_ms);
-            if let Some(waiting) = self.waiting(now_ms) {
+            if let Some(waiting) = self.waiting() {
                 actions.push(note("wait", waiting));
             }
         }

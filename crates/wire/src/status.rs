@@ -47,6 +47,7 @@ pub fn queued_job(it: JobSummary) -> proto::Job {
         waiting: it.waiting,
         world_size: it.workers,
         attempts: it.attempts,
+        committed_step: it.committed.0,
         submitted_unix_ms: it.submitted_unix_ms,
         ..proto::Job::default()
     }

@@ -6,7 +6,7 @@ use comfy_table::{ContentArrangement, Table, presets::NOTHING};
 use serde_json::{Value, json};
 use wire::proto;
 
-use crate::numbers::{duration, plain, signed};
+use crate::numbers::{duration, grouped, plain, signed};
 use crate::timestamp::rfc3339;
 
 /// Events that a status shows.
@@ -20,85 +20,83 @@ pub(super) fn state(job: &proto::Job) -> String {
 
 /// One screen: what runs, who is late, what is waited for, what happened last.
 pub(super) fn status(status: &proto::Status, url: &str) -> String {
-    let mut text = format!("coordinator {} at {url}", status.build);
-    if status.cluster {
-        let idle = status.workers.iter().filter(|it| it.job.is_empty()).count();
-        text += &format!(
-            ", {} worker{} ({idle} idle)",
-            status.workers.len(),
-            if status.workers.len() == 1 { "" } else { "s" }
-        );
-        if !status.waiting.is_empty() {
-            text += &format!("\n{}", status.waiting);
-        }
-    }
-    for job in &status.jobs {
-        text += &format!("\n\n{}", job_text(job));
-    }
-    if status.jobs.is_empty() {
-        text += "\n\nno jobs; submit one with: coordinator submit CONFIG.toml";
-    }
     let idle: Vec<_> = status
         .workers
         .iter()
         .filter(|it| it.job.is_empty())
         .collect();
+    let mut lines = vec![format!("coordinator {} at {url}", status.build)];
+    if status.cluster {
+        let (all, idle) = (status.workers.len(), idle.len());
+        lines.push(format!(
+            "{all} worker{}, {idle} idle",
+            if all == 1 { "" } else { "s" }
+        ));
+        lines.extend((!status.waiting.is_empty()).then(|| status.waiting.clone()));
+    }
+    for job in &status.jobs {
+        lines.push(String::new());
+        lines.extend(job_lines(job));
+    }
+    if status.jobs.is_empty() {
+        lines.push("\nno jobs; submit one with: coordinator submit CONFIG.toml".into());
+    }
     if status.cluster && !idle.is_empty() {
-        text += "\n\nidle workers";
-        for worker in idle {
-            text += &format!("\n  {}", worker_line(worker));
-        }
+        lines.push("\nidle workers".into());
+        lines.extend(idle.into_iter().map(|it| format!("  {}", worker_line(it))));
     }
     if !status.events.is_empty() {
-        text += "\n\nlast events";
+        lines.push("\nlast events".into());
         let skip = status.events.len().saturating_sub(EVENTS_SHOWN);
-        for event in &status.events[skip..] {
-            text += &format!("\n  {}", event_line(event));
-        }
+        let last = status.events.iter().skip(skip);
+        lines.extend(last.map(|it| format!("  {}", event_line(it))));
     }
-    text
+    lines.join("\n")
 }
 
-fn job_text(job: &proto::Job) -> String {
+fn job_lines(job: &proto::Job) -> Vec<String> {
     let total = job
         .steps_total
         .map_or_else(|| "?".into(), |total| total.to_string());
-    let mut text = format!("{}  {}", job.name, state(job));
+    let mut first = format!("{}  {}", job.name, state(job));
     if job.generation > 0 {
-        text += &format!(
-            "  step {}/{total}  generation {}",
-            job.committed_step, job.generation
-        );
+        let (step, generation) = (job.committed_step, job.generation);
+        first = format!("{first}  step {step}/{total}  generation {generation}");
     }
-    text += &format!("\n  {}", job.waiting);
-    if let Some((row, report)) = job
+    let mut lines = vec![first, format!("  {}", job.waiting)];
+    if let Some(row) = job
         .last_row
-        .as_ref()
-        .and_then(|row| Some((row, row.report.as_ref()?)))
+        .and_then(|row| protocol::MetricsRow::try_from(row).ok())
     {
-        let statistics = report.statistics.unwrap_or_default();
-        text += &format!(
-            "\n  loss {} · chosen {} · rejected {} · accuracy {:.2} · {:.1} tokens/s",
-            plain(statistics.loss.unwrap_or_default()),
-            signed(statistics.log_ratios_chosen.unwrap_or_default()),
-            signed(statistics.log_ratios_rejected.unwrap_or_default()),
-            statistics.rewards_accuracies.unwrap_or_default(),
-            row.tokens_per_second
-        );
+        let statistics = row.report.statistics;
+        let mut rewards = String::new();
+        if job.objective != "sft" {
+            rewards = format!(
+                " · chosen {} · rejected {} · accuracy {:.2}",
+                signed(statistics.log_ratios_chosen),
+                signed(statistics.log_ratios_rejected),
+                statistics.rewards_accuracies
+            );
+        }
+        lines.push(format!(
+            "  loss {}{rewards} · {} tokens/s",
+            plain(statistics.loss),
+            grouped(row.tokens_per_second.round() as u64)
+        ));
     }
-    for worker in &job.workers {
+    lines.extend(job.workers.iter().map(|worker| {
         let rank = worker
             .rank
             .map_or_else(|| "-".into(), |rank| rank.to_string());
-        text += &format!(
-            "\n  rank {rank}  {}  {}  {}  heard {} ago",
+        format!(
+            "  rank {rank}  {}  {}  {}  heard {} ago",
             worker.name,
             worker.address,
             worker.phase,
             seconds(worker.silent_ms)
-        );
-    }
-    text
+        )
+    }));
+    lines
 }
 
 fn worker_line(worker: &proto::Worker) -> String {

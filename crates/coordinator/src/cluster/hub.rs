@@ -295,7 +295,7 @@ impl Hub {
             .name(format!("job {id}"))
             .spawn(move || {
                 let _span = tracing::info_span!("job", name = %id).entered();
-                let (outcome, committed) = attempt(&config, feed, inputs, queue, &runtime);
+                let (outcome, committed) = attempt(&config, &feed, &inputs, queue, &runtime);
                 // A hub that is gone has no queue any more.
                 drop(ended.blocking_send(Ended {
                     id,
@@ -336,7 +336,7 @@ impl Hub {
     fn note(&mut self, note: &Note) {
         match note.kind {
             "lost" | "retry" | "refuse" | "wait" => {
-                tracing::warn!(kind = note.kind, "{}", note.text)
+                tracing::warn!(kind = note.kind, "{}", note.text);
             }
             _ => tracing::info!(kind = note.kind, "{}", note.text),
         }
@@ -418,7 +418,7 @@ impl Hub {
                     jobs: Vec::new(),
                     workers: self.workers(),
                     events: self.kept.iter().cloned().collect(),
-                    waiting: self.scheduler.waiting(self.now_ms()).unwrap_or_default(),
+                    waiting: self.scheduler.waiting().unwrap_or_default(),
                 };
                 let views = self.views();
                 tokio::spawn(async move {
@@ -601,8 +601,8 @@ fn read(config_toml: &str) -> Result<Config, String> {
 /// One attempt of a job on its own thread: how it ended, and where it stands.
 fn attempt(
     config: &Config,
-    feed: Feed,
-    inputs: mpsc::Sender<Input>,
+    feed: &Feed,
+    inputs: &mpsc::Sender<Input>,
     mut queue: mpsc::Receiver<Input>,
     runtime: &Handle,
 ) -> (Outcome, Step) {
@@ -610,17 +610,12 @@ fn attempt(
     let mut run = || {
         let mut attempt = Attempt::open(config)?;
         committed = Step(attempt.resumed().unwrap_or(0));
-        let driven = match attempt.completed() {
-            Some(driven) => driven,
-            None => {
-                let mut console = Console::lines(Box::new(std::io::sink()));
-                runtime.block_on(attempt.drive(
-                    &mut console,
-                    feed.clone(),
-                    inputs.clone(),
-                    &mut queue,
-                ))?
-            }
+        let driven = if let Some(driven) = attempt.completed() {
+            driven
+        } else {
+            let mut console = Console::lines(Box::new(std::io::sink()));
+            let driven = attempt.drive(&mut console, feed.clone(), inputs.clone(), &mut queue);
+            runtime.block_on(driven)?
         };
         committed = driven.committed;
         // Nobody listens any more: the workers' sessions end, and they come back for the next job.

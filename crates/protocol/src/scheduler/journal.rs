@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{ENDED_MAX, Ending, NewJob};
-use crate::JobId;
+use crate::{JobId, Step};
 
 /// One record of the queue's journal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +24,8 @@ pub enum JobRecord {
     Ended {
         /// Which.
         id: JobId,
+        /// Its last commit.
+        committed: Step,
         /// How.
         #[serde(flatten)]
         ending: Ending,
@@ -41,6 +43,7 @@ pub struct JobsRecovery {
 pub(super) struct RecoveredJob {
     pub(super) job: NewJob,
     pub(super) attempts: u32,
+    pub(super) committed: Step,
     pub(super) ending: Option<Ending>,
 }
 
@@ -57,7 +60,12 @@ impl JobsRecovery {
                 records.push(JobRecord::Started { id: id.clone() });
             }
             if let Some(ending) = it.ending.clone() {
-                records.push(JobRecord::Ended { id, ending });
+                let committed = it.committed;
+                records.push(JobRecord::Ended {
+                    id,
+                    committed,
+                    ending,
+                });
             }
         }
         records
@@ -74,6 +82,7 @@ pub fn recover_jobs(records: &[JobRecord]) -> JobsRecovery {
                 jobs.push(RecoveredJob {
                     job: job.clone(),
                     attempts: 0,
+                    committed: Step(0),
                     ending: None,
                 });
             }
@@ -82,8 +91,13 @@ pub fn recover_jobs(records: &[JobRecord]) -> JobsRecovery {
                     it.attempts += 1;
                 }
             }
-            JobRecord::Ended { id, ending } => {
+            JobRecord::Ended {
+                id,
+                committed,
+                ending,
+            } => {
                 if let Some(it) = of(&mut jobs, id) {
+                    it.committed = *committed;
                     it.ending = Some(ending.clone());
                 }
             }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{Ending, Entry, Scheduler, State, Stopping};
-use crate::{Incarnation, JobId};
+use crate::{Incarnation, JobId, Step};
 
 /// A job as the queue sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +20,8 @@ pub struct JobSummary {
     pub workers: u32,
     /// How often it was started.
     pub attempts: u32,
+    /// Where it stood when an attempt last ended.
+    pub committed: Step,
     /// Milliseconds since 1970.
     pub submitted_unix_ms: u64,
 }
@@ -86,9 +88,9 @@ impl Scheduler {
     }
 
     /// What the head of the queue waits for, if anything does.
-    pub fn waiting(&self, now_ms: u64) -> Option<String> {
-        let (_, head) = self.head(now_ms)?;
-        Some(format!("job {} {}", head.job.id, self.lacks(head)))
+    pub fn waiting(&self) -> Option<String> {
+        let (_, head) = self.head()?;
+        Some(format!("job {} {}", head.job.id, self.sentence(head)))
     }
 
     fn summary(&self, entry: &Entry) -> JobSummary {
@@ -99,6 +101,7 @@ impl Scheduler {
             config_toml: entry.job.config_toml.clone(),
             workers: entry.job.workers,
             attempts: entry.attempts.count(),
+            committed: entry.committed,
             submitted_unix_ms: entry.job.submitted_unix_ms,
         }
     }

@@ -1,0 +1,219 @@
+//! `coordinator --cluster` with real workers and clients: jobs are queued, trained, watched, cancelled; workers and the
+//! coordinator are killed and drained, and nothing is lost.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tests::cluster::{Cluster, job};
+use tests::programs::{assert_same_rows, program, text};
+
+fn training(folder: &Path) -> Vec<Value> {
+    let rows = fs::read_to_string(folder.join("metrics.jsonl")).expect("rows of metrics");
+    let rows = rows.lines().map(|line| {
+        let mut row: Value = serde_json::from_str(line).expect("a row is JSON");
+        for name in ["seconds", "tokens_per_second", "generation", "world_size"] {
+            row.as_object_mut().expect("an object").remove(name);
+        }
+        row
+    });
+    rows.collect()
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(output)))
+}
+
+#[test]
+fn jobs_are_queued_trained_and_found_in_their_folders() {
+    let mut cluster = Cluster::start();
+    // Before any worker is there, the queue says what it waits for.
+    let first = job("first", cluster.folder(), "");
+    let submitted = cluster.ask(&["submit", "--key", "one"], &first);
+    assert!(submitted.status.success(), "{}", text(&submitted));
+    assert!(
+        text(&submitted).contains("waits for 2 workers: 0 idle"),
+        "{}",
+        text(&submitted)
+    );
+    let again = cluster.ask(&["submit", "--key", "one", "--json"], &first);
+    assert_eq!(json(&again)["created"], false);
+    let taken = cluster.ask(&["submit"], &first);
+    assert_eq!(taken.status.code(), Some(2), "{}", text(&taken));
+    assert!(
+        text(&taken).contains("there is a job first already"),
+        "{}",
+        text(&taken)
+    );
+    let second = job("second", cluster.folder(), "[train]\nsteps = 3");
+    assert!(cluster.ask(&["submit"], &second).status.success());
+
+    cluster.worker("a");
+    cluster.worker("b");
+    let watched = cluster.run(&["watch", "second", "--json"]);
+    assert_eq!(watched.status.code(), Some(0), "{}", text(&watched));
+    let events = String::from_utf8_lossy(&watched.stdout).into_owned();
+    let steps = events
+        .lines()
+        .filter(|line| line.starts_with("{\"event\":\"step\""))
+        .count();
+    assert_eq!(steps, 3, "{events}");
+    let jobs = json(&cluster.run(&["jobs", "--json"]));
+    for job in jobs["jobs"].as_array().expect("jobs") {
+        assert_eq!(job["state"], "completed", "{job}");
+    }
+    for name in ["first", "second"] {
+        let run = cluster.folder().join(name);
+        assert!(run.join("export/model.safetensors").exists(), "{name}");
+        assert!(run.join("summary.json").exists(), "{name}");
+    }
+    // A worker serves job after job under one name.
+    let workers = json(&cluster.run(&["workers", "--json"]));
+    assert_eq!(workers["workers"].as_array().expect("workers").len(), 2);
+}
+
+#[test]
+fn a_killed_worker_and_a_killed_coordinator_cost_no_committed_row() {
+    let whole = {
+        let mut cluster = Cluster::start();
+        let config = job("run", cluster.folder(), "");
+        cluster.worker("a");
+        cluster.worker("b");
+        let done = cluster.ask(&["submit", "--watch"], &config);
+        assert_eq!(done.status.code(), Some(0), "{}", text(&done));
+        training(&cluster.folder().join("run"))
+    };
+
+    let mut cluster = Cluster::start();
+    let config = job("run", cluster.folder(), "");
+    cluster.worker("a");
+    cluster.worker("b");
+    assert!(cluster.ask(&["submit"], &config).status.success());
+    cluster.wait_for_step("run", 3);
+    cluster.kill_worker("a");
+    cluster.wait_for("a job that waits to go on", |status| {
+        status["jobs"][0]["state"] == "queued"
+    });
+    cluster.worker("a");
+    cluster.wait_for_step("run", 8);
+    cluster.kill_coordinator();
+    cluster.start_again();
+    // Nobody submits again, and the workers find the coordinator by themselves.
+    cluster.wait_for("the end", |status| {
+        status["jobs"][0]["state"] == "completed"
+    });
+    assert_same_rows("run", &training(&cluster.folder().join("run")), &whole);
+}
+
+#[test]
+fn a_drained_worker_leaves_with_its_code_and_its_job_goes_on_with_another() {
+    let mut cluster = Cluster::start();
+    let config = job("run", cluster.folder(), "[train]\nsteps = 4000");
+    cluster.worker("a");
+    cluster.worker("b");
+    assert!(cluster.ask(&["submit"], &config).status.success());
+    cluster.wait_for_step("run", 2);
+    let nobody = cluster.run(&["drain", "nobody"]);
+    assert_eq!(nobody.status.code(), Some(2));
+    assert!(
+        text(&nobody).contains("there is no worker nobody"),
+        "{}",
+        text(&nobody)
+    );
+    let drained = cluster.run(&["drain", "b"]);
+    assert!(drained.status.success(), "{}", text(&drained));
+    assert_eq!(cluster.worker_left("b"), Some(143));
+    cluster.wait_for("the queue", |status| status["jobs"][0]["state"] == "queued");
+    let held = cluster.status()["jobs"][0]["committed_step"]
+        .as_u64()
+        .expect("a step");
+    cluster.worker("c");
+    cluster.wait_for_step("run", held + 1);
+
+    // SIGTERM of a worker does the same.
+    cluster.signal_worker("c", "TERM");
+    assert_eq!(cluster.worker_left("c"), Some(143));
+    // Cancelling keeps what was done.
+    let cancelled = cluster.run(&["cancel", "run", "--reason", "enough"]);
+    assert!(cancelled.status.success(), "{}", text(&cancelled));
+    cluster.wait_for("the end", |status| {
+        status["jobs"][0]["state"] == "cancelled"
+    });
+    assert!(
+        cluster.status()["jobs"][0]["waiting"]
+            .as_str()
+            .expect("a sentence")
+            .contains("enough")
+    );
+    assert!(
+        cluster
+            .folder()
+            .join("run/checkpoints")
+            .read_dir()
+            .expect("checkpoints")
+            .count()
+            > 0
+    );
+}
+
+#[test]
+fn sigterm_saves_running_jobs_and_the_same_folder_goes_on_with_them() {
+    let mut cluster = Cluster::start();
+    let config = job("run", cluster.folder(), "[train]\nsteps = 60");
+    cluster.worker("a");
+    cluster.worker("b");
+    assert!(cluster.ask(&["submit"], &config).status.success());
+    cluster.wait_for_step("run", 3);
+    assert_eq!(cluster.stop_coordinator(), Some(143));
+    let events = fs::read_to_string(cluster.folder().join("run/events.jsonl")).expect("events");
+    assert!(events.contains("interrupted after step"), "{events}");
+    let rows = training(&cluster.folder().join("run")).len();
+    cluster.start_again();
+    cluster.wait_for("the end", |status| {
+        status["jobs"][0]["state"] == "completed"
+    });
+    let all = training(&cluster.folder().join("run"));
+    assert!(rows >= 3 && all.len() == 60, "{rows} and {}", all.len());
+}
+
+#[test]
+fn s1_without_the_token_nobody_but_a_health_probe_gets_in() {
+    let mut cluster = Cluster::start_with_token("s3cret-and-long");
+    let token = cluster.folder().join("token").display().to_string();
+    let closed = cluster.run(&["status"]);
+    assert_eq!(closed.status.code(), Some(2), "{}", text(&closed));
+    assert!(text(&closed).contains("--token-file"), "{}", text(&closed));
+    let other = cluster.folder().join("other");
+    fs::write(&other, "guess\n").expect("write");
+    let wrong = cluster.run(&["status", "--token-file", &other.display().to_string()]);
+    assert_eq!(wrong.status.code(), Some(2), "{}", text(&wrong));
+    assert!(
+        cluster
+            .run(&["status", "--token-file", &token])
+            .status
+            .success()
+    );
+
+    let worker = |more: &[&str]| {
+        Command::new(program("worker"))
+            .args(["--coordinator", cluster.url(), "--once", "--threads", "1"])
+            .args(more)
+            .output()
+            .expect("it starts")
+    };
+    let stranger = worker(&[]);
+    assert_eq!(stranger.status.code(), Some(2), "{}", text(&stranger));
+    assert!(
+        text(&stranger).contains("does not let this worker in"),
+        "{}",
+        text(&stranger)
+    );
+    cluster.worker("a");
+    cluster.worker("b");
+    let config = job("run", cluster.folder(), "[train]\nsteps = 2");
+    let done = cluster.ask(&["submit", "--watch", "--token-file", &token], &config);
+    assert_eq!(done.status.code(), Some(0), "{}", text(&done));
+    let said = cluster.said();
+    assert!(!said.contains("s3cret"), "the token is in the log: {said}");
+}
