@@ -110,8 +110,29 @@ impl Cluster {
     /// # Panics
     /// If it does not start.
     pub fn worker(&mut self, name: &str) {
+        let command = Command::new(program("worker"));
+        self.start_worker(name, command);
+    }
+
+    /// The same in a mount namespace of its own, after `mount` was run there. False where this user may not make one.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn worker_behind(&mut self, name: &str, mount: &str) -> bool {
+        let namespace = ["--mount", "--map-root-user", "sh", "-c"];
+        let allowed = Command::new("unshare").args(namespace).arg(mount).output();
+        if !allowed.is_ok_and(|it| it.status.success()) {
+            return false;
+        }
+        let mut command = Command::new("unshare");
+        let script = format!("{mount} && exec \"$0\" \"$@\"");
+        command.args(namespace).arg(script).arg(program("worker"));
+        self.start_worker(name, command);
+        true
+    }
+
+    fn start_worker(&mut self, name: &str, mut command: Command) {
         let log = self.log(name);
-        let mut command = Command::new(program("worker"));
         command
             .args(["--coordinator", &self.url, "--name", name, "--threads", "1"])
             .current_dir(workspace_root())

@@ -217,3 +217,109 @@ fn s1_without_the_token_nobody_but_a_health_probe_gets_in() {
     let said = cluster.said();
     assert!(!said.contains("s3cret"), "the token is in the log: {said}");
 }
+
+/// A worker of another build, played by the generated client.
+#[test]
+fn a_worker_of_another_build_is_told_what_both_run_and_to_stay_away() {
+    let cluster = Cluster::start();
+    let join = wire::proto::FromWorker {
+        incarnation: 7,
+        message: Some(wire::proto::from_worker::Message::Join(wire::proto::Join {
+            build: "9.9.9".into(),
+            wire_version: wire::WIRE_VERSION,
+            address: "127.0.0.1:4000".into(),
+            name: "old".into(),
+            device: String::new(),
+        })),
+        ..wire::proto::FromWorker::default()
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let told = runtime.block_on(async {
+        let url = cluster.url().to_owned();
+        let mut client = wire::proto::workers_client::WorkersClient::connect(url)
+            .await
+            .expect("a connection");
+        let open =
+            tokio_stream::StreamExt::chain(tokio_stream::once(join), tokio_stream::pending());
+        let mut answers = client.session(open).await.expect("a session").into_inner();
+        answers
+            .message()
+            .await
+            .expect("an answer")
+            .expect("a message")
+    });
+    let Some(wire::proto::to_worker::Message::Stop(stop)) = told.message else {
+        panic!("{told:?}");
+    };
+    assert!(
+        stop.reason.contains("it runs build 9.9.9, the coordinator"),
+        "{}",
+        stop.reason
+    );
+    assert_eq!(stop.afterwards(), wire::proto::Afterwards::Refused);
+    assert!(
+        cluster.said().contains("worker old may not join"),
+        "{}",
+        cluster.said()
+    );
+}
+
+#[test]
+fn a_second_coordinator_on_one_state_folder_is_refused_with_the_first_ones_process() {
+    let cluster = Cluster::start();
+    let state = cluster.folder().join("state");
+    let second = Command::new(program("coordinator"))
+        .args(["--cluster", "--set", "cluster.listen=127.0.0.1:0"])
+        .args(["--set", &format!("cluster.state={}", state.display())])
+        .output()
+        .expect("it starts");
+    assert_eq!(second.status.code(), Some(1), "{}", text(&second));
+    for word in ["cluster.state", "another coordinator", "is held by process"] {
+        assert!(
+            text(&second).contains(word),
+            "no `{word}` in {}",
+            text(&second)
+        );
+    }
+}
+
+#[test]
+fn without_workers_for_a_minute_the_queue_says_again_what_it_waits_for() {
+    let mut cluster = Cluster::start();
+    let config = job("run", cluster.folder(), "");
+    assert!(cluster.ask(&["submit"], &config).status.success());
+    cluster.wait_for("a reminder", |status| {
+        let mut events = status["events"].as_array().expect("events").iter();
+        let wait = events.find(|event| event["kind"] == "wait");
+        wait.is_some_and(|event| {
+            let text = event["text"].as_str().expect("a sentence");
+            text.contains("job run waits for 2 workers: 0 idle; start 2 workers more")
+        })
+    });
+}
+
+#[test]
+fn a_checkpoint_folder_that_a_worker_sees_differently_is_refused_before_a_step_runs() {
+    let mut cluster = Cluster::start();
+    let config = job("run", cluster.folder(), "[cluster]\nworkers = 1");
+    // A worker whose view of the folder is another disk: a mount namespace of its own.
+    let run = cluster.folder().join("run");
+    fs::create_dir_all(&run).expect("a folder");
+    let mount = format!("mount -t tmpfs tmpfs {}", run.display());
+    if !cluster.worker_behind("a", &mount) {
+        return eprintln!("skipped: this user may not make a mount namespace");
+    }
+    let done = cluster.ask(&["submit", "--watch"], &config);
+    assert_eq!(done.status.code(), Some(1), "{}", text(&done));
+    for word in [
+        "checkpoint.path",
+        "on a is not the coordinator's folder",
+        "must see one folder",
+    ] {
+        assert!(text(&done).contains(word), "no `{word}` in {}", text(&done));
+    }
+    assert!(training(&run).is_empty());
+}

@@ -1,6 +1,7 @@
 //! Bad input to the real programs: each row names the place and the cure, exits as documented, and trains nothing.
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 
@@ -164,6 +165,13 @@ fn files_that_cannot_be_used_are_named_with_line_or_tensor() {
         USAGE,
         &["model.safetensors", "truncated"],
     );
+    fs::remove_file(model.join("tokenizer.json")).expect("remove");
+    check(
+        "no tokenizer",
+        &config,
+        USAGE,
+        &["tokenizer.json", "a model folder needs tokenizer.json"],
+    );
     fs::write(model.join("config.json"), "{\"model_type\": \"mamba\"}").expect("write");
     check(
         "another architecture",
@@ -171,6 +179,116 @@ fn files_that_cannot_be_used_are_named_with_line_or_tensor() {
         USAGE,
         &["config.json", "mamba"],
     );
+}
+
+#[test]
+fn pairs_that_cannot_be_trained_on_are_refused_with_row_and_cure() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    check(
+        "no pair left after truncation",
+        &with("max_length = 128", "max_length = 2"),
+        USAGE,
+        &[
+            "no pairs left of",
+            "every row was dropped",
+            "raise data.max_length",
+        ],
+    );
+    let template = folder.path().join("template.jinja");
+    fs::write(
+        &template,
+        "{{ raise_exception('this model takes no system turn') }}",
+    )
+    .expect("write");
+    let chat = r#"{"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}],
+        "rejected": [{"role": "assistant", "content": "c"}]}"#;
+    let config = with_data(folder.path(), &format!("{}\n", chat.replace('\n', "")));
+    let config = config.replace(
+        "[data]",
+        &format!("[data]\nchat_template = \"{}\"", template.display()),
+    );
+    check(
+        "a chat template that raises",
+        &config,
+        USAGE,
+        &["pairs.jsonl:1", "this model takes no system turn"],
+    );
+}
+
+#[test]
+fn a_configuration_that_is_not_utf8_is_refused_with_the_byte() {
+    let run = Run::new(SMALL);
+    let mut bytes = SMALL.as_bytes().to_vec();
+    bytes.extend(b"# caf\xe9\n");
+    fs::write(run.folder().join("config.toml"), bytes).expect("write");
+    refused("not UTF-8", &run, USAGE, &["config.toml", "UTF-8"]);
+}
+
+#[test]
+fn a_port_in_use_is_refused_with_the_key() {
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("an address").to_string();
+    let run = Run::new(SMALL).set(&format!("cluster.listen={address}"));
+    refused(
+        "a port in use",
+        &run,
+        1,
+        &[&address, "cluster.listen", "choose another port"],
+    );
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let output = Command::new(program("coordinator"))
+        .args(["--cluster", "--set", &format!("cluster.listen={address}")])
+        .args([
+            "--set",
+            &format!("cluster.state={}", folder.path().join("state").display()),
+        ])
+        .output()
+        .expect("it starts");
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(
+        text(&output).contains("choose another port"),
+        "{}",
+        text(&output)
+    );
+}
+
+/// The disk is a file system of its own in a mount namespace of its own, too small for a third checkpoint.
+#[test]
+fn a_disk_that_is_full_while_saving_is_told_and_what_was_saved_stays() {
+    let run = Run::new(SMALL).set("checkpoint.keep_last=9");
+    fs::create_dir(run.path("")).expect("a run directory");
+    let command = run.command();
+    let mut script = format!(
+        "mount -t tmpfs -o size=3m tmpfs {} && ",
+        run.path("").display()
+    );
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    script += &words
+        .map(|it| format!("'{}' ", it.to_string_lossy()))
+        .collect::<String>();
+    // Seen from inside, because the mount ends with the shell.
+    script += &format!("; echo exit $?; ls {}", run.path("checkpoints/*").display());
+    let output = Command::new("unshare")
+        .args(["--mount", "--map-root-user", "sh", "-c", &script])
+        .current_dir(workspace_root())
+        .output();
+    let output = match output {
+        Ok(output) if !text(&output).contains("Operation not permitted") => output,
+        _ => return eprintln!("skipped: this user may not make a mount namespace"),
+    };
+    let said = text(&output);
+    for word in [
+        "checkpoint of step 15 could not be written",
+        "No space left on device",
+        "make room there, or set checkpoint.path to another disk",
+        "exit 1",
+        "step-00000010",
+    ] {
+        assert!(said.contains(word), "no `{word}` in: {said}");
+    }
+    // A step whose save failed has no manifest, so that nothing half-written is taken for a checkpoint.
+    let last = said.rsplit("step-00000024").next().expect("the listing");
+    assert!(!last.contains("manifest.json"), "{said}");
 }
 
 #[test]

@@ -33,7 +33,7 @@ fn a_running_job_tells_its_step_its_workers_and_what_it_waits_for() {
     let person = text(&ask(port, &[]));
     drop(coordinator);
     let gone = ask(port, &[]);
-    assert_eq!(gone.status.code(), Some(1));
+    assert_eq!(gone.status.code(), Some(75));
     assert!(text(&gone).contains(&port.to_string()), "{}", text(&gone));
 
     assert!(person.contains("small  training  step "), "{person}");

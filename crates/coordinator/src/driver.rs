@@ -322,7 +322,7 @@ impl<'a> Driver<'a> {
         self.directory.event(now, note)?;
         self.feed.note(feed::event(now, note));
         tracing::info!(kind = note.kind, "{}", note.text);
-        if ["lost", "skip", "rewind", "stop", "ready"].contains(&note.kind) {
+        if ["lost", "skip", "rewind", "stop", "ready", "save_failed"].contains(&note.kind) {
             self.console.say(&note.text);
         }
         Ok(())

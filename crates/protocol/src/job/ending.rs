@@ -63,8 +63,10 @@ impl Job {
         if self.outcome().is_some() || self.saves.remove(&step).is_none() {
             return;
         }
-        let text = format!("checkpoint of step {step} could not be written: {reason}");
-        actions.push(note("checkpoint", text.clone()));
+        let text = format!(
+            "checkpoint of step {step} could not be written: {reason}; make room there, or set checkpoint.path to another disk"
+        );
+        actions.push(note("save_failed", text.clone()));
         match &self.phase {
             Phase::Draining { step: last, .. } if *last == step => {
                 self.fail(Cause::Fatal, text, None, actions);
