@@ -243,9 +243,10 @@ fn each_worker_of_a_gpu_overlay_has_one_gpu_and_shared_memory_and_no_other_overl
             let memory = &memory.expect("/dev/shm")["name"];
             let volumes = array(&pod(workload)["volumes"]);
             let memory = volumes.iter().find(|volume| volume["name"] == *memory);
+            let size = if on_gpus { "16Gi" } else { "1Gi" };
             assert_eq!(
-                memory.expect("a volume")["emptyDir"]["medium"],
-                "Memory",
+                memory.expect("a volume")["emptyDir"],
+                json!({"medium": "Memory", "sizeLimit": size}),
                 "{what}"
             );
             let spec = &workload["spec"];
