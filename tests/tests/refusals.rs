@@ -172,6 +172,11 @@ fn files_that_cannot_be_used_are_named_with_line_or_tensor() {
         USAGE,
         &["tokenizer.json", "a model folder needs tokenizer.json"],
     );
+    fs::copy(
+        reference.join("tokenizer.json"),
+        model.join("tokenizer.json"),
+    )
+    .expect("copy");
     fs::write(model.join("config.json"), "{\"model_type\": \"mamba\"}").expect("write");
     check(
         "another architecture",
