@@ -12,6 +12,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio_stream::wrappers::{BroadcastStream, ReceiverStream, TcpListenerStream};
 use tokio_stream::{Stream, StreamExt, wrappers::errors::BroadcastStreamRecvError};
+use tonic::service::interceptor::InterceptedService;
 use tonic::{Request, Response, Status, Streaming};
 use wire::proto::cluster_server::{Cluster, ClusterServer};
 use wire::proto::job_event::Event as Kind;
@@ -91,18 +92,21 @@ pub async fn serve(
     health.set_serving::<ClusterServer<Doors>>().await;
     health.set_serving::<JobsServer<Doors>>().await;
     health.set_serving::<WorkersServer<Doors>>().await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(wire::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()?;
-    let reflection =
-        tonic::service::interceptor::InterceptedService::new(reflection, guard.clone());
+    // Stock clients still ask in the older version of the protocol.
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(wire::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let older = InterceptedService::new(reflection().build_v1alpha()?, guard.clone());
+    let reflection = InterceptedService::new(reflection().build_v1()?, guard.clone());
     tonic::transport::Server::builder()
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .add_service(health_service)
         .add_service(reflection)
+        .add_service(older)
         .add_service(WorkersServer::with_interceptor(
             doors.clone(),
             guard.clone(),
