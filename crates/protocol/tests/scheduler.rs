@@ -65,6 +65,16 @@ impl Play {
                 _ => {}
             }
         }
+        for (_, worker) in self.scheduler.workers() {
+            if let Some(id) = &worker.job {
+                let state = self.scheduler.job(id).map(|it| it.state);
+                assert_eq!(
+                    state,
+                    Some(JobSummaryState::Running),
+                    "a worker works for {id}"
+                );
+            }
+        }
         let mut seen = BTreeSet::new();
         for worker in self.running.values().flatten() {
             assert!(seen.insert(*worker), "worker {worker} has two jobs");
