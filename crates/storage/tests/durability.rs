@@ -4,7 +4,7 @@
 use std::{fs, path::Path, thread, time::Duration};
 
 use storage::{
-    DurableFile, LineFile, Lock, LockError, atomic_write, create_directory,
+    AppendFile, DurableFile, LineFile, Lock, LockError, atomic_write, create_directory,
     log::{self, Log, LogError},
     remove_directory, remove_file, rename,
 };
@@ -295,4 +295,20 @@ fn lines_are_cut_back_to_a_remembered_end_and_go_on_from_there() {
     lines.append("four").unwrap();
     lines.sync().unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), "one\nfour\n");
+}
+
+#[test]
+fn bytes_are_appended_behind_what_is_there_and_cut_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    AppendFile::open(&path).unwrap().append(b"abc").unwrap();
+    let mut file = AppendFile::open(&path).unwrap();
+    assert_eq!(file.bytes(), 3);
+    file.append(b"defg").unwrap();
+    assert_eq!(file.read(4).unwrap(), b"abcd");
+    file.cut(5).unwrap();
+    file.append(b"-").unwrap();
+    file.sync().unwrap();
+    assert_eq!(file.read(99).unwrap(), b"abcde-");
+    assert_eq!(std::fs::read(&path).unwrap(), b"abcde-");
 }
