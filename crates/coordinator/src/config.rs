@@ -7,6 +7,7 @@ mod layers;
 mod refusal;
 mod sections;
 mod service;
+mod telemetry;
 
 use std::path::Path;
 
@@ -23,6 +24,7 @@ pub use layers::Sources;
 pub use refusal::ConfigError;
 pub use sections::{Backend, CheckpointSection, ClusterSection, JobSection};
 pub use service::{SecuritySection, ServiceConfig};
+pub use telemetry::{TelemetrySection, TrackerKind};
 
 /// Sections of the coordinator.
 const OWN: [&str; 5] = ["job", "checkpoint", "cluster", "security", "telemetry"];
@@ -49,6 +51,8 @@ pub struct Config {
     pub cluster: ClusterSection,
     /// `[security]`.
     pub security: SecuritySection,
+    /// `[telemetry]`.
+    pub telemetry: TelemetrySection,
     /// `train.skipped_steps_max`: consecutive skipped steps that end the job.
     pub skipped_steps_max: u64,
     /// `job.seed` and the training sections, resolved: what workers are given.
@@ -103,7 +107,9 @@ impl Config {
         let cluster = ClusterSection::parse(Section::take(&mut all, "cluster", &merged)?)?;
         let security = SecuritySection::parse(Section::take(&mut all, "security", &merged)?)?;
         service::check_listener(&merged, "cluster.listen", cluster.listen, &security)?;
-        Section::take(&mut all, "telemetry", &merged)?.finish()?;
+        let telemetry = Section::take(&mut all, "telemetry", &merged)?;
+        let telemetry = TelemetrySection::parse(telemetry, &job.output)?;
+        service::check_metrics(&merged, telemetry.metrics_listen, &security)?;
         let mut train = Section::take(&mut all, "train", &merged)?;
         let skipped_steps_max = train.required("skipped_steps_max")?;
         if skipped_steps_max == 0 {
@@ -125,6 +131,7 @@ impl Config {
             checkpoint,
             cluster,
             security,
+            telemetry,
             skipped_steps_max,
             training: resolved.resolved,
             identity: resolved.identity,
@@ -157,6 +164,7 @@ impl Config {
     pub fn to_toml(&self) -> String {
         let mut text = self.job_toml();
         write_section(&mut text, "cluster", &self.cluster);
+        write_section(&mut text, "telemetry", &self.telemetry);
         if self.security != SecuritySection::default() {
             write_section(&mut text, "security", &self.security);
         }
@@ -169,6 +177,11 @@ impl Config {
         let mut cluster = Table::try_from(&self.cluster).expect("a section is a TOML table");
         cluster.remove("listen");
         write_section(&mut text, "cluster", &cluster);
+        let telemetry = TelemetrySection {
+            metrics_listen: None,
+            ..self.telemetry.clone()
+        };
+        write_section(&mut text, "telemetry", &telemetry);
         text
     }
 

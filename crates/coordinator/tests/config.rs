@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use coordinator::config::{Config, ConfigError, Sources};
+use coordinator::config::{Config, ConfigError, Sources, TrackerKind};
 use tempfile::TempDir;
 use toml::{Table, Value};
 
@@ -233,7 +233,11 @@ fn unknown_names_are_refused_with_place_and_nearest_name() {
         &[],
         &[],
         &["telemetry.port=1"],
-        &["telemetry.port (from --set telemetry.port)", "no keys yet"],
+        &[
+            "telemetry.port (from --set telemetry.port)",
+            "known are",
+            "trackers",
+        ],
     );
     check_refused(
         &[],
@@ -402,4 +406,79 @@ fn a_file_that_is_not_utf_8_is_refused_with_its_first_wrong_byte_and_a_cure() {
     );
     check("utf-16.toml", b"\xff\xfe[\0j\0o\0b\0]\0", "byte 0 is 0xff");
     check("cut.toml", b"# \xc3", "byte 2 is 0xc3");
+}
+
+#[test]
+fn trackers_write_into_the_run_directory_unless_told_otherwise() {
+    let config = load(&[], &[], &["job.output=out"]).unwrap().telemetry;
+    assert_eq!(config.trackers, []);
+    assert_eq!(config.metrics_listen, None);
+    assert_eq!(config.tensorboard_folder, PathBuf::from("out/tensorboard"));
+    assert_eq!(config.wandb_folder, PathBuf::from("out/wandb"));
+    assert_eq!(config.mlflow_folder, PathBuf::from("out/mlruns"));
+    let set = [
+        "telemetry.trackers=[\"mlflow\", \"tensorboard\"]",
+        "telemetry.mlflow_folder=mlruns",
+        "telemetry.metrics_listen=127.0.0.1:0",
+    ];
+    let config = load(&[], &[], &set).unwrap();
+    let telemetry = &config.telemetry;
+    let (mlflow, tensorboard) = (TrackerKind::Mlflow, TrackerKind::TensorBoard);
+    assert_eq!(telemetry.trackers, [mlflow, tensorboard]);
+    assert_eq!(telemetry.mlflow_folder, PathBuf::from("mlruns"));
+    assert_eq!(telemetry.metrics_listen, "127.0.0.1:0".parse().ok());
+    let again = load(&[&config.to_toml()], &[], &[]).unwrap();
+    assert_eq!(again.telemetry, config.telemetry);
+    // One name alone, as TRL's report_to takes it.
+    let one = load(&[], &[("CALDPO__TELEMETRY__TRACKERS", "wandb")], &[]).unwrap();
+    assert_eq!(one.telemetry.trackers, [TrackerKind::Wandb]);
+}
+
+#[test]
+fn trackers_and_listeners_that_cannot_be_are_refused_with_the_cure() {
+    let rows: [(&str, &[&str]); 9] = [
+        (
+            "telemetry.trackers=[\"tensorbord\"]",
+            &["telemetry.trackers (from", "did you mean `tensorboard`?"],
+        ),
+        (
+            "telemetry.trackers=[\"comet\"]",
+            &["\"comet\"", "known are tensorboard, wandb, mlflow"],
+        ),
+        (
+            "telemetry.trackers=[\"wandb\", \"wandb\"]",
+            &["\"wandb\" is named twice"],
+        ),
+        (
+            "telemetry.trackers=true",
+            &["a list of names, such as [\"tensorboard\"]"],
+        ),
+        (
+            "telemetry.wandb_project=a/b",
+            &["telemetry.wandb_project", "none of them", "\"a/b\""],
+        ),
+        (
+            "telemetry.mlflow_experiment=\"\"",
+            &["telemetry.mlflow_experiment", "1 to 128 characters"],
+        ),
+        (
+            "telemetry.tensorboard_folder=\"\"",
+            &["telemetry.tensorboard_folder", "leave the key out"],
+        ),
+        (
+            "telemetry.metrics_listen=0.0.0.0:9464",
+            &[
+                "telemetry.metrics_listen",
+                "not loopback",
+                "security.token_file",
+            ],
+        ),
+        (
+            "telemetry.metrics_listen=9464",
+            &["telemetry.metrics_listen (from"],
+        ),
+    ];
+    for (set, words) in rows {
+        check_refused(&[], &[], &[set], words);
+    }
 }

@@ -150,11 +150,7 @@ impl<'a> Section<'a> {
             return Ok(());
         };
         let known: Vec<&str> = self.asked.iter().copied().collect();
-        let reason = if known.is_empty() {
-            format!("[{}] has no keys yet", self.name)
-        } else {
-            unknown(&format!("key in [{}]", self.name), key, &known)
-        };
+        let reason = unknown(&format!("key in [{}]", self.name), key, &known);
         Err(self.refuse(key, reason))
     }
 
@@ -162,7 +158,7 @@ impl<'a> Section<'a> {
         self.merged.origin(&format!("{}.{key}", self.name))
     }
 
-    fn refuse(&self, key: &str, reason: impl Into<String>) -> ConfigError {
+    pub(super) fn refuse(&self, key: &str, reason: impl Into<String>) -> ConfigError {
         refuse(self.merged, &format!("{}.{key}", self.name), reason)
     }
 }

@@ -44,6 +44,8 @@ pub struct ServiceConfig {
     pub state: PathBuf,
     /// Who may come in.
     pub security: SecuritySection,
+    /// Where `/metrics` is served to Prometheus; absent: nowhere.
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 impl ServiceConfig {
@@ -70,7 +72,11 @@ impl ServiceConfig {
         let state = cluster.optional("state")?;
         let security = SecuritySection::parse(Section::take(&mut all, "security", &merged)?)?;
         check_listener(&merged, "cluster.listen", listen, &security)?;
+        let mut telemetry = Section::take(&mut all, "telemetry", &merged)?;
+        let metrics_listen = telemetry.optional("metrics_listen")?;
+        check_metrics(&merged, metrics_listen, &security)?;
         Ok(Self {
+            metrics_listen,
             listen,
             state: state.unwrap_or_else(|| STATE.into()),
             security,
@@ -100,10 +106,21 @@ pub(super) fn check_listener(
         return Ok(());
     }
     let reason = format!(
-        "{listen} is not loopback: whoever reaches it could run jobs; set security.token_file to a file with a secret that \
+        "{listen} is not loopback, and whoever reaches it would be let in; set security.token_file to a file with a secret that \
          workers and clients show (--token-file), or security.insecure = true on a network where nobody else is"
     );
     Err(refuse(merged, key, reason))
+}
+
+/// The same for the door of metrics, where there is one.
+pub(super) fn check_metrics(
+    merged: &Merged,
+    listen: Option<SocketAddr>,
+    security: &SecuritySection,
+) -> Result<(), ConfigError> {
+    listen.map_or(Ok(()), |listen| {
+        check_listener(merged, "telemetry.metrics_listen", listen, security)
+    })
 }
 
 /// Refuses keys of the service in a job that is submitted to one.
