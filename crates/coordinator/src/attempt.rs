@@ -14,6 +14,8 @@ use crate::config::Config;
 use crate::driver::{Checkpoints, Driven, Driver, Input};
 use crate::feed::Feed;
 use crate::finish::{Finished, finish};
+use crate::metrics::Metrics;
+use crate::observer::Observer;
 use crate::run_directory::{Opened, RunDirectory};
 use crate::summary::ReferenceCounts;
 use crate::ui::Console;
@@ -69,12 +71,28 @@ impl<'a> Attempt<'a> {
 
     /// How the run ended, when an earlier attempt completed it: no worker is needed.
     pub fn completed(&self) -> Option<Driven> {
-        self.recovery.completed.then(|| Driven {
-            outcome: Outcome::Completed,
+        if !self.recovery.completed {
+            return None;
+        }
+        let outcome = Outcome::Completed;
+        // A tracker that was added since gets the rows.
+        self.observe(None).finish(&outcome);
+        Some(Driven {
+            outcome,
             facts: self.recovery.facts.clone(),
             references: ReferenceCounts::default(),
             committed: self.recovery.committed,
         })
+    }
+
+    /// Who watches from here on.
+    fn observe(&self, metrics: Option<&Metrics>) -> Observer {
+        Observer::open(
+            self.config,
+            &self.directory,
+            self.recovery.committed,
+            metrics,
+        )
     }
 
     /// Runs the job on the workers that come through `queue`.
@@ -85,6 +103,7 @@ impl<'a> Attempt<'a> {
         &mut self,
         console: &mut Console,
         feed: Feed,
+        metrics: Option<&Metrics>,
         inputs: mpsc::Sender<Input>,
         queue: &mut mpsc::Receiver<Input>,
     ) -> anyhow::Result<Driven> {
@@ -108,6 +127,7 @@ impl<'a> Attempt<'a> {
             keep_last: config.checkpoint.keep_last,
             run_digest: config.run_digest(),
         };
+        let observer = self.observe(metrics);
         let start = Instant::now();
         let (job, first) = Job::new(spec, 0);
         let driver = Driver::new(
@@ -117,6 +137,7 @@ impl<'a> Attempt<'a> {
             console,
             checkpoints,
             feed,
+            observer,
             inputs,
         );
         driver.run(first, queue).await

@@ -20,6 +20,7 @@ use wire::Guard;
 
 use crate::attempt::INPUTS_MAX;
 use crate::config::ServiceConfig;
+use crate::metrics;
 use crate::run::{ASKS_MAX, bind, on_signals, token};
 use crate::server::{self, Doors, Route};
 use hub::Hub;
@@ -67,7 +68,12 @@ pub fn serve(config: &ServiceConfig) -> anyhow::Result<u8> {
              with `coordinator submit CONFIG.toml --coordinator http://{address}`",
             config.state.display()
         );
-        let served = Hub::new(jobs).run(arriving, asked, stopping).await;
+        let listening = metrics::listen(config.metrics_listen, Guard::new(token.as_ref())).await?;
+        if let Some(listening) = &listening {
+            tracing::info!("metrics on {}", listening.url);
+        }
+        let served = listening.as_ref().map(|it| it.metrics.clone());
+        let served = Hub::new(jobs, served).run(arriving, asked, stopping).await;
         drop(stop_server);
         server.abort();
         served?;

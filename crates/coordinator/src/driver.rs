@@ -18,6 +18,7 @@ use wire::proto::job_event::Event as Kind;
 
 use crate::feed::{self, Feed};
 use crate::launcher::ChildExit;
+use crate::observer::Observer;
 use crate::run_directory::{RunDirectory, RunDirectoryError};
 use crate::server::{Connected, ToSession};
 use crate::summary::ReferenceCounts;
@@ -62,6 +63,7 @@ pub struct Driver<'a> {
     feed: Feed,
     /// The state that watchers were told last.
     told: Option<proto::JobState>,
+    observer: Observer,
     /// For the results of work that is done beside the loop.
     inputs: mpsc::Sender<Input>,
     sessions: BTreeMap<Incarnation, ToSession>,
@@ -92,6 +94,7 @@ impl<'a> Driver<'a> {
         console: &'a mut Console,
         checkpoints: Checkpoints,
         feed: Feed,
+        observer: Observer,
         inputs: mpsc::Sender<Input>,
     ) -> Self {
         Self {
@@ -101,6 +104,7 @@ impl<'a> Driver<'a> {
             checkpoints,
             feed,
             told: None,
+            observer,
             inputs,
             sessions: BTreeMap::new(),
             references: BTreeMap::new(),
@@ -143,6 +147,7 @@ impl<'a> Driver<'a> {
         }
         self.console.finish(Instant::now());
         let outcome = self.outcome.context("the job has no outcome")?;
+        self.observer.finish(&outcome);
         let references = self.references.values();
         Ok(Driven {
             outcome,
@@ -249,6 +254,7 @@ impl<'a> Driver<'a> {
 
     fn execute(&mut self, actions: Vec<Action>) -> anyhow::Result<()> {
         for action in actions {
+            self.observer.observe(&action, self.job.facts());
             match action {
                 Action::Journal(record) => {
                     if let Record::Facts { facts } = &record
@@ -322,7 +328,7 @@ impl<'a> Driver<'a> {
         self.directory.event(now, note)?;
         self.feed.note(feed::event(now, note));
         tracing::info!(kind = note.kind, "{}", note.text);
-        if ["lost", "skip", "rewind", "stop", "ready", "save_failed"].contains(&note.kind) {
+        if ["lost", "skip", "unsaved", "rewind", "stop", "ready"].contains(&note.kind) {
             self.console.say(&note.text);
         }
         Ok(())

@@ -1,12 +1,13 @@
 //! Schedules a job's workers: gRPC services, launchers, journal, run directory; the coordinator program.
 //!
 //! What needs no server is here as plain functions and values: the layered configuration ([`config`]), the run directory
-//! and its journal ([`run_directory`]), plots ([`plots`]), the summary ([`summary`]), what a person sees ([`ui`]), and runs
-//! beside each other ([`compare`]).
+//! and its journal ([`run_directory`]), plots ([`plots`]), the summary ([`summary`]), what a person sees ([`ui`]), runs beside
+//! each other ([`compare`]), and who watches: files for other programs ([`trackers`]) and Prometheus ([`metrics`]).
 //!
 //! ```text
 //! run: open run directory ─► recover ─► serve, launch workers ─► driver ─► finish: export, plots, summary
 //!      driver: inputs of sessions, processes, signals ─► protocol::Job ─► actions, strictly in order
+//!              every action ─► observer: trackers, metrics
 //! ```
 //! `--cluster` ([`cluster`]) serves job after job the same way, each attempt on a thread of its own; [`client`] is what people
 //! type to it. Decisions about a job are `protocol`'s; training is the workers'.
@@ -23,9 +24,11 @@ pub mod finish;
 pub mod init;
 mod launcher;
 pub mod log;
+pub mod metrics;
 pub mod model_card;
 mod numbers;
 mod objective;
+pub mod observer;
 mod only;
 pub mod plots;
 pub mod run;
@@ -33,4 +36,5 @@ pub mod run_directory;
 mod server;
 pub mod summary;
 mod timestamp;
+pub mod trackers;
 pub mod ui;

@@ -20,6 +20,7 @@ use crate::config::{Config, SecuritySection};
 use crate::driver::{Driven, Input};
 use crate::feed::Feed;
 use crate::launcher::{Launch, launch};
+use crate::metrics;
 use crate::only;
 use crate::server::{self, Doors, Route};
 use crate::ui::{Banner, Console};
@@ -141,10 +142,15 @@ fn drive(
             drop(stopped.await);
         }));
         tracing::info!("serving on {url}");
-
+        let listening = metrics::listen(config.telemetry.metrics_listen, Guard::new(token)).await?;
+        if let Some(listening) = &listening {
+            tracing::info!("metrics on {}", listening.url);
+            console.say(&format!("metrics on {}", listening.url));
+        }
+        let served = listening.as_ref().map(|it| &it.metrics);
         let workers = launch(&describe(config, show, &url), &inputs)?;
         let driven = attempt
-            .drive(console, feed.clone(), inputs.clone(), &mut queue)
+            .drive(console, feed.clone(), served, inputs.clone(), &mut queue)
             .await;
         // The driver's end closed the sessions. Keep taking inputs, so that nobody waits for a full queue.
         let drain = tokio::spawn(async move { while queue.recv().await.is_some() {} });

@@ -17,6 +17,15 @@ pub(crate) fn rfc3339(time: SystemTime) -> String {
     )
 }
 
+/// Such as `20261124_093027`.
+pub(crate) fn compact(time: SystemTime) -> String {
+    let text = rfc3339(time).replace('T', "_");
+    text.chars()
+        .take_while(|it| *it != '.')
+        .filter(|it| *it == '_' || it.is_ascii_digit())
+        .collect()
+}
+
 /// Year, month and day of a day counted from 1970-01-01 (Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms":
 /// years begin in March, so that the leap day is a year's last).
 fn civil(days: i64) -> (i64, i64, i64) {
@@ -52,5 +61,7 @@ mod tests {
         check(1_709_251_199, "2024-02-29T23:59:59.007Z");
         check(1_795_511_427, "2026-11-24T09:10:27.007Z");
         check(4_102_444_800, "2100-01-01T00:00:00.007Z");
+        let time = UNIX_EPOCH + Duration::from_secs(1_795_511_427);
+        assert_eq!(compact(time), "20261124_091027");
     }
 }

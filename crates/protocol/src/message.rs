@@ -335,7 +335,7 @@ impl fmt::Debug for CoordinatorMessage {
 /// Something worth a line in `events.jsonl`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
-    /// One word: `join`, `form`, `ready`, `go`, `skip`, `checkpoint`, `save_failed`, `rewind`, `lost`, `stop`, `done`; of the queue `submit`,
+    /// One word: `join`, `form`, `ready`, `go`, `skip`, `checkpoint`, `unsaved` (a checkpoint that failed), `rewind`, `lost`, `stop`, `done`; of the queue `submit`,
     /// `start`, `pause`, `queue`, `retry`, `cancel`, `drain`, `refuse`, `wait`.
     pub kind: &'static str,
     /// A sentence for a person.

@@ -144,7 +144,7 @@ impl StepReport {
 }
 
 /// One line of `metrics.jsonl`: a committed step.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct MetricsRow {
     /// What the members reported.
     #[serde(flatten)]

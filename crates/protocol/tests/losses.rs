@@ -250,7 +250,7 @@ fn a_failed_checkpoint_in_training_is_told_and_training_goes_on() {
     let [Action::Note(note)] = actions.as_slice() else {
         panic!("{actions:?}");
     };
-    assert_eq!(note.kind, "save_failed");
+    assert_eq!(note.kind, "unsaved");
     assert!(
         note.text.contains("rank 1 (worker any): disk full"),
         "{}",

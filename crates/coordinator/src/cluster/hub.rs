@@ -24,6 +24,7 @@ use crate::attempt::{Attempt, INPUTS_MAX};
 use crate::config::{Config, Sources};
 use crate::driver::Input;
 use crate::feed::{self, Feed};
+use crate::metrics::Metrics;
 use crate::run_directory::RunDirectoryError;
 use crate::server::{Answer, Ask, Connected, Route};
 use crate::ui::Console;
@@ -71,6 +72,8 @@ struct Ended {
 pub(super) struct Hub {
     scheduler: Scheduler,
     jobs: Jobs,
+    /// Where jobs' metrics go, if they are served.
+    metrics: Option<Metrics>,
     waiting: BTreeMap<Incarnation, Waiting>,
     live: BTreeMap<JobId, Live>,
     events: broadcast::Sender<proto::Event>,
@@ -81,7 +84,7 @@ pub(super) struct Hub {
 }
 
 impl Hub {
-    pub(super) fn new(jobs: Jobs) -> Self {
+    pub(super) fn new(jobs: Jobs, metrics: Option<Metrics>) -> Self {
         let policy = SchedulerPolicy {
             build: env!("CARGO_PKG_VERSION").into(),
             heartbeat_timeout_ms: HEARTBEAT_TIMEOUT_MS,
@@ -93,6 +96,7 @@ impl Hub {
         Self {
             scheduler: Scheduler::new(policy, jobs.recovery.clone(), 0),
             jobs,
+            metrics,
             waiting: BTreeMap::new(),
             live: BTreeMap::new(),
             events: broadcast::Sender::new(EVENTS_KEPT),
@@ -289,13 +293,15 @@ impl Hub {
             }
         }
         let (config, feed) = (Arc::clone(&live.config), live.feed.clone());
+        let metrics = self.metrics.clone();
         let (ended, id) = (self.ended.clone(), id.clone());
         let runtime = Handle::current();
         std::thread::Builder::new()
             .name(format!("job {id}"))
             .spawn(move || {
                 let _span = tracing::info_span!("job", name = %id).entered();
-                let (outcome, committed) = attempt(&config, &feed, &inputs, queue, &runtime);
+                let (outcome, committed) =
+                    attempt(&config, &feed, metrics.as_ref(), &inputs, queue, &runtime);
                 // A hub that is gone has no queue any more.
                 drop(ended.blocking_send(Ended {
                     id,
@@ -602,6 +608,7 @@ fn read(config_toml: &str) -> Result<Config, String> {
 fn attempt(
     config: &Config,
     feed: &Feed,
+    metrics: Option<&Metrics>,
     inputs: &mpsc::Sender<Input>,
     mut queue: mpsc::Receiver<Input>,
     runtime: &Handle,
@@ -614,7 +621,13 @@ fn attempt(
             driven
         } else {
             let mut console = Console::lines(Box::new(std::io::sink()));
-            let driven = attempt.drive(&mut console, feed.clone(), inputs.clone(), &mut queue);
+            let driven = attempt.drive(
+                &mut console,
+                feed.clone(),
+                metrics,
+                inputs.clone(),
+                &mut queue,
+            );
             runtime.block_on(driven)?
         };
         committed = driven.committed;

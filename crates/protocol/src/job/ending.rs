@@ -66,7 +66,7 @@ impl Job {
         let text = format!(
             "checkpoint of step {step} could not be written: {reason}; make room there, or set checkpoint.path to another disk"
         );
-        actions.push(note("save_failed", text.clone()));
+        actions.push(note("unsaved", text.clone()));
         match &self.phase {
             Phase::Draining { step: last, .. } if *last == step => {
                 self.fail(Cause::Fatal, text, None, actions);
