@@ -76,13 +76,13 @@ pub enum TrackerError {
 
 /// One program's files.
 trait Tracker {
-    /// The last entry in its files. Where one is in them only in part, it is the one before.
+    /// The last entry up to which its files have all.
     fn position(&self) -> Position;
 
-    /// Adds an entry behind [`Tracker::position`].
+    /// Adds an entry behind [`Tracker::position`]. What is there of it already stays as it is.
     fn record(&mut self, at: SystemTime, entry: &Entry) -> Result<(), TrackerError>;
 
-    /// Takes out all entries of steps after `to`.
+    /// Takes out all entries of steps after `to`, where there are any.
     fn rewind(&mut self, at: SystemTime, to: u64) -> Result<(), TrackerError>;
 
     /// The run ended, for now.
@@ -223,12 +223,7 @@ impl Tracked {
     }
 
     fn rewind(&mut self, at: SystemTime, to: u64) {
-        self.attempt(|tracker| {
-            if tracker.position() <= Position::last_of(to) {
-                return Ok(());
-            }
-            tracker.rewind(at, to)
-        });
+        self.attempt(|tracker| tracker.rewind(at, to));
     }
 
     fn end(&mut self, at: SystemTime, outcome: &Outcome) {

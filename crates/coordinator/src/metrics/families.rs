@@ -1,6 +1,6 @@
 //! The metrics by name: what each says, and where its value is. A scrape walks these tables.
 
-use std::fmt::Error;
+use std::{collections::BTreeMap, fmt::Error};
 
 use prometheus_client::{
     collector::Collector,
@@ -211,7 +211,7 @@ impl Collector for Jobs {
 
 fn gauge(
     encoder: &mut DescriptorEncoder,
-    jobs: &std::collections::BTreeMap<String, State>,
+    jobs: &BTreeMap<String, State>,
     (name, help): (&str, &str),
     value: impl Fn(&State) -> Option<f64>,
 ) -> Result<(), Error> {

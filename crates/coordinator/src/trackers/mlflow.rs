@@ -11,8 +11,8 @@
 //!     artifacts/samples/      step-NNNNNNNN.txt
 //! ```
 //! A name with `/` in it is a file in a folder, so `loss` and `loss/pairwise` cannot both be; the names below `loss` have a
-//! dot there instead (`loss.pairwise`). A row is in many files: opened again, they are cut back to the last row that is in
-//! all of them.
+//! dot there instead (`loss.pairwise`). A row is in many files, and a crash may leave it in some of them: the next start gives
+//! each file what it lacks.
 
 mod meta;
 
@@ -26,10 +26,7 @@ use std::{
 use protocol::{EvaluationRow, MetricsRow, Outcome, Sample};
 use storage::{LineFile, atomic_write, create_directory, remove_file};
 
-use super::{
-    Description, Entry, Position, Tracker, TrackerError, description::plain_text,
-    entry::EVALUATION_PREFIX, files,
-};
+use super::{Description, Entry, Position, Tracker, TrackerError, description::plain_text, files};
 use meta::{Experiment, Run, Status};
 
 /// Longer values of the configuration are cut, as MLflow's own client does.
@@ -42,17 +39,24 @@ pub(super) struct Mlflow {
     description: Description,
     /// Folder of the run, once it is there.
     run: Option<PathBuf>,
-    metrics: BTreeMap<String, LineFile>,
+    metrics: BTreeMap<String, Metric>,
     position: Position,
     /// This start has written into it.
     writing: bool,
 }
 
+/// A metric's file.
+struct Metric {
+    file: LineFile,
+    /// The last step in it.
+    last: Option<u64>,
+}
+
 impl Mlflow {
-    /// Reads how far this run's files reach, and cuts a row off that is not in all of them.
+    /// Reads how far this run's files reach.
     ///
     /// # Errors
-    /// They cannot be read or cut.
+    /// They cannot be read, or hold what no tracker wrote.
     pub(super) fn open(description: &Description) -> Result<Self, TrackerError> {
         let folder = &description.telemetry.mlflow_folder;
         let mut tracker = Self {
@@ -62,50 +66,81 @@ impl Mlflow {
             position: Position::default(),
             writing: false,
         };
-        if let Some(run) = &tracker.run {
+        if let Some(run) = tracker.run.clone() {
             let metrics = run.join("metrics");
             for path in all_files(&metrics)? {
                 let name = path.strip_prefix(&metrics).unwrap_or(&path);
-                let name = name.to_string_lossy().into_owned();
-                tracker.metrics.insert(name, LineFile::open(&path)?);
+                tracker.open_metric(&run, &name.to_string_lossy())?;
             }
-            let position = complete(run)?;
-            tracker.cut(position)?;
+            tracker.position = tracker.complete();
         }
         Ok(tracker)
     }
 
-    /// Takes out what lies behind `position`.
-    fn cut(&mut self, position: Position) -> Result<(), TrackerError> {
+    fn open_metric(&mut self, run: &Path, name: &str) -> Result<&mut Metric, TrackerError> {
+        let path = run.join("metrics").join(name);
+        create_directory(path.parent().expect("it is below metrics"))?;
+        let file = LineFile::open(&path)?;
+        let last = lines(&path)?.last().map(|line| line.step);
+        let metric = Metric { file, last };
+        Ok(self
+            .metrics
+            .entry(name.to_owned())
+            .insert_entry(metric)
+            .into_mut())
+    }
+
+    /// The last entry up to which all files have all.
+    fn complete(&self) -> Position {
+        let evaluation = Entry::Evaluation {
+            row: EvaluationRow::default(),
+            samples: Vec::new(),
+        };
+        let trained = self.last_of_all(&Entry::Step(MetricsRow::default()));
+        let evaluated = self.last_of_all(&evaluation);
+        match (trained, evaluated) {
+            (None, evaluated) => Position {
+                step: 0,
+                evaluated: evaluated.is_some(),
+            },
+            (Some(step), evaluated) if evaluated >= Some(step) => Position::last_of(step),
+            // An evaluation before that step may be missing; what is there of others is not written twice.
+            (Some(_), evaluated) => evaluated.map_or(Position::default(), Position::last_of),
+        }
+    }
+
+    /// The last step that the files of all metrics of such an entry have.
+    fn last_of_all(&self, entry: &Entry) -> Option<u64> {
+        let names = entry.metrics().into_iter();
+        let lasts = names.map(|(name, _)| self.metrics.get(&file_name(name))?.last);
+        lasts.min().flatten()
+    }
+
+    /// Takes out what lies behind step `to`.
+    fn cut(&mut self, to: u64) -> Result<(), TrackerError> {
         let Some(run) = &self.run else {
             return Ok(());
         };
-        for (name, file) in &mut self.metrics {
-            let evaluated = name.starts_with(EVALUATION_PREFIX);
-            let stays = |line: &Line| {
-                let step = line.step;
-                Position { step, evaluated } <= position
-            };
-            let lines = lines(&run.join("metrics").join(name))?;
-            let end = lines
-                .iter()
-                .rev()
-                .find(|line| stays(line))
-                .map_or(0, |line| line.end);
-            if end < file.bytes() {
-                file.truncate_to(end)?;
+        for (name, metric) in &mut self.metrics {
+            if metric.last <= Some(to) {
+                continue;
             }
+            let lines = lines(&run.join("metrics").join(name))?;
+            let kept = lines.iter().rev().find(|line| line.step <= to);
+            metric.file.truncate_to(kept.map_or(0, |line| line.end))?;
+            metric.last = kept.map(|line| line.step);
         }
-        for path in all_files(&run.join("artifacts").join("samples"))? {
-            let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-            let step = stem
+        for path in files::entries(&run.join("artifacts").join("samples"))? {
+            let name = files::name(&path);
+            let step = name
                 .strip_prefix("step-")
-                .and_then(|step| step.parse().ok());
-            if step.is_some_and(|step| Position::last_of(step) > position) {
+                .and_then(|name| name.strip_suffix(".txt"));
+            let step = step.and_then(|step| step.parse().ok());
+            if step.is_some_and(|step: u64| step > to) {
                 remove_file(&path)?;
             }
         }
-        self.position = position;
+        self.position = self.position.min(Position::last_of(to));
         Ok(())
     }
 
@@ -176,32 +211,39 @@ impl Tracker for Mlflow {
     }
 
     fn record(&mut self, at: SystemTime, entry: &Entry) -> Result<(), TrackerError> {
-        let run = self.begin(at)?;
         let position = entry.position();
-        if !entry.samples().is_empty() {
-            let folder = run.join("artifacts").join("samples");
-            create_directory(&folder)?;
-            let file = folder.join(format!("step-{:08}.txt", position.step));
-            atomic_write(&file, written(entry.samples()).as_bytes())?;
+        let step = position.step;
+        let mut metrics = entry.metrics();
+        for (name, _) in &mut metrics {
+            *name = file_name(std::mem::take(name));
         }
-        let at = milliseconds(at);
-        for (name, value) in entry.metrics() {
-            let name = file_name(name);
-            if !self.metrics.contains_key(&name) {
-                let path = run.join("metrics").join(&name);
-                create_directory(path.parent().expect("it is below metrics"))?;
-                self.metrics.insert(name.clone(), LineFile::open(&path)?);
+        metrics.retain(|(name, _)| self.metrics.get(name).and_then(|it| it.last) < Some(step));
+        if !metrics.is_empty() {
+            let run = self.begin(at)?;
+            if !entry.samples().is_empty() {
+                let folder = run.join("artifacts").join("samples");
+                create_directory(&folder)?;
+                let file = folder.join(format!("step-{step:08}.txt"));
+                atomic_write(&file, written(entry.samples()).as_bytes())?;
             }
-            let file = self.metrics.get_mut(&name).expect("it was opened above");
-            // `{:?}` writes the shortest text that reads back as the same float, and NaN and inf as Python reads them.
-            file.append(&format!("{at} {value:?} {}", position.step))?;
+            let at = milliseconds(at);
+            for (name, value) in metrics {
+                let metric = if self.metrics.contains_key(&name) {
+                    self.metrics.get_mut(&name).expect("it is there")
+                } else {
+                    self.open_metric(&run, &name)?
+                };
+                // `{:?}` is the shortest text that reads back as the same float, and Python reads its NaN and inf.
+                metric.file.append(&format!("{at} {value:?} {step}"))?;
+                metric.last = Some(step);
+            }
         }
         self.position = position;
         Ok(())
     }
 
     fn rewind(&mut self, _at: SystemTime, to: u64) -> Result<(), TrackerError> {
-        self.cut(self.position.min(Position::last_of(to)))
+        self.cut(to)
     }
 
     fn end(&mut self, at: SystemTime, outcome: &Outcome) -> Result<(), TrackerError> {
@@ -218,30 +260,6 @@ impl Tracker for Mlflow {
         }
         self.write_meta(run, at, status)
     }
-}
-
-/// The last entry that is in all of its files.
-fn complete(run: &Path) -> Result<Position, TrackerError> {
-    let trained = last_of_all(run, &Entry::Step(MetricsRow::default()))?.unwrap_or(0);
-    let evaluation = Entry::Evaluation {
-        row: EvaluationRow::default(),
-        samples: Vec::new(),
-    };
-    let evaluated = last_of_all(run, &evaluation)?;
-    Ok(Position {
-        step: trained,
-        evaluated: evaluated.is_some_and(|evaluated| evaluated >= trained),
-    })
-}
-
-/// The last step that the files of all metrics of such an entry have.
-fn last_of_all(run: &Path, entry: &Entry) -> Result<Option<u64>, TrackerError> {
-    let mut last = Some(u64::MAX);
-    for (name, _) in entry.metrics() {
-        let lines = lines(&run.join("metrics").join(file_name(name)))?;
-        last = last.min(lines.last().map(|line| line.step));
-    }
-    Ok(last)
 }
 
 /// A line of a metric's file.

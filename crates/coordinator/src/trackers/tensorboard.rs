@@ -147,12 +147,17 @@ impl Tracker for TensorBoard {
     }
 
     fn rewind(&mut self, at: SystemTime, to: u64) -> Result<(), TrackerError> {
-        let position = self.position.min(Position::last_of(to));
-        self.position = position;
+        if self.position <= Position::last_of(to) {
+            return Ok(());
+        }
+        self.position = Position::last_of(to);
         self.write(at, &restart(seconds(at), to + 1))
     }
 
     fn end(&mut self, _at: SystemTime, _outcome: &Outcome) -> Result<(), TrackerError> {
+        if let Some(file) = &mut self.file {
+            file.sync()?;
+        }
         Ok(())
     }
 }

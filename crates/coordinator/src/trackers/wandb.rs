@@ -206,6 +206,9 @@ impl Tracker for Wandb {
         let Some(path) = &self.path else {
             return Ok(());
         };
+        if self.content.position <= Position::last_of(to) {
+            return Ok(());
+        }
         // What is held and not written is of a later step, or there would be nothing to take out.
         self.content = Content::read(path, to)?;
         self.begin(at)?;
@@ -240,7 +243,7 @@ impl Tracker for Wandb {
         };
         content.append(log, Kind::Exit(exit))?;
         content.ended = true;
-        Ok(())
+        Ok(log.sync()?)
     }
 }
 
@@ -386,14 +389,13 @@ fn header() -> Kind {
     })
 }
 
-/// The file of the run `id` below `folder`, where there is one.
+/// The file of the run `id` below `folder`, where the run has a folder.
 fn find(folder: &Path, id: &str) -> Result<Option<PathBuf>, TrackerError> {
-    let runs = files::entries(folder)?.into_iter().filter(|run| {
+    let run = files::entries(folder)?.into_iter().find(|run| {
         let name = files::name(run);
         name.starts_with("offline-run-") && name.ends_with(id)
     });
-    let mut runs = runs.map(|run| run.join(file_name(id)));
-    Ok(runs.find(|file| file.exists()))
+    Ok(run.map(|run| run.join(file_name(id))))
 }
 
 fn file_name(id: &str) -> String {

@@ -26,11 +26,9 @@ const FIRST: u8 = 2;
 const MIDDLE: u8 = 3;
 const LAST: u8 = 4;
 
-/// A record and where it lies.
+/// A record and where it ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Located {
-    /// Where its first fragment begins, padding before it included.
-    pub start: u64,
     /// Where its last fragment ends.
     pub end: u64,
     /// Its bytes.
@@ -61,6 +59,10 @@ impl TransactionLog {
         self.0.cut(end)
     }
 
+    pub(super) fn sync(&mut self) -> Result<(), FileError> {
+        self.0.sync()
+    }
+
     pub(super) fn bytes(&self) -> u64 {
         self.0.bytes()
     }
@@ -80,9 +82,9 @@ pub(super) fn read(bytes: &[u8]) -> Option<Vec<Located>> {
     Some(records)
 }
 
-fn record(bytes: &[u8], start: usize) -> Option<Located> {
+fn record(bytes: &[u8], mut offset: usize) -> Option<Located> {
     let mut payload = Vec::new();
-    let mut offset = start;
+    let mut begun = false;
     loop {
         let left = BLOCK - offset % BLOCK;
         if left < FRAGMENT_HEAD {
@@ -93,15 +95,19 @@ fn record(bytes: &[u8], start: usize) -> Option<Located> {
         let length = usize::from(u16::from_le_bytes([head[4], head[5]]));
         let kind = head[6];
         let data = bytes.get(offset + FRAGMENT_HEAD..offset + FRAGMENT_HEAD + length)?;
-        let begins = matches!(kind, WHOLE | FIRST);
-        if checksum != crc(kind, data) || kind > LAST || begins != payload.is_empty() {
+        let fits = match kind {
+            WHOLE | FIRST => !begun,
+            MIDDLE | LAST => begun,
+            _ => false,
+        };
+        if !fits || checksum != crc(kind, data) {
             return None;
         }
+        begun = true;
         payload.extend_from_slice(data);
         offset += FRAGMENT_HEAD + length;
         if matches!(kind, WHOLE | LAST) {
             return Some(Located {
-                start: start as u64,
                 end: offset as u64,
                 payload,
             });
@@ -144,4 +150,93 @@ fn crc(kind: u8, data: &[u8]) -> u32 {
     hasher.update(&[kind]);
     hasher.update(data);
     hasher.finalize()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pattern(length: usize, period: usize) -> Vec<u8> {
+        (0..length).map(|at| (at % period) as u8).collect()
+    }
+
+    /// Records that leave 0 to 9 bytes of a block, each with a short one behind it, and one over several blocks.
+    fn payloads() -> Vec<Vec<u8>> {
+        let mut payloads = Vec::new();
+        let mut end = HEADER.len() as u64;
+        let mut add = |payload: Vec<u8>, end: &mut u64| {
+            *end += fragments(*end, &payload).len() as u64;
+            payloads.push(payload);
+        };
+        for left in 0..10 {
+            let room = BLOCK - end as usize % BLOCK;
+            // The next block begins where no fragment fits.
+            let room = if room < FRAGMENT_HEAD { BLOCK } else { room };
+            let length = (room - FRAGMENT_HEAD).checked_sub(left);
+            let length = length.unwrap_or_else(|| room + BLOCK - 2 * FRAGMENT_HEAD - left);
+            add(pattern(length, 251), &mut end);
+            add(pattern(5, 249), &mut end);
+        }
+        add(pattern(100_000, 251), &mut end);
+        payloads
+    }
+
+    fn file(payloads: &[Vec<u8>]) -> Vec<u8> {
+        let mut bytes = HEADER.to_vec();
+        for payload in payloads {
+            bytes.extend(fragments(bytes.len() as u64, payload));
+        }
+        bytes
+    }
+
+    /// Length and crc32 of what the DataStore of wandb 0.22.3 makes of the same payloads.
+    #[test]
+    fn files_are_those_of_wandbs_own_writer() {
+        let short = b":W&B\xe1\xbe\0\xa9\x20\x9d\x53\x03\0\x01abc";
+        assert_eq!(file(&[b"abc".to_vec()]), short);
+        let bytes = file(&payloads());
+        assert_eq!(
+            (bytes.len(), crc32fast::hash(&bytes)),
+            (427_718, 0x6bcf_ab84)
+        );
+    }
+
+    #[test]
+    fn records_are_read_as_they_were_written_wherever_they_lie() {
+        let payloads = payloads();
+        let bytes = file(&payloads);
+        let records = read(&bytes).expect("a file of W&B");
+        assert_eq!(records.len(), payloads.len());
+        for (index, (record, payload)) in records.iter().zip(&payloads).enumerate() {
+            assert!(record.payload == *payload, "record {index}");
+        }
+        let last = records.last().expect("the longest record");
+        assert_eq!(last.end, bytes.len() as u64);
+        assert_eq!(read(b"CALDPLOG"), None);
+    }
+
+    #[test]
+    fn a_file_cut_or_flipped_at_any_byte_gives_the_records_before() {
+        let payloads = [pattern(30, 251), Vec::new(), pattern(4, 251)];
+        let bytes = file(&payloads);
+        let all = read(&bytes).expect("a file of W&B");
+        for at in HEADER.len()..bytes.len() {
+            let whole = all
+                .iter()
+                .take_while(|record| record.end <= at as u64)
+                .count();
+            assert_eq!(
+                read(&bytes[..at]).as_deref(),
+                Some(&all[..whole]),
+                "cut at {at}"
+            );
+            let mut flipped = bytes.clone();
+            flipped[at] ^= 1;
+            assert_eq!(
+                read(&flipped).as_deref(),
+                Some(&all[..whole]),
+                "flipped at {at}"
+            );
+        }
+    }
 }
