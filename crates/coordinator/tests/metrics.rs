@@ -16,6 +16,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::oneshot,
 };
+use wire::{Guard, Token};
 
 fn row(step: u64) -> MetricsRow {
     MetricsRow {
@@ -233,11 +234,14 @@ async fn only_who_bears_the_token_reads_them_until_the_server_is_told_to_stop() 
     let address = listener.local_addr().unwrap().to_string();
     let (stop, stopped) = oneshot::channel::<()>();
     let metrics = Metrics::new();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "secret\n").unwrap();
+    let token = Token::read(file.path()).unwrap();
     let shutdown = async { drop(stopped.await) };
     let server = tokio::spawn(serve(
         listener,
         metrics.clone(),
-        Some("secret".into()),
+        Guard::new(Some(&token)),
         shutdown,
     ));
     for headers in [
@@ -267,7 +271,7 @@ async fn only_who_bears_the_token_reads_them_until_the_server_is_told_to_stop() 
 async fn a_port_in_use_is_refused_with_the_key_and_the_cure() {
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = taken.local_addr().unwrap();
-    let refused = listen(Some(address), None).await.err().unwrap();
+    let refused = listen(Some(address), Guard::new(None)).await.err().unwrap();
     let text = format!("{refused:#}");
     for word in [
         &address.to_string(),
@@ -277,9 +281,9 @@ async fn a_port_in_use_is_refused_with_the_key_and_the_cure() {
     ] {
         assert!(text.contains(word), "no `{word}` in: {text}");
     }
-    assert!(listen(None, None).await.unwrap().is_none());
+    assert!(listen(None, Guard::new(None)).await.unwrap().is_none());
     let any = "127.0.0.1:0".parse().ok();
-    let listening = listen(any, None).await.unwrap().unwrap();
+    let listening = listen(any, Guard::new(None)).await.unwrap().unwrap();
     let address = listening.url.strip_prefix("http://").unwrap();
     let (address, path) = address.split_once('/').unwrap();
     let answer = get(address, &format!("/{path}"), "").await;

@@ -9,7 +9,7 @@ use tonic::service::Interceptor;
 use tonic::{Request, Status};
 
 const AUTHORIZATION: &str = "authorization";
-const SCHEME: &str = "Bearer ";
+const SCHEME: &str = "Bearer";
 
 /// Longest token.
 const TOKEN_BYTES_MAX: usize = 4096;
@@ -86,9 +86,11 @@ impl Guard {
     /// Whether the value of an `authorization` header opens this door.
     pub fn opens(&self, header: Option<&str>) -> bool {
         let Some(wanted) = &self.0 else { return true };
-        let shown = header.and_then(|it| it.strip_prefix(SCHEME));
+        let shown = header.and_then(|it| it.split_once(' '));
         // Digests compare in constant time.
-        shown.is_some_and(|shown| blake3::hash(shown.as_bytes()) == *wanted)
+        shown.is_some_and(|(scheme, shown)| {
+            scheme.eq_ignore_ascii_case(SCHEME) && blake3::hash(shown.as_bytes()) == *wanted
+        })
     }
 }
 
@@ -119,7 +121,7 @@ impl Pass {
     /// Never: what a [`Token`] is made of fits into a header.
     pub fn new(token: Option<&Token>) -> Self {
         let value = token.map(|token| {
-            let value = format!("{SCHEME}{}", token.0);
+            let value = format!("{SCHEME} {}", token.0);
             let mut value: MetadataValue<Ascii> =
                 value.parse().expect("printable ASCII is a header");
             value.set_sensitive(true);
