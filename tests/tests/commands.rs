@@ -263,3 +263,21 @@ fn a_first_configuration_fits_model_and_pairs_and_runs_as_it_is() {
     );
     assert_eq!(fs::read_to_string(&file).expect("unchanged"), written);
 }
+
+#[test]
+fn the_schema_is_printed_alone() {
+    let schema = |arguments: &[&str]| {
+        Command::new(program("coordinator"))
+            .args(["config", "--schema"])
+            .args(arguments)
+            .output()
+            .expect("it starts")
+    };
+    let printed: Value = serde_json::from_str(&stdout(&schema(&[]))).expect("JSON");
+    assert_eq!(
+        printed["properties"]["objective"]["oneOf"][0]["properties"]["beta"]["exclusiveMinimum"],
+        0
+    );
+    let output = schema(&["configs/quickstart.toml"]);
+    refused("--schema with a file", &output, &["--schema", "FILES"]);
+}

@@ -5,6 +5,7 @@
 
 mod layers;
 mod refusal;
+mod schema;
 mod sections;
 mod service;
 mod telemetry;
@@ -22,6 +23,7 @@ use sections::{Section, refuse};
 
 pub use layers::Sources;
 pub use refusal::ConfigError;
+pub use schema::schema;
 pub use sections::{Backend, CheckpointSection, ClusterSection, JobSection};
 pub use service::{SecuritySection, ServiceConfig};
 pub use telemetry::{TelemetrySection, TrackerKind};

@@ -1,17 +1,16 @@
 //! The `coordinator` program.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-#[cfg(feature = "local")]
-use {anyhow::Context, std::io::Write};
-
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use coordinator::cache::{self, Cache};
 use coordinator::client::{self, Refused, Target};
 use coordinator::cluster;
 use coordinator::compare::{CompareError, Comparison, compare};
-use coordinator::config::{Config, ServiceConfig, Sources};
+use coordinator::config::{self, Config, ServiceConfig, Sources};
 #[cfg(feature = "local")]
 use coordinator::init;
 use coordinator::log::{self, LogFormat};
@@ -38,8 +37,11 @@ struct Program {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Print the resolved configuration, or write a first one for a model and pairs.
+    /// Print the resolved configuration or the schema of all keys, or write a first one for a model and pairs.
     Config {
+        /// Print a JSON Schema of configuration files, for editors, instead.
+        #[arg(long, conflicts_with_all = ["files", "config", "set", "init"])]
+        schema: bool,
         #[command(flatten)]
         sources: SourceArguments,
         #[command(flatten)]
@@ -183,7 +185,8 @@ fn main() -> ExitCode {
     match program.command {
         #[cfg(feature = "local")]
         Some(Command::Worker(arguments)) => worker::cli::run(&arguments),
-        Some(Command::Config { sources, init }) => {
+        Some(Command::Config { schema: true, .. }) => report(print_schema().map(|()| 0)),
+        Some(Command::Config { sources, init, .. }) => {
             log::start(program.log);
             report(match init {
                 InitArguments {
@@ -295,6 +298,11 @@ fn load_job(sources: SourceArguments) -> anyhow::Result<Config> {
         return Err(Unusable(reason.into()).into());
     }
     Config::load_job(&sources).map_err(|error| Unusable(error.to_string()).into())
+}
+
+fn print_schema() -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(&config::schema())?;
+    writeln!(std::io::stdout().lock(), "{text}").context("write the schema")
 }
 
 #[cfg(feature = "local")]

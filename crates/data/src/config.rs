@@ -4,17 +4,19 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Shortest `max_length` that leaves room for a prompt token and a scored one.
 const MAX_LENGTH_MIN: usize = 2;
 
 /// Input files and how to read them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Training files, read as one list in this order. At least one; default empty, which `validate` refuses.
+    /// Training files, read as one list in this order. At least one.
     #[serde(default)]
+    #[schemars(length(min = 1))]
     pub train: Vec<PathBuf>,
     /// Held-out files. Default none.
     #[serde(default)]
@@ -30,6 +32,7 @@ pub struct DataConfig {
     pub chat_template: Option<PathBuf>,
     /// Most tokens of prompt + completion, each completion counted on its own. Default 1024.
     #[serde(default = "default_max_length")]
+    #[schemars(range(min = 2))]
     pub max_length: usize,
     /// What a sequence over `max_length` loses. Default `keep_start`.
     #[serde(default = "default_truncation")]
@@ -40,7 +43,7 @@ pub struct DataConfig {
 }
 
 /// How a row is laid out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
     /// `preference`; under an objective that compares nothing (`sft`), `completion` if the first row has no `rejected`.
@@ -52,25 +55,29 @@ pub enum Format {
 }
 
 /// Names of the columns, for files that call them otherwise.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Columns {
     /// The prompt. Default `prompt`.
     #[serde(default = "default_prompt")]
+    #[schemars(length(min = 1))]
     pub prompt: String,
     /// The preferred completion. Default `chosen`.
     #[serde(default = "default_chosen")]
+    #[schemars(length(min = 1))]
     pub chosen: String,
     /// The other completion. Default `rejected`.
     #[serde(default = "default_rejected")]
+    #[schemars(length(min = 1))]
     pub rejected: String,
     /// The completion of completion rows. Default `completion`.
     #[serde(default = "default_completion")]
+    #[schemars(length(min = 1))]
     pub completion: String,
 }
 
 /// What a sequence over `max_length` loses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Truncation {
     /// The end: the first `max_length` tokens of prompt + completion stay.

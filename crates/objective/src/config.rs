@@ -2,10 +2,11 @@
 //!
 //! An enum whose variants own their fields, so that a parameter of another objective is refused.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// An objective and its parameters, as `[objective]` in a configuration.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ObjectiveConfig {
     /// L = −log σ(D) + λ·[(r_w − t)² + (r_l + t)²] (Xiao et al. 2024, arXiv 2412.14516, Eq. 10). β sets the targets ±t
@@ -13,18 +14,22 @@ pub enum ObjectiveConfig {
     CalDpo {
         /// β of the targets ±1/(2β). Default 0.1.
         #[serde(default = "default_beta")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
         beta: f64,
         /// λ; 1 in the paper, 0.5 in the authors' released Zephyr code. Default 1.
         #[serde(default = "default_calibration_weight")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
         calibration_weight: f64,
     },
     /// L = −(1 − ε)·log σ(βD) − ε·log σ(−βD) (Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; ε > 0 is cDPO).
     Dpo {
         /// β of the sigmoid. Default 0.1.
         #[serde(default = "default_beta")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
         beta: f64,
         /// ε, the assumed share of flipped labels, in [0, 0.5). Default 0.
         #[serde(default)]
+        #[schemars(range(min = 0), extend("exclusiveMaximum" = 0.5))]
         label_smoothing: f64,
     },
     /// Cross entropy of the chosen completions, a mean over the global batch's tokens.

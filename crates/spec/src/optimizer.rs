@@ -1,22 +1,28 @@
 //! `[optimizer]`: AdamW and the clipping before it.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::sections::{SpecError, refuse};
 
 /// `[optimizer]`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerSection {
     /// Peak rate. Default 5e-7, the paper's.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub learning_rate: f64,
     /// Decay rates of the moments. Default [0.9, 0.999].
+    #[schemars(extend("items" = { "type": "number", "minimum": 0, "exclusiveMaximum": 1 }))]
     pub betas: [f64; 2],
     /// Added to the root of the second moment. Default 1e-8.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub eps: f64,
     /// Decoupled decay; norms and biases are exempt. Default 0.
+    #[schemars(range(min = 0))]
     pub weight_decay: f64,
     /// The global gradient is scaled down to this norm; 0 switches clipping off. Default 1.
+    #[schemars(range(min = 0))]
     pub max_grad_norm: f64,
 }
 

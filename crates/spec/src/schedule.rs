@@ -3,18 +3,21 @@
 
 use std::f64::consts::PI;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::sections::{SpecError, refuse};
 
 /// `[schedule]`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(extend("not" = { "required": ["warmup_ratio", "warmup_steps"] }))]
 pub struct ScheduleSection {
     /// Shape after the warmup. Default `cosine`.
     pub kind: ScheduleKind,
     /// Share of the run's steps from 0 to the peak, in [0, 1]. Default 0.1 when `warmup_steps` is absent too.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1))]
     pub warmup_ratio: Option<f64>,
     /// Steps from 0 to the peak, instead of a share.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -50,7 +53,7 @@ impl ScheduleSection {
 }
 
 /// Shape of the rate after the warmup.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ScheduleKind {
     /// Stays at the peak.

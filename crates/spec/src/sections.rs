@@ -4,44 +4,46 @@ use std::path::PathBuf;
 
 use data::DataConfig;
 use objective::ObjectiveConfig;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::optimizer::OptimizerSection;
 use crate::schedule::{Schedule, ScheduleSection};
 
 /// Everything that decides what a run computes.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {
     /// Seed of the data order. Default 42.
     #[serde(default = "default_seed")]
+    #[schemars(skip)]
     pub seed: u64,
-    /// `[model]`.
+    /// `[model]`: what is trained.
     pub model: ModelSection,
-    /// `[data]`.
+    /// `[data]`: the pairs and how to read them.
     pub data: DataConfig,
-    /// `[objective]`. Default Cal-DPO with β = 0.1 and λ = 1.
+    /// `[objective]`: what is minimised. Default Cal-DPO with β = 0.1 and λ = 1.
     #[serde(default = "default_objective")]
     pub objective: ObjectiveConfig,
-    /// `[reference]`.
+    /// `[reference]`: log-probs of the frozen model, computed once.
     #[serde(default)]
     pub reference: ReferenceSection,
-    /// `[optimizer]`.
+    /// `[optimizer]`: AdamW and the clipping before it.
     #[serde(default)]
     pub optimizer: OptimizerSection,
-    /// `[schedule]`.
+    /// `[schedule]`: the learning rate over the run.
     #[serde(default)]
     pub schedule: ScheduleSection,
-    /// `[train]`.
+    /// `[train]`: how long, and how much at once.
     #[serde(default)]
     pub train: TrainSection,
-    /// `[evaluate]`.
+    /// `[evaluate]`: the held-out pairs.
     #[serde(default)]
     pub evaluate: EvaluateSection,
 }
 
 /// `[model]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSection {
     /// Hugging Face directory of the starting weights.
@@ -59,13 +61,14 @@ pub struct ModelSection {
 }
 
 /// Arithmetic of forward and backward.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Dtype {
     /// 32 bits throughout.
     #[default]
     F32,
-    /// Matrix products in bfloat16; refused by [`Spec::validate`].
+    /// Matrix products in bfloat16; refused by [`Spec::validate`], and therefore not in the schema.
+    #[schemars(skip)]
     Bf16,
 }
 
@@ -80,10 +83,11 @@ impl Dtype {
 }
 
 /// `[reference]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ReferenceSection {
     /// Folder of stored reference log-probs; runs may share it. Default `runs/reference-store`.
+    #[schemars(length(min = 1))]
     pub store: PathBuf,
     /// Every rank computes so many of the values that it found in the store again and refuses the store if a bit differs.
     /// Default 4.
@@ -100,18 +104,23 @@ impl Default for ReferenceSection {
 }
 
 /// `[train]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(extend("not" = { "required": ["epochs", "steps"] }))]
 pub struct TrainSection {
     /// Passes over the training pairs. Default 1 when `steps` is absent too.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
     /// Optimizer steps instead of epochs.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub steps: Option<u64>,
     /// Pairs of one optimizer step, over all ranks. Default 64.
+    #[schemars(range(min = 1))]
     pub batch_pairs: usize,
     /// Most tokens that go through the model at once (a longer pair goes alone): what memory depends on. Default 2048.
+    #[schemars(range(min = 1))]
     pub micro_batch_tokens: usize,
 }
 
@@ -137,14 +146,16 @@ impl TrainSection {
 }
 
 /// `[evaluate]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvaluateSection {
     /// Score the held-out pairs every so many steps, besides before the first and after the last. Default only those two.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub every_steps: Option<u64>,
     /// Score only the first so many held-out pairs. Default all.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub batch_pairs: Option<usize>,
     /// Held-out prompts to continue before and after training. Default 3.
     pub samples: usize,

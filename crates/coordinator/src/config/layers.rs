@@ -11,7 +11,8 @@ use toml::{Spanned, de::DeTable, de::DeValue};
 use super::refusal::ConfigError;
 
 pub(super) const ENVIRONMENT_PREFIX: &str = "CALDPO__";
-const DEFAULTS: &str = include_str!("defaults.toml");
+/// What holds where no layer says otherwise.
+pub(super) const DEFAULTS: &str = include_str!("defaults.toml");
 
 /// What a configuration is made of; later kinds win over earlier ones, and all over the built-in defaults.
 #[derive(Clone, Debug, Default)]

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{
@@ -12,54 +13,65 @@ use super::{
 /// A year; longer waits are typing mistakes and would overflow milliseconds further on.
 const TIMEOUT_SECONDS_MAX: f64 = 31_536_000.0;
 
-/// `[job]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// `[job]`: the run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct JobSection {
     /// The run's name. Default: the stem of the last configuration file, else `run`.
+    #[schemars(regex(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$"))]
     pub name: String,
     /// Seed of data order.
     pub seed: u64,
     /// Run directory. Default `runs/<name>`.
+    #[schemars(length(min = 1))]
     pub output: PathBuf,
 }
 
-/// `[checkpoint]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// `[checkpoint]`: saved state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct CheckpointSection {
     /// Where checkpoints go. Default `<output>/checkpoints`.
     pub path: PathBuf,
     /// Steps between checkpoints; 0 saves only at the end and when stopped.
     pub every_steps: u64,
     /// How many verified checkpoints are kept.
+    #[schemars(range(min = 1))]
     pub keep_last: usize,
 }
 
-/// `[cluster]`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// `[cluster]`: the processes that train.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ClusterSection {
     /// Where workers and clients connect; port 0 for any free one. The service's to say where there is one.
+    #[schemars(with = "String")]
     pub listen: SocketAddr,
     /// Worker processes.
+    #[schemars(range(min = 1))]
     pub workers: u32,
     /// Threads of each worker. Default: the cores shared out evenly.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub threads: Option<usize>,
     /// What workers compute on.
     pub backend: Backend,
     /// Silence after which a worker counts as lost.
+    #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
     pub heartbeat_timeout_seconds: f64,
     /// How long workers may take to join.
+    #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
     pub join_timeout_seconds: f64,
     /// How long loading and the reference pass may go without progress.
+    #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
     pub form_timeout_seconds: f64,
     /// How long one step may take, an evaluation before it included.
+    #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
     pub step_timeout_seconds: f64,
     /// How long the last checkpoint may take to become durable.
+    #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
     pub save_timeout_seconds: f64,
 }
 
 /// What workers compute on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Backend {
     /// CUDA where a GPU and a program built for it are there, else the CPU.

@@ -5,6 +5,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::layers::{self, Merged, Sources};
@@ -25,13 +26,14 @@ const LISTEN: &str = "127.0.0.1:7070";
 /// Where a service keeps its queue unless it is told otherwise.
 const STATE: &str = "cluster";
 
-/// `[security]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// `[security]`: who may come in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SecuritySection {
     /// File whose first line every client and worker must show as a bearer token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
-    /// Whether anybody may come in through a listener that is not loopback.
+    /// Whether anybody may come in through a listener that is not loopback. Default false.
+    #[serde(default)]
     pub insecure: bool,
 }
 

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{
@@ -19,7 +20,7 @@ const WANDB_PROJECT_REFUSED: &str = "/\\#?%:";
 const NAME_CHARACTERS_MAX: usize = 128;
 
 /// A program that shows runs, and whose files a run can write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TrackerKind {
     /// Event files of TensorBoard.
@@ -45,10 +46,11 @@ impl TrackerKind {
 }
 
 /// `[telemetry]`. `metrics_listen` is the service's, the other keys are the job's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct TelemetrySection {
     /// Where `/metrics` is served to Prometheus; absent: nowhere.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub metrics_listen: Option<SocketAddr>,
     /// What writes the run's rows beside its own files. Default: nothing.
     pub trackers: Vec<TrackerKind>,
