@@ -110,6 +110,22 @@ pub fn segment_attention_backward(
     )
 }
 
+/// Bytes that an attention over a pack holds at most while it runs on the host, its results included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionBytes {
+    /// [`segment_attention`].
+    pub forward: usize,
+    /// [`segment_attention_backward`].
+    pub backward: usize,
+}
+
+impl AttentionBytes {
+    /// For `rows` rows in segments of at most `longest` tokens (a prompt and one completion), on `threads` threads.
+    pub fn new(rows: usize, longest: usize, threads: usize, plan: &AttentionPlan) -> Self {
+        host_form::bytes(rows, longest, threads, plan)
+    }
+}
+
 impl AttentionPlan {
     /// Positions that a query at `position` may see. Empty only with a window of 0.
     #[inline(always)]

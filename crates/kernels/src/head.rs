@@ -128,6 +128,13 @@ pub fn logprob_head_backward(
     host::tensor(dhidden, [shape.rows, width])
 }
 
+/// Bytes that the head's host form holds at most beside `[rows, d]` tensors and the saved values: one tile of logits, and
+/// what it knows of every row.
+pub fn logprob_head_bytes(rows: usize, vocabulary: usize) -> usize {
+    let tile = rows.min(ROWS) * vocabulary.min(TILE) * size_of::<f32>();
+    tile + rows * size_of::<Running>()
+}
+
 struct Shape {
     rows: usize,
     width: usize,

@@ -40,12 +40,13 @@ mod rows;
 mod swiglu;
 
 pub use attention::{
-    AttentionPlan, AttentionSaved, AttentionSegment, segment_attention, segment_attention_backward,
+    AttentionBytes, AttentionPlan, AttentionSaved, AttentionSegment, segment_attention,
+    segment_attention_backward,
 };
 pub use embedding::{embedding, embedding_backward};
 pub use flat::{Flat, Slot};
 pub use gradients::Gradients;
-pub use head::{HeadSaved, logprob_head, logprob_head_backward};
+pub use head::{HeadSaved, logprob_head, logprob_head_backward, logprob_head_bytes};
 pub use linear::{add_bias, bias_backward, linear, linear_backward};
 pub use norm::{RmsSaved, rms_norm, rms_norm_backward};
 pub use residual::add;

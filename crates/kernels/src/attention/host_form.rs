@@ -11,7 +11,7 @@ use crate::gemm::{DEPTH, Matrix, Threads, Write, multiply};
 use crate::math::{dot, exp, exp_shifted, max, simd};
 use crate::parallel;
 
-use super::{AttentionPlan, AttentionSegment};
+use super::{AttentionBytes, AttentionPlan, AttentionSegment};
 
 /// Query rows (tokens × heads of the group) of one block.
 const BLOCK_ROWS: usize = 96;
@@ -100,6 +100,41 @@ pub(super) fn backward(
     (dq, dk, dv)
 }
 
+/// What [`forward`] and [`backward`] hold at most: every task's results, and beside them first the scratch of the tasks that
+/// run, then the whole that the results are copied into.
+pub(super) fn bytes(
+    rows: usize,
+    longest: usize,
+    threads: usize,
+    plan: &AttentionPlan,
+) -> AttentionBytes {
+    let group = plan.heads / plan.kv_heads;
+    let key_rows = longest.next_multiple_of(KEY_MULTIPLE);
+    let block_rows = block_tokens(group).min(longest) * group;
+    let gathered = key_rows * plan.head_dim;
+    let block = block_rows * plan.head_dim;
+    let scores = block_rows * key_rows;
+    let (wide, narrow) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
+    let held = |results: usize, scratch: usize| {
+        (results + results.max(threads * scratch)) * size_of::<f32>()
+    };
+    AttentionBytes {
+        forward: held(
+            rows * (wide + plan.heads),
+            2 * gathered + block + scores + block_rows,
+        ),
+        backward: held(
+            rows * (wide + 2 * narrow),
+            4 * gathered + 3 * block + 2 * scores + block_rows,
+        ),
+    }
+}
+
+/// Query tokens of one block, for so many heads to a key head.
+fn block_tokens(group: usize) -> usize {
+    (BLOCK_ROWS / group).max(1)
+}
+
 /// One segment and one key head with the query heads that use it. Task memory is in token order: prompt, chosen,
 /// rejected, `[tokens, group · head_dim]` for queries, which is the same memory as `[tokens · group, head_dim]`.
 struct Task<'a> {
@@ -183,7 +218,7 @@ impl<'a> Task<'a> {
     }
 
     fn block_tokens(&self) -> usize {
-        (BLOCK_ROWS / self.group).max(1)
+        block_tokens(self.group)
     }
 
     /// Scores of `queries` against gathered `keys`, `[rows of the block, keys of the block]`.

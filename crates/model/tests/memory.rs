@@ -1,0 +1,142 @@
+//! The memory of a forward and a backward as `PackBytes` says it, against the allocations that are really made.
+
+#![allow(clippy::unwrap_used, unsafe_code)]
+
+use std::alloc::{GlobalAlloc, Layout as Bytes, System};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use model::{
+    Device, Gradients, Model, ModelConfig, Pack, PackBytes, PackShape, PairTokens, Saving,
+};
+
+/// The system allocator with a count of live bytes and their maximum.
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to `System` unchanged; the counters touch no memory of the caller.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Bytes) -> *mut u8 {
+        PEAK.fetch_max(
+            LIVE.fetch_add(layout.size(), Relaxed) + layout.size(),
+            Relaxed,
+        );
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Bytes) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Most bytes that are live at once during `work`, beside those that are live before it.
+fn peak<R>(work: impl FnOnce() -> R) -> (usize, R) {
+    let before = LIVE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    let result = work();
+    (PEAK.load(Relaxed) - before, result)
+}
+
+/// A decoder of this shape, with grouped keys.
+fn config(hidden: usize, intermediate: usize, blocks: usize, vocabulary: usize) -> ModelConfig {
+    let text = format!(
+        r#"{{"model_type": "llama", "hidden_size": {hidden}, "intermediate_size": {intermediate},
+             "num_hidden_layers": {blocks}, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": {vocabulary},
+             "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "hidden_act": "silu",
+             "max_position_embeddings": 2048}}"#
+    );
+    ModelConfig::parse(&text, Path::new("config.json")).unwrap()
+}
+
+/// Pairs of so many tokens of prompt, chosen and rejected.
+fn check(name: &str, config: &ModelConfig, lengths: &[[usize; 3]], threads: usize) {
+    let ids: Vec<u32> = (0..4096).map(|id| id % config.vocabulary as u32).collect();
+    let pack = Pack::new(
+        lengths
+            .iter()
+            .map(|&[prompt, chosen, rejected]| PairTokens {
+                prompt: &ids[..prompt],
+                chosen: &ids[..chosen],
+                rejected: &ids[..rejected],
+            }),
+    );
+    let shape = lengths.iter().fold(
+        PackShape::default(),
+        |shape, &[prompt, chosen, rejected]| shape.and(prompt, [chosen, rejected]),
+    );
+    let mut model = Model::random(config.clone(), 1, &Device::flex());
+    let mut gradients = model.zero_gradients();
+    let dlogps = vec![[0.5, -0.5]; lengths.len()];
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .unwrap();
+    let close = |what: &str, said: PackBytes, found: usize| {
+        let said = said.total() as f64;
+        let ratio = said / found as f64;
+        println!("{name}, {what}, {threads} threads: {said} said, {found} found, {ratio:.3}");
+        assert!(
+            (0.97..1.06).contains(&ratio),
+            "{name}, {what}: {said} said, {found} found"
+        );
+    };
+    pool.install(|| {
+        let pass = |model: &Model, gradients: &mut Gradients| {
+            let (_, saved) = model.forward_train(&pack.clone());
+            model.backward(saved, &dlogps, gradients);
+        };
+        // What threads allocate once and keep is there after some passes.
+        for _ in 0..2 {
+            pass(&model, &mut gradients);
+        }
+        let (found, _) = peak(|| model.forward(&pack.clone()));
+        close(
+            "scoring",
+            PackBytes::scoring(config, &shape, threads),
+            found,
+        );
+        for saving in [Saving::Operands, Saving::BlockInputs] {
+            model.set_saving(saving);
+            let (found, ()) = peak(|| pass(&model, &mut gradients));
+            let said = PackBytes::training(config, &shape, saving, threads);
+            close(&format!("{saving:?}"), said, found);
+        }
+    });
+}
+
+#[test]
+fn a_pack_holds_as_many_bytes_as_its_shape_says() {
+    let wide = config(64, 256, 6, 3000);
+    let thin = config(128, 96, 2, 500);
+    let deep = config(64, 172, 12, 512);
+    let short: Vec<[usize; 3]> = (0..24)
+        .map(|pair| [20 + pair % 5, 30, 25 + pair % 7])
+        .collect();
+    for threads in [1, 2] {
+        check("wide, short pairs", &wide, &short, threads);
+        check("thin, short pairs", &thin, &short, threads);
+        check("deep, short pairs", &deep, &short, threads);
+        check("wide, one long pair", &wide, &[[300, 500, 400]], threads);
+        check("thin, one long pair", &thin, &[[300, 500, 400]], threads);
+        check(
+            "deep, mostly prompt",
+            &deep,
+            &[[900, 20, 30], [700, 10, 40]],
+            threads,
+        );
+        check(
+            "wide, completions alone",
+            &wide,
+            &[[100, 600, 0], [50, 400, 0]],
+            threads,
+        );
+    }
+}
