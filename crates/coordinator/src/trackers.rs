@@ -24,7 +24,7 @@ mod tensorboard;
 mod wandb;
 
 use std::{
-    fmt, io,
+    io,
     path::PathBuf,
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel},
     time::{Duration, SystemTime},
@@ -244,14 +244,5 @@ impl Tracked {
             "{} gets no more rows: {error}; training goes on, and the next start of this run catches up",
             self.kind.as_str()
         );
-    }
-}
-
-impl fmt::Debug for Tracked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tracked")
-            .field("kind", &self.kind)
-            .field("writes", &self.tracker.is_some())
-            .finish()
     }
 }

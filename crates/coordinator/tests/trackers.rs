@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use coordinator::{
@@ -456,4 +456,35 @@ fn runs_share_the_folders_of_wandb_and_mlflow_but_not_that_of_tensorboard() {
     assert_eq!(inside("tb"), 1);
     let seen = readers::tensorboard(&shared.path().join("tb"));
     check_curves("the first run's tensorboard", &seen, &rows);
+}
+
+#[test]
+fn a_disk_that_hangs_holds_up_neither_the_run_nor_its_end_for_long() {
+    let folder = folder();
+    let config = config(folder.path(), ALL, &[]);
+    // Whoever opens it for reading waits for somebody who writes, as on a network file system whose server is gone.
+    let pipe = folder.path().join("run/trackers.json");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    let begin = Instant::now();
+    let mut trackers = Trackers::start(&config, Past::new(), 0).unwrap();
+    // More than wait in the queue.
+    for entry in entries(0, 5000, 1) {
+        trackers.record(time(2), entry);
+    }
+    assert!(
+        begin.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begin.elapsed()
+    );
+    trackers.finish(time(3), &Outcome::Completed);
+    assert!(
+        begin.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        begin.elapsed()
+    );
+    fs::remove_file(&pipe).unwrap();
+    let rows = entries(0, 20, 1);
+    start(&config, &rows, 20, &[], &Outcome::Completed);
+    check("the next start", folder.path(), &rows);
 }
