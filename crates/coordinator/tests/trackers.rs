@@ -12,7 +12,7 @@ use std::{
 };
 
 use coordinator::{
-    config::{Config, Resolved, Sources},
+    config::{Config, Sources},
     trackers::{Entry, Past, Trackers},
 };
 use protocol::{EvaluationRow, MetricsRow, Outcome, Sample, Statistics, Step, StepReport};
@@ -24,7 +24,7 @@ const ALL: &str = r#"["tensorboard", "wandb", "mlflow"]"#;
 
 /// A configuration whose run directory is `run` in `folder`.
 fn config(folder: &Path, trackers: &str, set: &[&str]) -> Config {
-    let sections = "[job]\nname = \"letters\"\n[objective]\nkind = \"cal_dpo\"\nbeta = 0.1\n[data]\ntrain = [\"a b.jsonl\"]\n";
+    let sections = "[job]\nname = \"letters\"\n[model]\npath = \"m\"\n[objective]\nkind = \"cal_dpo\"\nbeta = 0.1\n[data]\ntrain = [\"a b.jsonl\"]\n";
     let file = folder.join("letters.toml");
     fs::write(&file, sections).unwrap();
     let mut all = vec![
@@ -34,17 +34,11 @@ fn config(folder: &Path, trackers: &str, set: &[&str]) -> Config {
     all.extend(set.iter().map(|text| (*text).to_owned()));
     let sources = Sources {
         files: vec![file],
-        environment: Vec::new(),
         set: all,
-    };
-    let resolve = |sections: &toml::Table| {
-        Ok(Resolved {
-            resolved: sections.clone(),
-            identity: json!({}),
-        })
+        ..Sources::default()
     };
     fs::create_dir_all(folder.join("run")).unwrap();
-    Config::load(&sources, &resolve).unwrap()
+    Config::load(&sources).unwrap()
 }
 
 /// A row whose numbers tell its step and its `life`: the same step computed again is another one.
