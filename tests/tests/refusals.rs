@@ -263,16 +263,17 @@ fn a_disk_that_is_full_while_saving_is_told_and_what_was_saved_stays() {
     let run = Run::new(SMALL).set("checkpoint.keep_last=9");
     fs::create_dir(run.path("")).expect("a run directory");
     let command = run.command();
-    let mut script = format!(
-        "mount -t tmpfs -o size=3m tmpfs {} && ",
-        run.path("").display()
-    );
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    script += &words
-        .map(|it| format!("'{}' ", it.to_string_lossy()))
-        .collect::<String>();
+    let words: Vec<_> = words
+        .map(|it| format!("'{}'", it.to_string_lossy()))
+        .collect();
     // Seen from inside, because the mount ends with the shell.
-    script += &format!("; echo exit $?; ls {}", run.path("checkpoints/*").display());
+    let script = format!(
+        "mount -t tmpfs -o size=3m tmpfs {} && {}; echo exit $?; ls {}",
+        run.path("").display(),
+        words.join(" "),
+        run.path("checkpoints/*").display()
+    );
     let output = Command::new("unshare")
         .args(["--mount", "--map-root-user", "sh", "-c", &script])
         .current_dir(workspace_root())
