@@ -25,6 +25,13 @@ fn json(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(output)))
 }
 
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime")
+}
+
 #[test]
 fn jobs_are_queued_trained_and_found_in_their_folders() {
     let mut cluster = Cluster::start();
@@ -63,6 +70,24 @@ fn jobs_are_queued_trained_and_found_in_their_folders() {
     for job in jobs["jobs"].as_array().expect("jobs") {
         assert_eq!(job["state"], "completed", "{job}");
     }
+    // Any client reads the rows of an ended job.
+    let request = wire::proto::GetMetricsRequest {
+        job: "first".into(),
+        from_step: 20,
+        limit: 3,
+    };
+    let rows = runtime().block_on(async {
+        let url = cluster.url().to_owned();
+        let client = wire::proto::cluster_client::ClusterClient::connect(url).await;
+        let answer = client.expect("a connection").get_metrics(request).await;
+        answer.expect("rows").into_inner()
+    });
+    let steps = rows
+        .rows
+        .iter()
+        .map(|row| row.report.expect("a report").step);
+    assert_eq!(steps.collect::<Vec<_>>(), [20, 21, 22]);
+    assert_eq!(rows.evaluations[0].step, 24);
     for name in ["first", "second"] {
         let run = cluster.folder().join(name);
         assert!(run.join("export/model.safetensors").exists(), "{name}");
@@ -233,11 +258,7 @@ fn a_worker_of_another_build_is_told_what_both_run_and_to_stay_away() {
         })),
         ..wire::proto::FromWorker::default()
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime");
-    let told = runtime.block_on(async {
+    let told = runtime().block_on(async {
         let url = cluster.url().to_owned();
         let mut client = wire::proto::workers_client::WorkersClient::connect(url)
             .await

@@ -31,6 +31,7 @@ mod objective;
 pub mod observer;
 mod only;
 pub mod plots;
+mod rows;
 pub mod run;
 pub mod run_directory;
 mod server;

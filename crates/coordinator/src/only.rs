@@ -6,6 +6,7 @@ use wire::proto;
 
 use crate::driver::Input;
 use crate::feed::Feed;
+use crate::rows;
 use crate::server::{Answer, Ask};
 
 /// What a coordinator without a queue says to whoever submits or drains.
@@ -68,6 +69,13 @@ impl Only {
                 give(answer, job);
             }
             Ask::Workers(answer) => give(answer, self.job("").await.map(|job| workers(&job))),
+            Ask::Metrics(request, answer) => {
+                let rows = match self.job(&request.job).await {
+                    Ok(job) => rows::read(job.output.into(), request).await,
+                    Err(status) => Err(status),
+                };
+                give(answer, rows);
+            }
             Ask::Events(answer) => give(answer, Ok(self.events())),
             Ask::Submit(_, answer) => give(answer, Err(Status::failed_precondition(NO_QUEUE))),
             Ask::Drain(_, answer) => give(answer, Err(Status::failed_precondition(NO_QUEUE))),

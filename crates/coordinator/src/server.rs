@@ -65,6 +65,8 @@ pub enum Ask {
     Workers(Answer<Vec<proto::Worker>>),
     /// To follow the coordinator's events.
     Events(Answer<broadcast::Receiver<proto::Event>>),
+    /// A job's rows.
+    Metrics(proto::GetMetricsRequest, Answer<proto::GetMetricsResponse>),
     /// To let a worker go.
     Drain(String, Answer<proto::Worker>),
 }
@@ -237,6 +239,15 @@ impl Cluster for Doors {
         // A client that is too slow loses some; the next one tells where things are.
         let events = BroadcastStream::new(events).filter_map(Result::ok).map(Ok);
         Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn get_metrics(
+        &self,
+        request: Request<proto::GetMetricsRequest>,
+    ) -> Result<Response<proto::GetMetricsResponse>, Status> {
+        let request = request.into_inner();
+        let rows = self.ask(|it| Ask::Metrics(request, it)).await?;
+        Ok(Response::new(rows))
     }
 
     async fn drain_worker(

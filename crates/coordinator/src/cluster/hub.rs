@@ -25,6 +25,7 @@ use crate::config::{Config, Sources};
 use crate::driver::Input;
 use crate::feed::{self, Feed};
 use crate::metrics::Metrics;
+use crate::rows;
 use crate::run_directory::RunDirectoryError;
 use crate::server::{Answer, Ask, Connected, Route};
 use crate::ui::Console;
@@ -414,6 +415,18 @@ impl Hub {
             Ask::Jobs(answer) => {
                 let views = self.views();
                 tokio::spawn(async move { give(answer, Ok(views.await)) });
+            }
+            Ask::Metrics(request, answer) => {
+                let found = self.find(&JobId(request.job.clone()));
+                let config = found
+                    .and_then(|job| read(&job.config_toml).map_err(Status::failed_precondition));
+                tokio::spawn(async move {
+                    let rows = match config {
+                        Ok(config) => rows::read(config.job.output, request).await,
+                        Err(status) => Err(status),
+                    };
+                    give(answer, rows);
+                });
             }
             Ask::Workers(answer) => give(answer, Ok(self.workers())),
             Ask::Events(answer) => give(answer, Ok(self.events.subscribe())),
