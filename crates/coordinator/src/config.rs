@@ -221,6 +221,7 @@ impl Config {
             world: self.cluster.workers,
             save_every: cadence(self.checkpoint.every_steps),
             evaluate_every: cadence(u64::try_from(evaluate).unwrap_or(0)),
+            selection: None,
             heartbeat_timeout_ms: ms(self.cluster.heartbeat_timeout_seconds),
             join_timeout_ms: ms(self.cluster.join_timeout_seconds),
             form_timeout_ms: ms(self.cluster.form_timeout_seconds),

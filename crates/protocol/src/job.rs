@@ -11,6 +11,7 @@
 
 mod deadline;
 mod ending;
+mod evaluating;
 mod forming;
 mod gathering;
 mod phase;
@@ -20,9 +21,9 @@ mod view;
 use std::collections::BTreeMap;
 
 use crate::{
-    Afterwards, Awaits, Cause, CoordinatorMessage, EvaluationRow, FromWorker, Generation,
-    Incarnation, JobId, JobPolicy, MetricsRow, Note, Outcome, Rank, Record, Recovery, RunFacts,
-    Sample, Step, ToWorker, WorkerMessage,
+    Afterwards, Awaits, Cause, CoordinatorMessage, EarlyStop, EvaluationRow, FromWorker,
+    Generation, Incarnation, JobId, JobPolicy, MetricsRow, Note, Outcome, Rank, Record, Recovery,
+    RunFacts, Sample, Step, ToWorker, WorkerMessage,
 };
 use phase::{Member, Phase, Save};
 pub use view::{Waiting, WorkerView};
@@ -100,6 +101,9 @@ pub enum Action {
         world: u32,
         /// What each rank said in [`WorkerMessage::Saved`], by rank.
         shards: Vec<String>,
+        /// Evaluated steps, the best first: the first of them that has a checkpoint keeps it, beside the newest ones. Empty
+        /// where only the newest stay. Later steps than `step` may be better and are not known yet.
+        best_first: Vec<Step>,
     },
     /// Append to `metrics.jsonl`.
     RecordStep(MetricsRow),
@@ -147,8 +151,12 @@ pub struct Job {
     saves: BTreeMap<Step, Save>,
     /// This generation's last Commit, to be repeated.
     verdict: Option<CoordinatorMessage>,
-    /// The last evaluation that was recorded.
-    evaluated: Option<u64>,
+    /// Recorded evaluations up to `committed`.
+    evaluations: Vec<EvaluationRow>,
+    /// The step whose evaluation was asked for and is not recorded yet.
+    evaluating: Option<Step>,
+    /// Why the step after an evaluation is the last.
+    early_stop: Option<EarlyStop>,
     /// Whether the data report was handed out.
     reported: bool,
 }
@@ -157,6 +165,8 @@ impl Job {
     /// Starts generation `recovery.generation + 1`. The actions journal the recovery's rewind, if there is one.
     pub fn new(spec: JobSpec, now_ms: u64) -> (Self, Vec<Action>) {
         let recovery = &spec.recovery;
+        let selection = spec.policy.selection.as_ref();
+        let early_stop = recovery.early_stop.clone();
         let mut job = Self {
             generation: Generation(recovery.generation.0 + 1),
             committed: recovery.committed,
@@ -166,7 +176,9 @@ impl Job {
             phase: Phase::Gathering { since_ms: now_ms },
             saves: BTreeMap::new(),
             verdict: None,
-            evaluated: None,
+            evaluations: recovery.evaluations.clone(),
+            evaluating: None,
+            early_stop: early_stop.filter(|stop| selection.is_some_and(|it| it.confirms(stop))),
             reported: false,
             spec,
         };
@@ -197,7 +209,7 @@ impl Job {
                 self.checkpoint_committed(now_ms, step, &mut actions);
             }
             Event::CheckpointFailed { step, reason } => {
-                self.save_failed(step, &reason, &mut actions);
+                self.save_failed(now_ms, step, &reason, &mut actions);
             }
             Event::StopRequested { reason } => self.stop_requested(reason, &mut actions),
             Event::Tick => self.tick(now_ms, &mut actions),
@@ -320,12 +332,12 @@ impl Job {
                 self.prepared(now_ms, incarnation, report, actions);
             }
             WorkerMessage::Evaluated { row, samples } => {
-                self.evaluated(rank, row, samples, actions);
+                self.evaluated(now_ms, rank, row, samples, actions);
             }
             WorkerMessage::Saved { step, shard } => self.saved(rank, step, shard, actions),
             WorkerMessage::SaveFailed { step, reason } => {
                 let reason = format!("{}: {reason}", self.name(incarnation));
-                self.save_failed(step, &reason, actions);
+                self.save_failed(now_ms, step, &reason, actions);
             }
             WorkerMessage::Finished => self.finished(incarnation, actions),
             WorkerMessage::Failed { cause, reason } => {

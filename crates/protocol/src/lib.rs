@@ -21,6 +21,7 @@ mod policy;
 mod record;
 mod report;
 mod scheduler;
+mod selection;
 
 pub use ids::{Generation, Incarnation, JobId, Rank, Step};
 pub use job::{Action, Event, Job, JobSpec, Waiting, WorkerView};
@@ -29,10 +30,13 @@ pub use message::{
     WIRE_VERSION, WorkerMessage, WorkerProfile,
 };
 pub use policy::JobPolicy;
-pub use record::{CommitRecord, Outcome, Record, Recovery, RecoveryError, recover, surviving};
+pub use record::{
+    CommitRecord, Outcome, Record, Recovery, RecoveryError, early_stop, recover, surviving,
+};
 pub use report::{EvaluationRow, MetricsRow, Sample, Statistics, StepReport};
 pub use scheduler::{
     ENDED_MAX, Ending, JOBS_MAX, JobRecord, JobSummary, JobSummaryState, JobsRecovery, NewJob,
     PoolWorker, Scheduler, SchedulerAction, SchedulerEvent, SchedulerPolicy, SubmitError,
     recover_jobs,
 };
+pub use selection::{Best, EarlyStop, Metric, Selection};

@@ -335,8 +335,9 @@ impl fmt::Debug for CoordinatorMessage {
 /// Something worth a line in `events.jsonl`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
-    /// One word: `join`, `form`, `ready`, `go`, `skip`, `checkpoint`, `unsaved` (a checkpoint that failed), `rewind`, `lost`, `stop`, `done`; of the queue `submit`,
-    /// `start`, `pause`, `queue`, `retry`, `cancel`, `drain`, `refuse`, `wait`.
+    /// One word: `join`, `form`, `ready`, `go`, `skip`, `checkpoint`, `unsaved` (a checkpoint that failed), `rewind`, `lost`,
+    /// `stop`, `early-stop`, `done`; of the queue `submit`, `start`, `pause`, `queue`, `retry`, `cancel`, `drain`, `refuse`,
+    /// `wait`; of the shell `warning`.
     pub kind: &'static str,
     /// A sentence for a person.
     pub text: String,

@@ -1,7 +1,9 @@
 //! What the owner of a job decided about its course: sizes, cadences, limits.
 
+use crate::Selection;
+
 /// A job's policy. Times are in milliseconds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct JobPolicy {
     /// Members of a generation.
     pub world: u32,
@@ -9,6 +11,8 @@ pub struct JobPolicy {
     pub save_every: Option<u64>,
     /// An evaluation every so many steps besides the first and the last; `None` only those two.
     pub evaluate_every: Option<u64>,
+    /// What makes one evaluation better than another, and what follows from it; `None` compares none.
+    pub selection: Option<Selection>,
     /// Silence after which a worker counts as lost.
     pub heartbeat_timeout_ms: u64,
     /// How long workers may take to join.
@@ -34,6 +38,11 @@ impl JobPolicy {
     pub(crate) fn evaluates_at(&self, step: u64) -> bool {
         self.evaluate_every
             .is_some_and(|every| step.is_multiple_of(every))
+    }
+
+    /// Whether every evaluated step is saved, so that the best one can be kept.
+    pub(crate) fn keeps_best(&self) -> bool {
+        self.selection.as_ref().is_some_and(|it| it.keep_best)
     }
 
     /// Whether training may go on after so many consecutive skipped steps (invariant T6).

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Cause, Generation, Incarnation, MetricsRow, RunFacts, Step};
+use crate::{Cause, EarlyStop, EvaluationRow, Generation, Incarnation, MetricsRow, RunFacts, Step};
 
 /// One record of the journal.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,6 +24,15 @@ pub enum Record {
     },
     /// A step is committed: this record is the commit (invariant M2).
     Commit(CommitRecord),
+    /// The held-out pairs were evaluated. Journaled before the next step commits and before the step's checkpoint becomes
+    /// visible, so that whoever goes on from there knows it.
+    Evaluation {
+        /// The means.
+        row: EvaluationRow,
+        /// The decision that it brought: the next step is the last.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        stop: Option<EarlyStop>,
+    },
     /// A checkpoint became visible.
     Checkpoint {
         /// Its step.
@@ -55,7 +64,7 @@ pub struct CommitRecord {
 /// How a job ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// All steps are committed and saved.
+    /// All steps are committed and saved, or those up to an early stop.
     Completed,
     /// Somebody asked it to stop; the same command goes on.
     Interrupted {
@@ -99,6 +108,10 @@ pub struct Recovery {
     pub facts: Option<RunFacts>,
     /// Consecutive skipped steps up to `committed`.
     pub skipped: u64,
+    /// Evaluations up to `committed`, in order.
+    pub evaluations: Vec<EvaluationRow>,
+    /// What the last of them decided, if it did.
+    pub early_stop: Option<EarlyStop>,
     /// The run is complete.
     pub completed: bool,
     /// To be journaled before anything else: commits whose state no checkpoint holds.
@@ -161,6 +174,42 @@ pub fn surviving(records: &[Record]) -> Result<Vec<CommitRecord>, RecoveryError>
     Ok(commits)
 }
 
+/// Why training ended before its schedule, by the surviving records; `None` for a run that did not, or not yet.
+pub fn early_stop(records: &[Record]) -> Result<Option<EarlyStop>, RecoveryError> {
+    let committed = Step(surviving(records)?.len() as u64);
+    let (_, stop) = evaluated(records, committed);
+    // A later start of the run may have gone on under another rule.
+    Ok(stop.filter(|stop| stop.step + 1 == committed.0))
+}
+
+/// Surviving evaluations up to `last`, one a step, and what was decided by one of them.
+fn evaluated(records: &[Record], last: Step) -> (Vec<EvaluationRow>, Option<EarlyStop>) {
+    let mut rows: Vec<EvaluationRow> = Vec::new();
+    let mut decided: Option<EarlyStop> = None;
+    let end = Record::Rewind {
+        to: last,
+        reason: "nothing later counts".into(),
+    };
+    for record in records.iter().chain([&end]) {
+        match record {
+            Record::Evaluation { row, stop } => {
+                if rows.last().is_none_or(|before| before.step < row.step) {
+                    rows.push(*row);
+                }
+                if stop.is_some() {
+                    decided.clone_from(stop);
+                }
+            }
+            Record::Rewind { to, .. } => {
+                rows.retain(|row| row.step <= to.0);
+                decided.take_if(|stop| stop.step > to.0);
+            }
+            _ => {}
+        }
+    }
+    (rows, decided)
+}
+
 /// What to go on from, given the journal and the newest checkpoint that verifies.
 ///
 /// All workers are gone when a local coordinator starts, so commits beyond the checkpoint are rewound.
@@ -193,11 +242,14 @@ pub fn recover(
                 let step = Step(commit.row.report.step);
                 recovery.highest_committed = recovery.highest_committed.max(step);
             }
-            Record::Checkpoint { .. } => {}
+            Record::Checkpoint { .. } | Record::Evaluation { .. } => {}
         }
     }
     if recovery.completed {
         recovery.committed = journaled;
+    }
+    (recovery.evaluations, recovery.early_stop) = evaluated(records, recovery.committed);
+    if recovery.completed {
         return Ok(recovery);
     }
     commits.truncate(to.0 as usize);

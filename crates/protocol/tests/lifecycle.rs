@@ -72,6 +72,7 @@ fn a_job_goes_from_the_first_join_to_completion() {
         step: Step(2),
         world: 2,
         shards: vec!["shard of 1".into(), "shard of 2".into()],
+        best_first: vec![],
     };
     assert_eq!(saved, [commit]);
     assert_eq!(play.job.waiting(), Waiting::Checkpoint { step: Step(2) });
@@ -418,7 +419,10 @@ fn an_evaluation_is_recorded_once_and_only_from_rank_0() {
     assert_eq!(play.say(2, evaluated(0)), []);
     assert!(matches!(
         play.say(1, evaluated(0)).as_slice(),
-        [Action::RecordEvaluation { .. }]
+        [
+            Action::RecordEvaluation { .. },
+            Action::Journal(Record::Evaluation { stop: None, .. })
+        ]
     ));
     assert_eq!(play.say(1, evaluated(0)), []);
     assert_eq!(
@@ -429,7 +433,10 @@ fn an_evaluation_is_recorded_once_and_only_from_rank_0() {
     play.step(true);
     assert!(matches!(
         play.say(1, evaluated(1)).as_slice(),
-        [Action::RecordEvaluation { .. }]
+        [
+            Action::RecordEvaluation { .. },
+            Action::Journal(Record::Evaluation { stop: None, .. })
+        ]
     ));
 }
 

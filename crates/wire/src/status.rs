@@ -81,7 +81,7 @@ fn state(waiting: &Waiting, outcome: Option<&Outcome>) -> JobState {
         (Some(Outcome::Failed { .. }), _) => JobState::Failed,
         (None, Waiting::Join { .. }) => JobState::Gathering,
         (None, Waiting::Ready { .. }) => JobState::Forming,
-        (None, Waiting::Prepared { .. }) => JobState::Training,
+        (None, Waiting::Prepared { .. } | Waiting::Evaluated { .. }) => JobState::Training,
         (None, Waiting::Saved { .. } | Waiting::Checkpoint { .. }) => JobState::Saving,
         (None, Waiting::Finished { .. } | Waiting::Nothing) => JobState::Finishing,
     }

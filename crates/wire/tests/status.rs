@@ -11,6 +11,7 @@ fn job() -> Job {
         world: 2,
         save_every: None,
         evaluate_every: None,
+        selection: None,
         heartbeat_timeout_ms: 5_000,
         join_timeout_ms: 60_000,
         form_timeout_ms: 60_000,

@@ -13,7 +13,7 @@ pub(super) enum Deadline {
     Join,
     /// Some member moves on.
     Form,
-    /// All members have prepared the step.
+    /// All members have prepared the step; the last one's evaluation is recorded.
     Step,
     /// The last checkpoint is visible.
     Save,
@@ -31,8 +31,11 @@ impl Job {
                 (progressed_ms + policy.form_timeout_ms, Deadline::Form)
             }
             Phase::Stepping { since_ms, .. } => (since_ms + policy.step_timeout_ms, Deadline::Step),
+            // The last evaluation still runs, and a step's time allows for one.
+            Phase::Draining { since_ms, .. } if self.evaluating.is_some() => {
+                (since_ms + policy.step_timeout_ms, Deadline::Step)
+            }
             Phase::Draining { since_ms, .. } => (since_ms + policy.save_timeout_ms, Deadline::Save),
-            // The last evaluation may still run, and a step's time allows for one.
             Phase::Finishing { since_ms, .. } => {
                 (since_ms + policy.step_timeout_ms, Deadline::Finish)
             }

@@ -22,12 +22,22 @@ impl Job {
             return;
         }
         save.shards.insert(rank, shard);
-        if save.shards.len() == self.members.len() {
+        self.publish_when_ready(step, actions);
+    }
+
+    /// Has the manifest written once all parts are there, and the step's evaluation is recorded: a run that goes on from this
+    /// checkpoint does not evaluate it again.
+    pub(super) fn publish_when_ready(&self, step: Step, actions: &mut Vec<Action>) {
+        let Some(save) = self.saves.get(&step) else {
+            return;
+        };
+        if save.shards.len() == self.members.len() && self.evaluating != Some(step) {
             actions.push(Action::CommitCheckpoint {
                 generation: self.generation,
                 step,
                 world: self.spec.policy.world,
                 shards: save.shards.values().cloned().collect(),
+                best_first: self.best_first(),
             });
         }
     }
@@ -46,20 +56,39 @@ impl Job {
             "checkpoint",
             format!("checkpoint of step {step} is complete"),
         ));
-        if let Phase::Draining {
-            step: last,
-            outcome,
-            ..
-        } = &self.phase
-            && *last == step
+        self.finish_when_drained(now_ms, actions);
+    }
+
+    /// Ends a job whose last commit is made once no checkpoint is waited for.
+    fn finish_when_drained(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        if let Phase::Draining { outcome, .. } = &self.phase
+            && self.awaited_save().is_none()
         {
             let outcome = outcome.clone();
             self.finish(now_ms, outcome, actions);
         }
     }
 
+    /// The checkpoint that a draining job waits for: the last one, then the best one where that is kept.
+    pub(super) fn awaited_save(&self) -> Option<Step> {
+        let Phase::Draining { step: last, .. } = &self.phase else {
+            return None;
+        };
+        let best = self.best_first().into_iter().next();
+        [Some(*last), best]
+            .into_iter()
+            .flatten()
+            .find(|step| self.saves.contains_key(step))
+    }
+
     /// A checkpoint will not become visible. The older one still serves, unless this was the last.
-    pub(super) fn save_failed(&mut self, step: Step, reason: &str, actions: &mut Vec<Action>) {
+    pub(super) fn save_failed(
+        &mut self,
+        now_ms: u64,
+        step: Step,
+        reason: &str,
+        actions: &mut Vec<Action>,
+    ) {
         if self.outcome().is_some() || self.saves.remove(&step).is_none() {
             return;
         }
@@ -71,7 +100,7 @@ impl Job {
             Phase::Draining { step: last, .. } if *last == step => {
                 self.fail(Cause::Fatal, text, None, actions);
             }
-            _ => {}
+            _ => self.finish_when_drained(now_ms, actions),
         }
     }
 

@@ -160,7 +160,7 @@ impl Job {
             self.facts = Some(facts.clone());
             actions.push(Action::Journal(Record::Facts { facts }));
         }
-        if self.committed.0 >= steps_total {
+        if self.committed.0 >= steps_total || self.stopped_early() {
             // An earlier generation committed and saved the last step, and was lost before it said so.
             return self.finish(now_ms, Outcome::Completed, actions);
         }
@@ -175,12 +175,15 @@ impl Job {
             format!("training begins with step {first} of {steps_total}"),
         ));
         self.send_all(&self.go_message(), actions);
+        if self.evaluates_first() {
+            self.await_evaluation(self.committed);
+        }
     }
 
     pub(super) fn go_message(&self) -> CoordinatorMessage {
         CoordinatorMessage::Go {
             step: self.committed.next(),
-            evaluate: self.committed.0 == 0,
+            evaluate: self.evaluates_first(),
         }
     }
 }

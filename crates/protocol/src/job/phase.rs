@@ -24,13 +24,13 @@ pub(super) enum Phase {
         /// The next commit is to be the last, and why.
         stop: Option<String>,
     },
-    /// The last commit is journaled; its checkpoint is not yet visible.
+    /// The last commit is journaled; its checkpoint, or the best one, is not yet visible.
     Draining {
         /// Its step.
         step: Step,
         /// How the job ends once it is.
         outcome: Outcome,
-        /// When it was committed.
+        /// When it was committed, or its evaluation was recorded.
         since_ms: u64,
     },
     /// All is durable; members leave.

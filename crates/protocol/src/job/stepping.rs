@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::phase::{Phase, Save};
 use super::{Action, Job, note};
 use crate::{
-    Cause, CommitRecord, CoordinatorMessage, EvaluationRow, Incarnation, MetricsRow, Outcome, Rank,
-    Record, Sample, Step, StepReport,
+    Cause, CommitRecord, CoordinatorMessage, Incarnation, MetricsRow, Outcome, Record, Step,
+    StepReport,
 };
 
 impl Job {
@@ -60,7 +60,20 @@ impl Job {
             return self.fail(Cause::Fatal, reason, None, actions);
         }
         prepared.insert(rank, report);
-        if prepared.len() == self.members.len() {
+        self.commit_when_ready(now_ms, actions);
+    }
+
+    /// Commits the step once all members have voted on it and the evaluation before it is recorded: what that evaluation
+    /// decides holds for this step, however late its word came.
+    pub(super) fn commit_when_ready(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        let Phase::Stepping { prepared, .. } = &self.phase else {
+            return;
+        };
+        let report = prepared.values().next().copied();
+        if let Some(report) = report
+            && prepared.len() == self.members.len()
+            && self.evaluating.is_none()
+        {
             self.commit(now_ms, report, actions);
         }
     }
@@ -75,13 +88,18 @@ impl Job {
         let apply = report.finite;
         self.skipped = if apply { 0 } else { self.skipped + 1 };
         let last = self.last_outcome(step, stop.is_some());
-        let save = last.is_some() || self.spec.policy.saves_at(step.0);
+        let policy = &self.spec.policy;
+        // An interruption adds no evaluation, so that the resumed run has the rows of an uninterrupted one.
+        let evaluate =
+            policy.evaluates_at(step.0) || self.is_final(step) || self.early_stop.is_some();
+        let save = last.is_some()
+            || policy.saves_at(step.0)
+            || (policy.keeps_best() && evaluate && self.has_held_out());
         let verdict = CoordinatorMessage::Commit {
             step,
             apply,
             save,
-            // An interruption adds no evaluation, so that the resumed run has the rows of an uninterrupted one.
-            evaluate: self.spec.policy.evaluates_at(step.0) || self.is_final(step),
+            evaluate,
             last: last.is_some(),
         };
         let row = MetricsRow {
@@ -115,6 +133,9 @@ impl Job {
         if save {
             self.saves.insert(step, Save::default());
         }
+        if evaluate {
+            self.await_evaluation(step);
+        }
         self.phase = match last {
             Some(outcome) => {
                 if let Some(reason) = stop {
@@ -146,13 +167,13 @@ impl Job {
                 ),
             });
         }
-        if self.is_final(step) {
+        if self.is_final(step) || self.early_stop.is_some() {
             return Some(Outcome::Completed);
         }
         stop.then_some(Outcome::Interrupted { committed: step })
     }
 
-    fn is_final(&self, step: Step) -> bool {
+    pub(super) fn is_final(&self, step: Step) -> bool {
         self.facts
             .as_ref()
             .is_some_and(|facts| step.0 >= facts.steps_total)
@@ -161,21 +182,6 @@ impl Job {
     pub(super) fn repeat_verdict(&self, incarnation: Incarnation, actions: &mut Vec<Action>) {
         if let Some(verdict) = &self.verdict {
             self.send(incarnation, verdict.clone(), actions);
-        }
-    }
-
-    /// Rank 0's evaluation, recorded once a step.
-    pub(super) fn evaluated(
-        &mut self,
-        rank: Rank,
-        row: EvaluationRow,
-        samples: Vec<Sample>,
-        actions: &mut Vec<Action>,
-    ) {
-        let seen = self.evaluated.is_some_and(|step| row.step <= step);
-        if rank == Rank(0) && !seen && row.step <= self.committed.0 {
-            self.evaluated = Some(row.step);
-            actions.push(Action::RecordEvaluation { row, samples });
         }
     }
 }

@@ -28,6 +28,11 @@ pub enum Waiting {
         /// Who has not voted.
         ranks: Vec<Rank>,
     },
+    /// The held-out pairs to be evaluated.
+    Evaluated {
+        /// The step whose weights are.
+        step: Step,
+    },
     /// Members to write their parts of the last checkpoint.
     Saved {
         /// Its step.
@@ -62,6 +67,9 @@ impl fmt::Display for Waiting {
                     "waiting for {} to compute step {step}",
                     ranks_text(ranks)
                 )
+            }
+            Self::Evaluated { step } => {
+                write!(f, "waiting for the evaluation of step {step}")
             }
             Self::Saved { step, ranks } => {
                 write!(f, "waiting for {} to save step {step}", ranks_text(ranks))
@@ -103,6 +111,12 @@ impl Job {
     /// What it waits for.
     pub fn waiting(&self) -> Waiting {
         let ranks = self.late();
+        if let (Phase::Stepping { .. } | Phase::Draining { .. }, Some(step)) =
+            (&self.phase, self.evaluating)
+            && ranks.is_empty()
+        {
+            return Waiting::Evaluated { step };
+        }
         match &self.phase {
             Phase::Gathering { .. } => Waiting::Join {
                 joined: self.members.len() as u32,
@@ -113,8 +127,14 @@ impl Job {
                 let step = self.committed.next();
                 Waiting::Prepared { step, ranks }
             }
-            Phase::Draining { step, .. } if ranks.is_empty() => Waiting::Checkpoint { step: *step },
-            Phase::Draining { step, .. } => Waiting::Saved { step: *step, ranks },
+            Phase::Draining { step, .. } => {
+                let step = self.awaited_save().unwrap_or(*step);
+                if ranks.is_empty() {
+                    Waiting::Checkpoint { step }
+                } else {
+                    Waiting::Saved { step, ranks }
+                }
+            }
             Phase::Finishing { .. } => Waiting::Finished { ranks },
             Phase::Done(_) => Waiting::Nothing,
         }
@@ -146,9 +166,9 @@ impl Job {
             Phase::Gathering { .. } | Phase::Done(_) => true,
             Phase::Forming { ready, .. } => ready.contains_key(&rank),
             Phase::Stepping { prepared, .. } => prepared.contains_key(&rank),
-            Phase::Draining { step, .. } => {
-                let save = self.saves.get(step);
-                save.is_some_and(|it| it.shards.contains_key(&rank))
+            Phase::Draining { .. } => {
+                let save = self.awaited_save().and_then(|step| self.saves.get(&step));
+                save.is_none_or(|it| it.shards.contains_key(&rank))
             }
             Phase::Finishing { gone, .. } => gone.contains(&rank),
         }
@@ -168,6 +188,7 @@ impl Job {
             .and_then(|it| it.rank)
             .is_some_and(|rank| self.has_done(rank));
         let next = self.committed.next();
+        let save = self.awaited_save().unwrap_or(self.committed);
         match (&self.phase, done) {
             (Phase::Gathering { .. }, _) => "joined".into(),
             (Phase::Forming { .. }, true) => "ready".into(),
@@ -177,8 +198,8 @@ impl Job {
             },
             (Phase::Stepping { .. }, true) => format!("prepared step {next}"),
             (Phase::Stepping { .. }, false) => format!("computes step {next}"),
-            (Phase::Draining { step, .. }, true) => format!("saved step {step}"),
-            (Phase::Draining { step, .. }, false) => format!("saves step {step}"),
+            (Phase::Draining { .. }, true) => format!("saved step {save}"),
+            (Phase::Draining { .. }, false) => format!("saves step {save}"),
             (Phase::Finishing { .. }, false) => "leaves".into(),
             (Phase::Finishing { .. }, true) | (Phase::Done(_), _) => "left".into(),
         }

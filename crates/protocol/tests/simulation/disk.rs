@@ -1,21 +1,93 @@
 //! What survives crashes: the journal and the checkpoints. Every write is checked against what an undisturbed run would
 //! have written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::{CommitRecord, Generation, Record, Recovery, Step, StepReport, recover, surviving};
+use protocol::{
+    CommitRecord, EvaluationRow, Generation, JobPolicy, Record, Recovery, Selection, Statistics,
+    Step, StepReport, recover, surviving,
+};
 
 use crate::random::mix;
 
-/// An undisturbed run: reports and states are functions of the seed and the step alone.
+/// An undisturbed run: reports, states and evaluations are functions of the seed and the step alone.
 pub struct Oracle {
     pub steps_total: u64,
     seed: u64,
+    /// The step whose evaluation ends training early.
+    pub stops_after: Option<u64>,
+    /// Steps that are evaluated, the first of them 0.
+    pub evaluated: Vec<u64>,
+    /// The best of them after 0.
+    pub best: Option<u64>,
 }
 
 impl Oracle {
-    pub fn new(seed: u64, steps_total: u64) -> Self {
-        Self { steps_total, seed }
+    pub fn new(seed: u64, steps_total: u64, policy: &JobPolicy) -> Self {
+        let mut oracle = Self {
+            steps_total,
+            seed,
+            stops_after: None,
+            evaluated: vec![0],
+            best: None,
+        };
+        oracle.play(policy);
+        oracle
+    }
+
+    /// The run step by step, by a rule written down once more.
+    fn play(&mut self, policy: &JobPolicy) {
+        let (mut best, mut mark, mut waited): (f64, f64, u64) = (f64::NAN, f64::NAN, 0);
+        for step in 1..=self.steps_total {
+            let cadence = policy.evaluate_every.is_some_and(|every| step % every == 0);
+            let last = step == self.steps_total || self.stops_after.is_some();
+            if !cadence && !last {
+                continue;
+            }
+            self.evaluated.push(step);
+            let Some(rule) = &policy.selection else {
+                continue;
+            };
+            let value = compared(rule, &self.evaluation(step).statistics);
+            if value > best || best.is_nan() && !value.is_nan() {
+                (best, self.best) = (value, Some(step));
+            }
+            if value > mark + rule.min_delta || mark.is_nan() && !value.is_nan() {
+                (mark, waited) = (value, 0);
+            } else {
+                waited += 1;
+            }
+            if self.stops_after.is_some() {
+                break;
+            }
+            let over = rule.patience.is_some_and(|patience| waited >= patience);
+            if over && step + 1 < self.steps_total {
+                self.stops_after = Some(step);
+            }
+        }
+    }
+
+    /// The last step.
+    pub fn end(&self) -> u64 {
+        self.stops_after.map_or(self.steps_total, |step| step + 1)
+    }
+
+    /// What the weights after `step` evaluate to. Values repeat, and some are not numbers.
+    pub fn evaluation(&self, step: u64) -> EvaluationRow {
+        let drawn = mix(self.state_after(step), 9_000 + step);
+        let value = match drawn % 10 {
+            9 => f64::NAN,
+            eighths => eighths as f64 / 8.0 + (step / 10) as f64 / 8.0,
+        };
+        EvaluationRow {
+            step,
+            pairs: 8,
+            statistics: Statistics {
+                rewards_accuracies: value,
+                loss: -value,
+                ..Statistics::default()
+            },
+        }
     }
 
     pub fn initial_state(&self) -> u64 {
@@ -53,11 +125,19 @@ impl Oracle {
     }
 }
 
+/// The value that a rule compares, so that higher is better.
+fn compared(rule: &Selection, statistics: &Statistics) -> f64 {
+    let value = rule.metric.of(statistics);
+    if rule.higher_is_better { value } else { -value }
+}
+
 #[derive(Default)]
 pub struct Disk {
     pub journal: Vec<Record>,
     /// State by step.
     pub checkpoints: BTreeMap<u64, u64>,
+    /// Steps that ever had a checkpoint.
+    pub saved: BTreeSet<u64>,
 }
 
 impl Disk {
@@ -98,16 +178,30 @@ impl Disk {
                 );
             }
             Record::Checkpoint { step } => {
+                // A newer one may have taken its place already.
                 assert!(
-                    self.checkpoints.contains_key(&step.0),
-                    "C1: {step} is not in place"
+                    self.saved.contains(&step.0),
+                    "C1: {step} was never in place"
                 );
             }
             Record::Completed { step } => {
-                assert_eq!(step.0, oracle.steps_total);
+                assert_eq!(step.0, oracle.end());
                 assert!(
                     self.checkpoints.contains_key(&step.0),
                     "completed without a checkpoint"
+                );
+            }
+            Record::Evaluation { row, stop } => {
+                assert_eq!(
+                    format!("{row:?}"),
+                    format!("{:?}", oracle.evaluation(row.step)),
+                    "T3: not what an undisturbed run evaluates"
+                );
+                assert_eq!(
+                    stop.as_ref().map(|it| it.step),
+                    oracle.stops_after.filter(|step| *step == row.step),
+                    "T3: an undisturbed run stops after another evaluation than {}",
+                    row.step
                 );
             }
             Record::Facts { .. } | Record::Rewind { .. } => {}
@@ -115,9 +209,26 @@ impl Disk {
         self.journal.push(record);
         let commits = self.commits();
         assert!(
-            commits.len() as u64 <= oracle.steps_total,
+            commits.len() as u64 <= oracle.end(),
             "M3: more steps than the run has"
         );
+        // What a commit rests on is in the journal before it.
+        let all = oracle.evaluated.iter().copied();
+        let before: Vec<u64> = all.filter(|step| *step < commits.len() as u64).collect();
+        assert_eq!(self.evaluated()[..before.len()], before, "T3: evaluations");
+    }
+
+    /// Steps of the surviving evaluations.
+    pub fn evaluated(&self) -> Vec<u64> {
+        let mut steps: Vec<u64> = Vec::new();
+        for record in &self.journal {
+            match record {
+                Record::Evaluation { row, .. } => steps.push(row.step),
+                Record::Rewind { to, .. } => steps.retain(|step| *step <= to.0),
+                _ => {}
+            }
+        }
+        steps
     }
 
     /// The highest generation journaled.
@@ -137,7 +248,14 @@ impl Disk {
         })
     }
 
-    pub fn put_checkpoint(&mut self, step: u64, shards: &[String], oracle: &Oracle) {
+    /// Of the older ones only the best that is there stays.
+    pub fn put_checkpoint(
+        &mut self,
+        step: u64,
+        shards: &[String],
+        best_first: &[Step],
+        oracle: &Oracle,
+    ) {
         let state = oracle.state_after(step);
         for (rank, shard) in shards.iter().enumerate() {
             let expected = format!("step {step} rank {rank} state {state:x}");
@@ -146,6 +264,15 @@ impl Disk {
                 "a shard that does not belong into the checkpoint"
             );
         }
+        assert!(
+            !oracle.evaluated.contains(&step) || self.evaluated().contains(&step),
+            "a checkpoint of step {step} without its evaluation"
+        );
         self.checkpoints.insert(step, state);
+        self.saved.insert(step);
+        let mut best_first = best_first.iter().map(|it| it.0);
+        let best = best_first.find(|it| self.checkpoints.contains_key(it));
+        self.checkpoints
+            .retain(|it, _| *it >= step || Some(*it) == best);
     }
 }

@@ -48,19 +48,24 @@ fn seeds() -> std::ops::Range<u64> {
 #[test]
 fn every_run_completes_with_each_step_committed_once_whatever_fails() {
     let (mut faults, mut events, mut generations) = (0, 0, 0);
+    let (mut stopped, mut kept) = (0, 0);
     for seed in seeds() {
         let world = run(seed, Weather::Hostile);
         faults += world.faults;
         events += world.events;
         generations += world.disk.generation().0;
+        stopped += u64::from(world.oracle.stops_after.is_some());
+        kept += u64::from(world.keeps_an_older_checkpoint());
     }
     println!(
-        "{:?}: {events} events, {faults} faults, {generations} generations",
+        "{:?}: {events} events, {faults} faults, {generations} generations, {stopped} stopped early, {kept} with a best \
+         checkpoint before the last",
         seeds()
     );
     // A simulation in which nothing goes wrong proves nothing.
     let count = seeds().end - seeds().start;
     assert!(count == 1 || (faults > 10 * count && generations > 2 * count));
+    assert!(count < 100 || (5 * stopped > count && 10 * kept > count));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A simulated worker: it follows the protocol to the letter, repeats what it waits for, and checks what it is told.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{
     Awaits, CoordinatorMessage, EvaluationRow, FromWorker, Generation, Incarnation, JobId,
@@ -64,7 +64,7 @@ pub struct Worker {
     doing: Doing,
     /// Said until it no longer matters; there is no answer to them.
     evaluated: Option<EvaluationRow>,
-    saved: Option<(u64, String)>,
+    saved: BTreeMap<u64, String>,
     applied: BTreeSet<u64>,
 }
 
@@ -81,7 +81,7 @@ impl Worker {
             state: 0,
             doing: Doing::Joining,
             evaluated: None,
-            saved: None,
+            saved: BTreeMap::new(),
             applied: BTreeSet::new(),
         }
     }
@@ -130,7 +130,7 @@ impl Worker {
         });
         said.extend(evaluated);
         let saved = self.saved.clone();
-        said.extend(saved.map(|(step, shard)| WorkerMessage::Saved {
+        said.extend(saved.into_iter().map(|(step, shard)| WorkerMessage::Saved {
             step: Step(step),
             shard,
         }));
@@ -145,6 +145,7 @@ impl Worker {
         let facts = RunFacts {
             steps_total: oracle.steps_total,
             committed: self.committed,
+            eval_pairs: 8,
             model_digest: "m".into(),
             ..RunFacts::default()
         };
@@ -179,14 +180,7 @@ impl Worker {
         if generation != self.generation {
             return None;
         }
-        // Saves may overtake each other; the newest is the one that must not get lost.
-        let newest = self
-            .saved
-            .take()
-            .into_iter()
-            .chain([(step, shard.clone())])
-            .max();
-        self.saved = newest;
+        self.saved.insert(step, shard.clone());
         Some(Effect::Say(WorkerMessage::Saved {
             step: Step(step),
             shard,
@@ -254,7 +248,7 @@ impl Worker {
             CoordinatorMessage::Go { step, evaluate } if self.doing == Doing::Ready => {
                 assert_eq!(step.0, self.committed + 1);
                 if evaluate {
-                    self.evaluate();
+                    self.evaluate(oracle);
                 }
                 self.doing = Doing::Computing { step: step.0 };
                 vec![Effect::Collective { step: step.0 }]
@@ -269,7 +263,7 @@ impl Worker {
                 if step.0 <= self.committed {
                     return vec![];
                 }
-                self.commit(step.0, apply, (save, evaluate, last), disk)
+                self.commit(step.0, apply, (save, evaluate, last), (disk, oracle))
             }
             CoordinatorMessage::Finish if matches!(self.doing, Doing::Ending | Doing::Ready) => {
                 self.doing = Doing::Finished;
@@ -284,7 +278,7 @@ impl Worker {
         step: u64,
         apply: bool,
         (save, evaluate, last): (bool, bool, bool),
-        disk: &Disk,
+        (disk, oracle): (&Disk, &Oracle),
     ) -> Vec<Effect> {
         let prepared = matches!(&self.doing, Doing::Prepared { report } if report.step == step);
         assert!(
@@ -305,7 +299,7 @@ impl Worker {
             effects.push(Effect::Save { step, shard });
         }
         if evaluate {
-            self.evaluate();
+            self.evaluate(oracle);
         }
         if last {
             self.doing = Doing::Ending;
@@ -316,12 +310,9 @@ impl Worker {
         effects
     }
 
-    fn evaluate(&mut self) {
+    fn evaluate(&mut self, oracle: &Oracle) {
         if self.rank == 0 {
-            self.evaluated = Some(EvaluationRow {
-                step: self.committed,
-                ..EvaluationRow::default()
-            });
+            self.evaluated = Some(oracle.evaluation(self.committed));
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{
     Action, Cause, CoordinatorMessage, Event, FromWorker, Incarnation, Job, JobId, JobPolicy,
-    JobSpec, Outcome, Record, Step, ToWorker, WorkerMessage,
+    JobSpec, Metric, Outcome, Record, Selection, Step, ToWorker, WorkerMessage,
 };
 
 use crate::disk::{Disk, Oracle};
@@ -49,6 +49,7 @@ enum Happens {
         life: u64,
         step: u64,
         shards: Vec<String>,
+        best_first: Vec<Step>,
     },
     Event {
         life: u64,
@@ -65,7 +66,7 @@ pub struct World {
     sequence: u64,
     random: Random,
     pub disk: Disk,
-    oracle: Oracle,
+    pub oracle: Oracle,
     policy: JobPolicy,
     job: Option<Job>,
     /// Counts coordinators; what an old one left under way means nothing to the next.
@@ -89,7 +90,8 @@ impl World {
         let policy = JobPolicy {
             world: random.between(1, 4) as u32,
             save_every: Some(random.between(2, 6)).filter(|it| *it < 6),
-            evaluate_every: Some(random.between(2, 6)).filter(|it| *it < 6),
+            evaluate_every: Some(random.between(1, 6)).filter(|it| *it < 6),
+            selection: selection(&mut Random::new(mix(seed, 6))),
             heartbeat_timeout_ms: 1_500,
             join_timeout_ms: 5_000,
             form_timeout_ms: 4_000,
@@ -105,7 +107,7 @@ impl World {
             sequence: 0,
             random,
             disk: Disk::default(),
-            oracle: Oracle::new(mix(seed, 5), steps_total),
+            oracle: Oracle::new(mix(seed, 5), steps_total, &policy),
             policy,
             job: None,
             life: 0,
@@ -154,17 +156,48 @@ impl World {
         }
         let commits = self.disk.commits();
         let steps: Vec<u64> = commits.iter().map(|it| it.row.report.step).collect();
-        let all: Vec<u64> = (1..=self.oracle.steps_total).collect();
+        let end = self.oracle.end();
+        let all: Vec<u64> = (1..=end).collect();
         assert_eq!(steps, all, "M3: each step once");
-        let end = self.disk.checkpoints.get(&self.oracle.steps_total);
-        assert_eq!(end, Some(&self.oracle.state_after(self.oracle.steps_total)));
+        let state = self.disk.checkpoints.get(&end);
+        assert_eq!(state, Some(&self.oracle.state_after(end)));
         assert!(matches!(
             self.disk.journal.last(),
             Some(Record::Completed { .. })
         ));
+        assert!(self.rows >= end, "every commit has its row");
+        assert_eq!(
+            self.disk.evaluated(),
+            self.oracle.evaluated,
+            "T3: each evaluation once"
+        );
+        self.check_best();
+    }
+
+    /// Whether the best step is not the last, and has its checkpoint.
+    pub fn keeps_an_older_checkpoint(&self) -> bool {
+        let best = self.oracle.best.filter(|best| *best < self.oracle.end());
+        best.is_some_and(|best| self.disk.checkpoints.contains_key(&best))
+    }
+
+    /// The best step's checkpoint stays; a save of it may have failed.
+    fn check_best(&self) {
+        let keep_best = self
+            .policy
+            .selection
+            .as_ref()
+            .is_some_and(|it| it.keep_best);
+        let Some(best) = self.oracle.best.filter(|_| keep_best) else {
+            return;
+        };
         assert!(
-            self.rows >= self.oracle.steps_total,
-            "every commit has its row"
+            self.weather == Weather::Hostile || self.disk.saved.contains(&best),
+            "an evaluated step was not saved"
+        );
+        assert!(
+            !self.disk.saved.contains(&best) || self.disk.checkpoints.contains_key(&best),
+            "the best step's checkpoint, of {best}, is gone: {:?}",
+            self.disk.checkpoints
         );
     }
 
@@ -222,7 +255,12 @@ impl World {
             Happens::Event { life, event } if life == self.life => self.handle(event),
             Happens::Event { .. } => {}
             Happens::Tick => self.tick(),
-            Happens::Manifest { life, step, shards } => self.manifest(life, step, &shards),
+            Happens::Manifest {
+                life,
+                step,
+                shards,
+                best_first,
+            } => self.manifest(life, step, &shards, &best_first),
             Happens::Launcher => self.launch(),
             Happens::Fault => self.fault(),
             Happens::Beat { incarnation } => {
@@ -368,6 +406,7 @@ impl World {
                 step,
                 world,
                 shards,
+                best_first,
                 ..
             } => {
                 assert_eq!(shards.len(), world as usize);
@@ -377,7 +416,13 @@ impl World {
                     "step {step} saved twice"
                 );
                 let delay_ms = self.random.between(1, 100);
-                self.after(delay_ms, Happens::Manifest { life, step, shards });
+                let manifest = Happens::Manifest {
+                    life,
+                    step,
+                    shards,
+                    best_first,
+                };
+                self.after(delay_ms, manifest);
             }
             Action::RecordStep(row) => {
                 let commits = self.disk.commits();
@@ -436,7 +481,7 @@ impl World {
         self.after(delay_ms, Happens::Start);
     }
 
-    fn manifest(&mut self, life: u64, step: u64, shards: &[String]) {
+    fn manifest(&mut self, life: u64, step: u64, shards: &[String], best_first: &[Step]) {
         // The process that would write it is gone.
         if life != self.life || self.job.is_none() {
             return;
@@ -450,7 +495,8 @@ impl World {
                 reason: "the disk is slow".into(),
             }
         } else {
-            self.disk.put_checkpoint(step, shards, &self.oracle);
+            self.disk
+                .put_checkpoint(step, shards, best_first, &self.oracle);
             Event::CheckpointCommitted { step: Step(step) }
         };
         let delay_ms = self.random.between(1, 50);
@@ -604,4 +650,20 @@ impl World {
         let delay_ms = self.random.between(100, 2_000);
         self.after(delay_ms, Happens::Fault);
     }
+}
+
+/// Most runs have a rule, most of those may stop early.
+fn selection(random: &mut Random) -> Option<Selection> {
+    if random.once_in(4) {
+        return None;
+    }
+    let higher = random.once_in(2);
+    let name = if higher { "rewards/accuracies" } else { "loss" };
+    Some(Selection {
+        metric: Metric::named(name).expect("a metric"),
+        higher_is_better: higher,
+        patience: Some(random.between(1, 4)).filter(|it| *it < 4),
+        min_delta: random.between(0, 2) as f64 / 8.0,
+        keep_best: random.once_in(2),
+    })
 }

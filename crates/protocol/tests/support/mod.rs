@@ -19,6 +19,7 @@ pub fn policy(world: u64) -> JobPolicy {
         world: world as u32,
         save_every: None,
         evaluate_every: None,
+        selection: None,
         heartbeat_timeout_ms: 5_000,
         join_timeout_ms: 20_000,
         form_timeout_ms: 30_000,
