@@ -18,6 +18,17 @@ pub struct Newest {
     pub refused: Vec<(PathBuf, String)>,
 }
 
+/// Which checkpoints stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention<'a> {
+    /// The newest so many, at least one.
+    pub keep_last: usize,
+    /// Steps, the best first: besides the newest, the first of these that has a checkpoint keeps it.
+    pub best_first: &'a [u64],
+    /// Nothing of this step or later goes: what `best_first` knows ends there.
+    pub since: u64,
+}
+
 /// Looks below `dir` for the newest checkpoint that verifies. Folders without a manifest are saves that were not completed
 /// and do not count; neither does a `dir` that is not there.
 ///
@@ -38,18 +49,26 @@ pub fn newest(dir: &Path) -> Result<Newest, FileError> {
     Ok(newest)
 }
 
-/// Removes the checkpoints below `dir` that are older than the newest `keep_last` (at least one), and the remains of saves
-/// that were not completed before the newest. Returns the removed folders, the newest first.
+/// The folder of the checkpoint of `step` below `dir`, if it is visible. Its content is not verified.
+pub fn visible(dir: &Path, step: u64) -> Option<PathBuf> {
+    let path = folder::path(dir, step);
+    path.join(MANIFEST).is_file().then_some(path)
+}
+
+/// Removes the checkpoints below `dir` that `retention` does not name, and the remains of saves that were not completed before
+/// the newest. Returns the removed folders, the newest first.
 ///
 /// Nothing is removed before the newest has been read back whole; ones that do not hold neither count nor go.
-pub fn retain(dir: &Path, keep_last: usize) -> Result<Vec<PathBuf>, FileError> {
+pub fn retain(dir: &Path, retention: Retention<'_>) -> Result<Vec<PathBuf>, FileError> {
+    let keep_last = retention.keep_last.max(1);
     let folders = folder::list(dir)?;
     let mut kept = 0;
     let mut removed = Vec::new();
     // Most calls find nothing to do; they should not read a checkpoint to learn it.
-    if folders.len() <= keep_last.max(1) {
+    if folders.len() <= keep_last {
         return Ok(removed);
     }
+    let best = best(dir, retention.best_first)?;
     for (step, path) in folders {
         let checkpoint = match open_as(step, &path) {
             Ok(checkpoint) => checkpoint,
@@ -65,9 +84,9 @@ pub fn retain(dir: &Path, keep_last: usize) -> Result<Vec<PathBuf>, FileError> {
         } else {
             checkpoint.has_files()?
         };
-        if holds && kept < keep_last.max(1) {
+        if holds && kept < keep_last {
             kept += 1;
-        } else if holds {
+        } else if holds && step < retention.since && best != Some(step) {
             // Its manifest first: a crash on the way leaves no checkpoint with files missing.
             storage::remove_file(&path.join(MANIFEST))?;
             storage::remove_directory(&path)?;
@@ -75,6 +94,18 @@ pub fn retain(dir: &Path, keep_last: usize) -> Result<Vec<PathBuf>, FileError> {
         }
     }
     Ok(removed)
+}
+
+/// The first of `steps` that has all its files.
+fn best(dir: &Path, steps: &[u64]) -> Result<Option<u64>, FileError> {
+    for &step in steps {
+        if let Ok(checkpoint) = open_as(step, &folder::path(dir, step))
+            && checkpoint.has_files()?
+        {
+            return Ok(Some(step));
+        }
+    }
+    Ok(None)
 }
 
 /// Opens a folder found under the name of `step`.

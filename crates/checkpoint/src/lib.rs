@@ -10,7 +10,7 @@
 //! - **C1** A checkpoint is visible only when its manifest is in place, and the manifest is put there only after every file
 //!   was read back. A crash anywhere leaves the previous checkpoint; so does saving a step a second time, because file names
 //!   carry the generation and the new manifest replaces the old one in one rename. [`retain`] removes older checkpoints only
-//!   after it has read the newest one whole.
+//!   after it has read the newest one whole, and spares the best of those that are there, by an order that it is given.
 //! - **C2** Every byte is covered: of a rank file by crc32c of its chunk and of its piece and by BLAKE3 of the file, of the
 //!   manifest by its own BLAKE3 and by comparison with fixed bytes. What differs is named by file, tensor and offset, before
 //!   any value of it is handed out.
@@ -78,7 +78,7 @@ pub use damage::Damage;
 pub use digest::CHUNK_BYTES;
 pub use export::{ExportDtype, ExportError, ExportSummary, SOURCE, export, keep_source};
 pub use folder::MANIFEST;
-pub use history::{Newest, newest, retain};
+pub use history::{Newest, Retention, newest, retain, visible};
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestError, ManifestInfo};
 pub use parts::{Kind, Piece, TensorSpec, TrainState};
 pub use rank_file::{FileEntry, PieceEntry, RankFile, WriteError, write_rank};

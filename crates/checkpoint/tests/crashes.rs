@@ -10,7 +10,8 @@ use std::{
 };
 
 use checkpoint::{
-    Checkpoint, CheckpointError, CommitError, Kind, MANIFEST, PieceEntry, commit, newest, retain,
+    Checkpoint, CheckpointError, CommitError, Kind, MANIFEST, PieceEntry, Retention, commit,
+    newest, retain,
 };
 use support::{GENERATION, elements, info, save, tensors, values, write};
 
@@ -266,6 +267,15 @@ fn the_newest_that_verifies_is_found_and_why_newer_ones_were_not() {
     assert!(newest.refused[0].1.contains("second/"), "{newest:?}");
 }
 
+/// Keeps the newest so many.
+fn last(keep_last: usize) -> Retention<'static> {
+    Retention {
+        keep_last,
+        best_first: &[],
+        since: u64::MAX,
+    }
+}
+
 #[test]
 fn old_checkpoints_go_only_when_newer_ones_hold() {
     let directory = tempfile::tempdir().unwrap();
@@ -280,14 +290,14 @@ fn old_checkpoints_go_only_when_newer_ones_hold() {
     bytes[20] ^= 1;
     fs::write(&rank, bytes).unwrap();
     // 50 is being written, 40 is damaged: 30 and 20 are the two that count.
-    let removed = retain(dir, 2).unwrap();
+    let removed = retain(dir, last(2)).unwrap();
     assert_eq!(
         removed,
         [dir.join("step-00000015"), dir.join("step-00000010")]
     );
     assert!(dir.join("step-00000050").exists() && dir.join("step-00000040").exists());
-    assert_eq!(retain(dir, 2).unwrap(), Vec::<PathBuf>::new());
-    assert_eq!(retain(dir, 0).unwrap(), [dir.join("step-00000020")]);
+    assert_eq!(retain(dir, last(2)).unwrap(), Vec::<PathBuf>::new());
+    assert_eq!(retain(dir, last(0)).unwrap(), [dir.join("step-00000020")]);
     assert_eq!(found(dir), Some(30));
 }
 
@@ -298,6 +308,6 @@ fn nothing_is_removed_while_no_newer_checkpoint_holds() {
     save(dir, 10, 1);
     let damaged = save(dir, 20, 1).path;
     fs::remove_file(&files(&damaged)[1]).unwrap();
-    assert_eq!(retain(dir, 1).unwrap(), Vec::<PathBuf>::new());
+    assert_eq!(retain(dir, last(1)).unwrap(), Vec::<PathBuf>::new());
     assert_eq!(found(dir), Some(10));
 }

@@ -15,6 +15,7 @@ use crate::driver::{Checkpoints, Driven, Driver, Input};
 use crate::feed::Feed;
 use crate::finish::{Finished, finish};
 use crate::metrics::Metrics;
+use crate::monitor::Monitor;
 use crate::observer::Observer;
 use crate::run_directory::{Opened, RunDirectory};
 use crate::summary::ReferenceCounts;
@@ -138,6 +139,7 @@ impl<'a> Attempt<'a> {
             checkpoints,
             feed,
             observer,
+            Monitor::new(config),
             inputs,
         );
         driver.run(first, queue).await

@@ -7,12 +7,13 @@ mod layers;
 mod refusal;
 mod schema;
 mod sections;
+mod selection;
 mod service;
 mod telemetry;
 
 use std::path::Path;
 
-use protocol::JobPolicy;
+use protocol::{JobPolicy, Selection};
 use serde::Serialize;
 use spec::JobError;
 use toml::{Table, Value};
@@ -100,7 +101,7 @@ impl Config {
 
         let job = job_section(Section::take(&mut all, "job", &merged)?, sources, &merged)?;
         let checkpoint = Section::take(&mut all, "checkpoint", &merged)?;
-        let checkpoint = checkpoint_section(checkpoint, &job.output, &merged)?;
+        let (mut checkpoint, keep_best) = checkpoint_section(checkpoint, &job.output, &merged)?;
         if merged.origin("cluster.state").is_some() {
             let reason =
                 "belongs to `coordinator --cluster`; one job keeps everything in job.output";
@@ -128,6 +129,7 @@ impl Config {
         );
         let resolved = spec::resolve(&all)
             .map_err(|JobError { key, reason }| refuse(&merged, &key, reason))?;
+        checkpoint.keep_best = selection::keep_best(keep_best, &resolved.resolved, &merged)?;
         Ok(Self {
             job,
             checkpoint,
@@ -221,7 +223,7 @@ impl Config {
             world: self.cluster.workers,
             save_every: cadence(self.checkpoint.every_steps),
             evaluate_every: cadence(u64::try_from(evaluate).unwrap_or(0)),
-            selection: None,
+            selection: self.selection(),
             heartbeat_timeout_ms: ms(self.cluster.heartbeat_timeout_seconds),
             join_timeout_ms: ms(self.cluster.join_timeout_seconds),
             form_timeout_ms: ms(self.cluster.form_timeout_seconds),
@@ -229,6 +231,11 @@ impl Config {
             save_timeout_ms: ms(self.cluster.save_timeout_seconds),
             skipped_steps_max: self.skipped_steps_max,
         }
+    }
+
+    /// What makes one evaluation better than another, and what follows from it.
+    pub fn selection(&self) -> Option<Selection> {
+        selection::selection(&self.training, self.checkpoint.keep_best)
     }
 
     /// t = 1/(2β) in nats where the objective calibrates log-ratios to ±t.
@@ -306,23 +313,26 @@ fn default_name(sources: &Sources) -> String {
     stem.map_or_else(|| "run".into(), |stem| stem.to_string_lossy().into_owned())
 }
 
+/// The section, and `keep_best` as it was given: what it defaults to depends on the training sections.
 fn checkpoint_section(
     mut section: Section,
     output: &Path,
     merged: &Merged,
-) -> Result<CheckpointSection, ConfigError> {
+) -> Result<(CheckpointSection, Option<bool>), ConfigError> {
     let path = section.optional("path")?;
+    let keep_best = section.optional("keep_best")?;
     let parsed = CheckpointSection {
         path: path.unwrap_or_else(|| output.join("checkpoints")),
         every_steps: section.required("every_steps")?,
         keep_last: section.required("keep_last")?,
+        keep_best: false,
     };
     section.finish()?;
     if parsed.keep_last == 0 {
         let reason = "must be at least 1: a run without a checkpoint cannot go on";
         return Err(refuse(merged, "checkpoint.keep_last", reason));
     }
-    Ok(parsed)
+    Ok((parsed, keep_best))
 }
 
 fn write_section(text: &mut String, name: &str, section: &impl Serialize) {

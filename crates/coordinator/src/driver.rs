@@ -2,22 +2,24 @@
 //! with the time, and executes what it answers, strictly in order.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
-use checkpoint::{ManifestInfo, RankFile};
+use checkpoint::{ManifestInfo, RankFile, Retention};
 use protocol::{
     Action, Afterwards, Cause, CoordinatorMessage, Event, FromWorker, Incarnation, Job, Note,
     Outcome, Record, RunFacts, Step, ToWorker, Waiting, WorkerMessage,
 };
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant as TokioInstant, sleep_until};
 use wire::proto;
 use wire::proto::job_event::Event as Kind;
 
 use crate::feed::{self, Feed};
 use crate::launcher::ChildExit;
+use crate::monitor::{Monitor, Warning, of_data_report};
 use crate::observer::Observer;
 use crate::run_directory::{RunDirectory, RunDirectoryError};
 use crate::server::{Connected, ToSession};
@@ -64,10 +66,13 @@ pub struct Driver<'a> {
     /// The state that watchers were told last.
     told: Option<proto::JobState>,
     observer: Observer,
+    monitor: Monitor,
     /// For the results of work that is done beside the loop.
     inputs: mpsc::Sender<Input>,
     sessions: BTreeMap<Incarnation, ToSession>,
     references: BTreeMap<Incarnation, ReferenceCounts>,
+    /// The last checkpoint that is being published.
+    publishing: Option<JoinHandle<()>>,
     start: Instant,
     outcome: Option<Outcome>,
 }
@@ -95,6 +100,7 @@ impl<'a> Driver<'a> {
         checkpoints: Checkpoints,
         feed: Feed,
         observer: Observer,
+        monitor: Monitor,
         inputs: mpsc::Sender<Input>,
     ) -> Self {
         Self {
@@ -105,9 +111,11 @@ impl<'a> Driver<'a> {
             feed,
             told: None,
             observer,
+            monitor,
             inputs,
             sessions: BTreeMap::new(),
             references: BTreeMap::new(),
+            publishing: None,
             start,
             outcome: None,
         }
@@ -123,6 +131,7 @@ impl<'a> Driver<'a> {
         queue: &mut mpsc::Receiver<Input>,
     ) -> anyhow::Result<Driven> {
         self.execute(first)?;
+        self.watch_again()?;
         while self.outcome.is_none() {
             let deadline = self
                 .job
@@ -265,13 +274,16 @@ impl<'a> Driver<'a> {
                     self.directory.journal(&record)?;
                 }
                 Action::Send(message) => self.send(message),
-                Action::CommitCheckpoint { step, shards, .. } => {
-                    self.commit_checkpoint(step, shards);
-                }
+                Action::CommitCheckpoint {
+                    step,
+                    shards,
+                    best_first,
+                    ..
+                } => self.commit_checkpoint(step, shards, &best_first),
                 Action::RecordStep(row) => {
                     self.directory.record_step(row)?;
                     self.feed.tell(Kind::Step(row.into()));
-                    let total = self.job.facts().map_or(0, |facts| facts.steps_total);
+                    let total = self.steps_total();
                     self.console.step(Instant::now(), &row, total);
                     tracing::info!(
                         target: "coordinator::step",
@@ -281,6 +293,8 @@ impl<'a> Driver<'a> {
                         seconds = row.seconds,
                         "step"
                     );
+                    let warnings = self.monitor.step(&row, total);
+                    self.warn(warnings)?;
                 }
                 Action::RecordEvaluation { row, samples } => {
                     self.directory.record_evaluation(row, &samples)?;
@@ -293,10 +307,15 @@ impl<'a> Driver<'a> {
                         rejected = row.statistics.log_ratios_rejected,
                         "evaluation"
                     );
+                    let warnings = self.monitor.evaluation(&row, self.steps_total());
+                    self.warn(warnings)?;
                 }
                 Action::DataReport { text } => {
                     self.console.say(&text);
                     self.directory.write_data_report(&text)?;
+                    for warning in of_data_report(&text) {
+                        self.log_warning(&warning)?;
+                    }
                     self.feed.tell(Kind::DataReport(proto::DataReport { text }));
                 }
                 Action::Note(note) => self.note(&note)?,
@@ -328,10 +347,50 @@ impl<'a> Driver<'a> {
         self.directory.event(now, note)?;
         self.feed.note(feed::event(now, note));
         tracing::info!(kind = note.kind, "{}", note.text);
-        if ["lost", "skip", "unsaved", "rewind", "stop", "ready"].contains(&note.kind) {
+        let shown = [
+            "lost",
+            "skip",
+            "unsaved",
+            "rewind",
+            "stop",
+            "early-stop",
+            "ready",
+        ];
+        if shown.contains(&note.kind) {
             self.console.say(&note.text);
         }
         Ok(())
+    }
+
+    fn steps_total(&self) -> u64 {
+        self.job.facts().map_or(0, |facts| facts.steps_total)
+    }
+
+    /// Shows the monitor the rows of earlier starts.
+    fn watch_again(&mut self) -> Result<(), RunDirectoryError> {
+        let (metrics, evaluations) = (self.directory.metrics(), self.directory.evaluations());
+        let total = self.job.facts().map_or(0, |facts| facts.steps_total);
+        let warnings = self.monitor.replay(metrics, evaluations, total);
+        self.warn(warnings)
+    }
+
+    fn warn(&mut self, warnings: Vec<Warning>) -> Result<(), RunDirectoryError> {
+        for warning in warnings {
+            if self.log_warning(&warning)? {
+                self.console.warn(&warning.text);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it is new.
+    fn log_warning(&mut self, warning: &Warning) -> Result<bool, RunDirectoryError> {
+        let new = self.directory.warning(SystemTime::now(), warning)?;
+        if new {
+            let Warning { kind, step, text } = warning;
+            tracing::warn!(target: "warning", kind, step, "{text}");
+        }
+        Ok(new)
     }
 
     /// The members found other inputs than this run's earlier parts: nobody goes on.
@@ -370,8 +429,9 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Verifies and publishes beside the loop; training goes on meanwhile.
-    fn commit_checkpoint(&self, step: Step, shards: Vec<String>) {
+    /// Verifies and publishes beside the loop; training goes on meanwhile. One after the other: removing old checkpoints must
+    /// not meet one that is being published.
+    fn commit_checkpoint(&mut self, step: Step, shards: Vec<String>, best_first: &[Step]) {
         let facts = self.job.facts();
         let digest = |get: fn(&RunFacts) -> &String| facts.map(get).cloned().unwrap_or_default();
         let info = ManifestInfo {
@@ -382,25 +442,45 @@ impl<'a> Driver<'a> {
             tool_version: env!("CARGO_PKG_VERSION").into(),
         };
         let (checkpoints, inputs) = (self.checkpoints.clone(), self.inputs.clone());
-        tokio::task::spawn_blocking(move || {
-            let committed = commit(&checkpoints, &shards, &info);
+        let best_first: Vec<u64> = best_first.iter().map(|step| step.0).collect();
+        let before = self.publishing.take();
+        self.publishing = Some(tokio::spawn(async move {
+            if let Some(before) = before {
+                // How it ended was told where it ended.
+                drop(before.await);
+            }
+            let work = move || {
+                let retention = Retention {
+                    keep_last: checkpoints.keep_last,
+                    best_first: &best_first,
+                    since: step.0,
+                };
+                commit(&checkpoints.directory, &shards, &info, retention)
+            };
+            let committed = tokio::task::spawn_blocking(work).await;
+            let committed = committed.unwrap_or_else(|panic| Err(panic.into()));
             let result = committed.map_err(|error| format!("{error:#}"));
             // A driver that is gone has ended its job.
-            drop(inputs.blocking_send(Input::Checkpoint(step, result)));
-        });
+            drop(inputs.send(Input::Checkpoint(step, result)).await);
+        }));
     }
 }
 
-fn commit(checkpoints: &Checkpoints, shards: &[String], info: &ManifestInfo) -> anyhow::Result<()> {
+fn commit(
+    directory: &Path,
+    shards: &[String],
+    info: &ManifestInfo,
+    retention: Retention<'_>,
+) -> anyhow::Result<()> {
     let mut ranks = Vec::new();
     for (rank, shard) in shards.iter().enumerate() {
         let file: RankFile = serde_json::from_str(shard)
             .with_context(|| format!("read what rank {rank} says of its file"))?;
         ranks.push(file);
     }
-    checkpoint::commit(&checkpoints.directory, &ranks, info)?;
+    checkpoint::commit(directory, &ranks, info)?;
     // The new one is in place; that an old one could not be removed is no reason to doubt it.
-    if let Err(error) = checkpoint::retain(&checkpoints.directory, checkpoints.keep_last) {
+    if let Err(error) = checkpoint::retain(directory, retention) {
         tracing::warn!("old checkpoints stay: {error}");
     }
     Ok(())

@@ -1,23 +1,20 @@
 //! After the last event: export with its model card, plots, summary, and what a person reads at the end.
 
-use std::fs::File;
-use std::io::{BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::SystemTime;
 
 use anyhow::Context;
-use checkpoint::{ExportDtype, newest};
+use checkpoint::newest;
 use protocol::{Cause, Outcome, RunFacts};
 
 use crate::config::Config;
+use crate::export::{best_checkpoint, export, exported_step};
 use crate::model_card::ModelCard;
+use crate::monitor::of_the_end;
 use crate::plots::{RewardPlot, draw};
 use crate::run_directory::RunDirectory;
-use crate::summary::{Artifacts, Ending, ReferenceCounts, Summary};
+use crate::summary::{Artifacts, Ending, ReferenceCounts, Summary, Totals};
 use crate::ui::Report;
-
-/// Longest header that safetensors itself accepts.
-const HEADER_BYTES_MAX: u64 = 100_000_000;
 
 /// What is known at the end of a run.
 pub struct Finished<'a> {
@@ -59,30 +56,35 @@ pub fn finish(
         }
     };
     let next = next_command(config, finished, export.as_ref());
+    if *finished.outcome == Outcome::Completed {
+        let last = directory.evaluations().last();
+        if let Some(warning) = of_the_end(config, last, directory.warnings()) {
+            directory.warning(SystemTime::now(), &warning)?;
+        }
+    }
+    let digest = config.run_digest();
+    let export_step = export
+        .as_ref()
+        .and_then(|export| exported_step(export, &digest));
     let ending = Ending {
         outcome: finished.outcome,
         facts: finished.facts,
         metrics: directory.metrics(),
         evaluations: directory.evaluations(),
+        early_stop: directory.early_stop(),
+        warnings: directory.warnings(),
         reference: finished.references,
         artifacts: Artifacts {
             checkpoint: checkpoint.map(|(_, path)| path),
+            best_checkpoint: best_checkpoint(config, directory).map(|(_, path)| path),
             export,
+            export_step,
             plot,
         },
     };
     let summary = Summary::new(config, ending, SystemTime::now());
     directory.write_summary(&summary)?;
-    if let Some(export) = &summary.artifacts.export
-        && exported_step(export, &config.run_digest()) == Some(summary.totals.steps)
-    {
-        let card = ModelCard {
-            config,
-            summary: &summary,
-            evaluations: directory.evaluations(),
-        };
-        directory.write_model_card(&card.to_string())?;
-    }
+    write_card(config, directory, &summary)?;
     let report = Report {
         summary: &summary,
         steps_total: finished.facts.map(|facts| facts.steps_total),
@@ -93,56 +95,29 @@ pub fn finish(
     Ok(report.to_string())
 }
 
-/// The export of a complete run, made from its newest checkpoint (step and folder) unless it is there.
-fn export(
-    config: &Config,
-    directory: &RunDirectory,
-    checkpoint: Option<&(u64, PathBuf)>,
-) -> anyhow::Result<PathBuf> {
-    let out = directory.export_path();
-    if out.join("model.safetensors").exists() {
-        return Ok(out);
+/// Writes the card of the weights that are there. Exporting by hand may have put another checkpoint there, which no evaluation
+/// describes.
+fn write_card(config: &Config, directory: &RunDirectory, summary: &Summary) -> anyhow::Result<()> {
+    let Some(step) = summary.artifacts.export_step else {
+        return Ok(());
+    };
+    let last = step == summary.totals.steps;
+    let evaluated = directory.evaluations().iter().any(|row| row.step == step);
+    let Some(seen) = directory.metrics().get(..step as usize) else {
+        return Ok(());
+    };
+    if !last && !evaluated {
+        return Ok(());
     }
-    // An older checkpoint, where the last one is damaged, holds other weights than the rows tell of.
-    let last = directory.metrics().len() as u64;
-    let Some((_, checkpoint)) = checkpoint.filter(|(step, _)| *step == last) else {
-        anyhow::bail!(
-            "{}: the run is complete, but no checkpoint that verifies holds its last step, {last}; restore it, or choose \
-             another job.output to run again",
-            config.checkpoint.path.display()
-        )
+    let card = ModelCard {
+        config,
+        summary,
+        step,
+        seen: Totals::of(seen),
+        evaluations: directory.evaluations(),
     };
-    let model = config.training_value("model", "path");
-    let model = model
-        .and_then(toml::Value::as_str)
-        .context("model.path is missing")?;
-    let dtype = match config.training_value("model", "dtype") {
-        Some(dtype) if dtype.as_str() == Some("bf16") => ExportDtype::Bf16,
-        _ => ExportDtype::F32,
-    };
-    // Workers on other machines may see a model that this one does not; rank 0 left a copy of what an export needs.
-    let kept = config.checkpoint.path.join(checkpoint::SOURCE);
-    let model = match Path::new(model) {
-        here if here.join("config.json").exists() || !kept.exists() => here,
-        _ => &kept,
-    };
-    checkpoint::export(checkpoint, model, &out, dtype)?;
-    Ok(out)
-}
-
-/// Step of the weights in `export`, where they are this run's. Exporting by hand may have put an earlier checkpoint there,
-/// which the card of the whole run would not describe.
-fn exported_step(export: &Path, run_digest: &str) -> Option<u64> {
-    let mut file = File::open(export.join("model.safetensors")).ok()?;
-    let mut length = [0; 8];
-    file.read_exact(&mut length).ok()?;
-    let header = file.take(u64::from_le_bytes(length).min(HEADER_BYTES_MAX));
-    let header: serde_json::Value = serde_json::from_reader(BufReader::new(header)).ok()?;
-    let metadata = header.get("__metadata__")?;
-    if metadata.get("caldpo_run")?.as_str() != Some(run_digest) {
-        return None;
-    }
-    metadata.get("caldpo_step")?.as_str()?.parse().ok()
+    directory.write_model_card(&card.to_string())?;
+    Ok(())
 }
 
 fn plot(config: &Config, directory: &RunDirectory) -> anyhow::Result<Option<PathBuf>> {

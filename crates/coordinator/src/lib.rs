@@ -1,8 +1,9 @@
 //! Schedules a job's workers: gRPC services, launchers, journal, run directory; the coordinator program.
 //!
 //! What needs no server is here as plain functions and values: the layered configuration ([`config`]), the run directory
-//! and its journal ([`run_directory`]), plots ([`plots`]), the summary ([`summary`]), what a person sees ([`ui`]), runs beside
-//! each other ([`compare`]), and who watches: files for other programs ([`trackers`]) and Prometheus ([`metrics`]).
+//! and its journal ([`run_directory`]), warnings ([`monitor`]), plots ([`plots`]), the summary ([`summary`]), what a person
+//! sees ([`ui`]), runs beside each other ([`compare`]), and who watches: files for other programs ([`trackers`]) and Prometheus
+//! ([`metrics`]).
 //!
 //! ```text
 //! run: open run directory ─► recover ─► serve, launch workers ─► driver ─► finish: export, plots, summary
@@ -19,6 +20,7 @@ pub mod cluster;
 pub mod compare;
 pub mod config;
 mod driver;
+mod export;
 mod feed;
 pub mod finish;
 pub mod init;
@@ -26,6 +28,7 @@ mod launcher;
 pub mod log;
 pub mod metrics;
 pub mod model_card;
+pub mod monitor;
 mod numbers;
 mod objective;
 pub mod observer;

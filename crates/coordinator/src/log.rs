@@ -18,7 +18,8 @@ pub enum LogFormat {
 /// Starts logging, at the level that `RUST_LOG` says: by default warnings beside the console, everything of interest as JSON.
 pub fn start(format: LogFormat) {
     match format {
-        LogFormat::Text => begin(format, "warn", false),
+        // The console shows a run's warnings itself.
+        LogFormat::Text => begin(format, "warn,warning=off", false),
         LogFormat::Json => begin(format, "info", false),
     }
 }

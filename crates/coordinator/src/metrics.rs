@@ -189,7 +189,10 @@ impl JobMetrics {
             }
             Record::Rewind { .. } => state.counts.rewinds += 1,
             Record::Facts { facts } => state.steps_planned = facts.steps_total,
-            Record::Generation { .. } | Record::Commit(_) | Record::Completed { .. } => {}
+            Record::Generation { .. }
+            | Record::Commit(_)
+            | Record::Evaluation { .. }
+            | Record::Completed { .. } => {}
         });
     }
 

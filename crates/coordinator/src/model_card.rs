@@ -10,7 +10,7 @@ use toml::Value;
 use crate::{
     config::Config,
     numbers::{grouped, plain, signed},
-    summary::Summary,
+    summary::{Summary, Totals},
 };
 
 /// A completed run's card. Displays as Markdown with YAML front matter.
@@ -19,6 +19,10 @@ pub struct ModelCard<'a> {
     pub config: &'a Config,
     /// How it ended.
     pub summary: &'a Summary,
+    /// The step whose weights the card describes.
+    pub step: u64,
+    /// Sums over the steps up to it.
+    pub seen: Totals,
     /// Rows of the evaluations, the oldest first.
     pub evaluations: &'a [EvaluationRow],
 }
@@ -93,25 +97,68 @@ impl ModelCard<'_> {
     }
 
     fn opening(&self, f: &mut fmt::Formatter<'_>, described: &Described) -> fmt::Result {
-        let Summary {
-            name,
-            totals,
-            facts,
-            ..
-        } = self.summary;
+        let Summary { name, facts, .. } = self.summary;
         let parameters = facts.as_ref().map_or_else(String::new, |facts| {
             format!(" ({} parameters)", grouped(facts.parameters))
         });
         writeln!(f, "# {name}\n")?;
         writeln!(
             f,
-            "`{}`{parameters} after {} steps of {} with caldpo {}. The run's last checkpoint, exported; \
-             this card was written from the run's records.\n",
+            "`{}`{parameters} after {} steps of {} with caldpo {}. {}; this card was written from the run's records.\n",
             self.base(),
-            grouped(totals.steps),
+            grouped(self.step),
             described.name,
-            self.summary.tool_version
+            self.summary.tool_version,
+            self.which_checkpoint()
+        )?;
+        let Some(early) = &self.summary.early_stop else {
+            return Ok(());
+        };
+        let schedule = facts.as_ref().map_or_else(String::new, |facts| {
+            format!(" of {}", grouped(facts.steps_total))
+        });
+        writeln!(
+            f,
+            "Training ended early, with step {}{schedule}: {}.\n",
+            grouped(early.step),
+            early.reason
         )
+    }
+
+    fn which_checkpoint(&self) -> String {
+        let last = self.summary.totals.steps;
+        let which = if self.step == last {
+            "The run's last checkpoint".to_owned()
+        } else {
+            format!(
+                "The run's checkpoint of step {}, of {}",
+                grouped(self.step),
+                grouped(last)
+            )
+        };
+        let best = self.summary.best.as_ref();
+        match best.filter(|best| best.step == self.step) {
+            Some(best) => format!(
+                "{which}, exported: of its evaluations the one with the best `{}`, {:.4}",
+                best.metric, best.value
+            ),
+            None => format!("{which}, exported"),
+        }
+    }
+
+    /// The evaluation of these weights, or the last one.
+    fn evaluation(&self) -> Option<&EvaluationRow> {
+        let mut rows = self.evaluations.iter();
+        let own = rows.find(|row| row.step == self.step);
+        own.or(self.evaluations.last())
+    }
+
+    /// A row's step; of several evaluations it says which one is of these weights.
+    fn shown_step(&self, row: &EvaluationRow) -> String {
+        if row.step == self.step && self.step != self.summary.totals.steps {
+            return format!("{} (these weights)", row.step);
+        }
+        row.step.to_string()
     }
 
     fn data(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -176,9 +223,7 @@ impl ModelCard<'_> {
     }
 
     fn training(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Summary {
-            totals, workers, ..
-        } = self.summary;
+        let workers = self.summary.workers;
         let warmup = [
             ("warmup_steps", " steps"),
             ("warmup_ratio", " of the steps"),
@@ -210,20 +255,30 @@ impl ModelCard<'_> {
                 "gradient clipped to norm",
                 self.value("optimizer", "max_grad_norm"),
             ),
-            ("steps", grouped(totals.steps)),
+            ("steps", self.steps()),
             (unit_batch, self.value("train", "batch_pairs")),
-            (unit_seen, grouped(totals.pairs)),
-            ("tokens seen", grouped(totals.tokens)),
+            (unit_seen, grouped(self.seen.pairs)),
+            ("tokens seen", grouped(self.seen.tokens)),
             ("arithmetic", self.value("model", "dtype")),
             ("workers", workers.to_string()),
             ("seed", self.config.job.seed.to_string()),
         ];
-        if totals.skipped_steps > 0 {
-            let text = format!("{}, their gradients were not finite", totals.skipped_steps);
+        let skipped = self.seen.skipped_steps;
+        if skipped > 0 {
+            let text = format!("{skipped}, their gradients were not finite");
             rows.push(("skipped steps", text));
         }
         writeln!(f, "## Training\n")?;
         table(f, &rows)
+    }
+
+    /// Steps of these weights, and where that is another number, of the run.
+    fn steps(&self) -> String {
+        let (own, run) = (grouped(self.step), self.summary.totals.steps);
+        if self.step == run {
+            return own;
+        }
+        format!("{own} (the run went on to {})", grouped(run))
     }
 
     fn reward_dynamics(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -251,7 +306,9 @@ impl ModelCard<'_> {
              share of pairs whose chosen completion has the larger one, ties count half.\n",
             grouped(first.pairs)
         )?;
-        if let [before, .., after] = self.evaluations {
+        let after = self.evaluation().filter(|row| row.step > first.step);
+        if let Some(after) = after {
+            let before = first;
             writeln!(f, "| | before | after |\n|---|---:|---:|")?;
             for ((name, before), (_, after)) in shown(before).into_iter().zip(shown(after)) {
                 writeln!(f, "| {name} | {before} | {after} |")?;
@@ -262,7 +319,7 @@ impl ModelCard<'_> {
         writeln!(f, "| step | {names} |\n|---:|{}", "---:|".repeat(7))?;
         for row in self.evaluations {
             let cells = shown(row).map(|(_, text)| text).join(" | ");
-            writeln!(f, "| {} | {cells} |", row.step)?;
+            writeln!(f, "| {} | {cells} |", self.shown_step(row))?;
         }
         writeln!(f)
     }
@@ -279,7 +336,8 @@ impl ModelCard<'_> {
         }
         writeln!(f, "| step | held-out loss |\n|---:|---:|")?;
         for row in self.evaluations {
-            writeln!(f, "| {} | {} |", row.step, plain(row.statistics.loss))?;
+            let step = self.shown_step(row);
+            writeln!(f, "| {step} | {} |", plain(row.statistics.loss))?;
         }
         writeln!(f)
     }

@@ -7,7 +7,7 @@
 //! metrics.jsonl   projection of the surviving commits, one row a step
 //! eval.jsonl      one row per evaluation
 //! samples.jsonl   greedy continuations before and after
-//! events.jsonl    time, kind, text
+//! events.jsonl    time, kind, text; a warning also its rule and step
 //! data-report.txt what became of the rows of the data files
 //! logs/           worker-N.log of this machine's workers
 //! summary.json    the outcome
@@ -18,6 +18,7 @@
 //! ```
 
 mod error;
+mod events;
 mod projection;
 mod run_file;
 
@@ -26,11 +27,14 @@ use std::{
     time::SystemTime,
 };
 
-use protocol::{EvaluationRow, MetricsRow, Note, Record, RunFacts, Sample, surviving};
+use protocol::{
+    EarlyStop, EvaluationRow, MetricsRow, Note, Record, RunFacts, Sample, Step, early_stop,
+    surviving,
+};
 use serde_json::{Value, json};
 use storage::{LineFile, Lock, atomic_write, create_directory, log::Log};
 
-use crate::{plots::Drawing, summary::Summary, timestamp::rfc3339};
+use crate::{monitor::Warning, plots::Drawing, summary::Summary, timestamp::rfc3339};
 use projection::Projection;
 use run_file::RunFile;
 
@@ -56,6 +60,10 @@ pub struct RunDirectory {
     evaluations: Projection<EvaluationRow>,
     samples: Projection<SampleRow>,
     events: LineFile,
+    /// Those of `events.jsonl`, the oldest first.
+    warnings: Vec<Warning>,
+    /// What the last evaluation that decided something decided.
+    early_stop: Option<EarlyStop>,
     run: RunFile,
     _lock: Lock,
 }
@@ -93,13 +101,16 @@ impl RunDirectory {
         })?;
         let committed = commits.len() as u64;
         let rows = commits.into_iter().map(|commit| commit.row).collect();
+        let events_path = path.join("events.jsonl");
         let directory = Self {
             path: path.to_owned(),
             journal: opened.log,
             metrics: Projection::of(&path.join("metrics.jsonl"), rows)?,
             evaluations: Projection::open(&path.join("eval.jsonl"), committed)?,
             samples: Projection::open(&path.join("samples.jsonl"), committed)?,
-            events: LineFile::open(&path.join("events.jsonl"))?,
+            events: LineFile::open(&events_path)?,
+            warnings: events::warnings(&events_path)?,
+            early_stop: early_stop(&records),
             run,
             _lock: lock,
         };
@@ -114,10 +125,17 @@ impl RunDirectory {
     pub fn journal(&mut self, record: &Record) -> Result<(), RunDirectoryError> {
         let payload = serde_json::to_vec(record).expect("a record has only strings for keys");
         self.journal.append(&payload)?;
-        if let Record::Rewind { to, .. } = record {
-            self.metrics.rewind(to.0)?;
-            self.evaluations.rewind(to.0)?;
-            self.samples.rewind(to.0)?;
+        match record {
+            Record::Rewind { to, .. } => {
+                self.metrics.rewind(to.0)?;
+                self.evaluations.rewind(to.0)?;
+                self.samples.rewind(to.0)?;
+                self.early_stop.take_if(|stop| stop.step > to.0);
+            }
+            Record::Evaluation {
+                stop: Some(stop), ..
+            } => self.early_stop = Some(stop.clone()),
+            _ => {}
         }
         Ok(())
     }
@@ -172,6 +190,20 @@ impl RunDirectory {
         Ok(self.events.append(&line.to_string())?)
     }
 
+    /// Appends a warning to `events.jsonl`, once: a resumed run sees the same rows again. Whether it is new.
+    pub fn warning(
+        &mut self,
+        now: SystemTime,
+        warning: &Warning,
+    ) -> Result<bool, RunDirectoryError> {
+        if self.warnings.contains(warning) {
+            return Ok(false);
+        }
+        self.events.append(&events::line(&rfc3339(now), warning))?;
+        self.warnings.push(warning.clone());
+        Ok(true)
+    }
+
     /// Writes what became of the data files' rows to `data-report.txt`.
     pub fn write_data_report(&self, text: &str) -> Result<(), RunDirectoryError> {
         let text = format!("{text}\n");
@@ -224,6 +256,17 @@ impl RunDirectory {
     /// Samples, the oldest first.
     pub fn samples(&self) -> &[SampleRow] {
         self.samples.rows()
+    }
+
+    /// Warnings of all starts of the run, the oldest first.
+    pub fn warnings(&self) -> &[Warning] {
+        &self.warnings
+    }
+
+    /// Why the run ended before its schedule, if it did.
+    pub fn early_stop(&self) -> Option<&EarlyStop> {
+        let committed = Step(self.metrics.rows().len() as u64);
+        self.early_stop.as_ref().filter(|it| it.ended(committed))
     }
 
     /// The directory.

@@ -2,18 +2,28 @@
 
 use std::{path::PathBuf, time::SystemTime};
 
-use protocol::{Cause, EvaluationRow, MetricsRow, Outcome, RunFacts};
+use protocol::{Cause, EarlyStop, EvaluationRow, MetricsRow, Outcome, RunFacts};
 use serde::Serialize;
 
-use crate::{config::Config, timestamp::rfc3339};
+use crate::{
+    config::Config,
+    monitor::{DATA, Warning},
+    timestamp::rfc3339,
+};
 
 /// Where the run's results are; absent what was not written.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Artifacts {
     /// Newest verified checkpoint.
     pub checkpoint: Option<PathBuf>,
+    /// The best evaluated step's checkpoint, where `checkpoint.keep_best` keeps it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub best_checkpoint: Option<PathBuf>,
     /// Trained model in Hugging Face's layout.
     pub export: Option<PathBuf>,
+    /// Step of the weights in `export`; absent when they are not this run's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub export_step: Option<u64>,
     /// Plot for people.
     pub plot: Option<PathBuf>,
 }
@@ -46,6 +56,32 @@ pub struct Totals {
     pub pairs_per_second: f64,
 }
 
+/// The best evaluation of trained weights by `evaluate.metric`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BestEvaluation {
+    /// What was compared.
+    pub metric: &'static str,
+    /// Its direction.
+    pub higher_is_better: bool,
+    /// The committed step whose weights were evaluated.
+    pub step: u64,
+    /// Its value.
+    pub value: f64,
+    /// The starting weights' value, where they were evaluated.
+    pub start: Option<f64>,
+}
+
+/// Training that ended before its schedule.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StoppedEarly {
+    /// The last step.
+    pub step: u64,
+    /// Why, with the numbers.
+    pub reason: String,
+    /// The evaluation that decided it.
+    pub decision: EarlyStop,
+}
+
 /// `summary.json`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
@@ -73,14 +109,25 @@ pub struct Summary {
     pub facts: Option<RunFacts>,
     /// Sums over the committed steps.
     pub totals: Totals,
+    /// Why there are fewer of them than the schedule has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stop: Option<StoppedEarly>,
     /// Reference values.
     pub reference: ReferenceCounts,
     /// First evaluation: step 0, unless the run never got there.
     pub before: Option<EvaluationRow>,
     /// Last evaluation, when it is not the first.
     pub after: Option<EvaluationRow>,
+    /// Best evaluation, where they are compared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub best: Option<BestEvaluation>,
+    /// The evaluation of the exported weights, when it is neither the first nor the last.
+    #[serde(skip)]
+    pub exported: Option<EvaluationRow>,
     /// The last committed step.
     pub last_step: Option<MetricsRow>,
+    /// What was warned of: of each rule the latest, the oldest first.
+    pub warnings: Vec<Warning>,
     /// Where the results are.
     #[serde(flatten)]
     pub artifacts: Artifacts,
@@ -96,6 +143,10 @@ pub struct Ending<'a> {
     pub metrics: &'a [MetricsRow],
     /// Rows of the evaluations.
     pub evaluations: &'a [EvaluationRow],
+    /// Why the run ended before its schedule.
+    pub early_stop: Option<&'a EarlyStop>,
+    /// Warnings, the oldest first.
+    pub warnings: &'a [Warning],
     /// Reference values.
     pub reference: ReferenceCounts,
     /// Where the results are.
@@ -111,6 +162,17 @@ impl Summary {
             Outcome::Failed { cause, reason } => ("failed", Some(reason.clone()), Some(*cause)),
         };
         let (before, after) = before_after(ending.evaluations);
+        let exported = ending.evaluations.iter().find(|row| {
+            let ends = [before, after].into_iter().flatten();
+            Some(row.step) == ending.artifacts.export_step
+                && ends.clone().all(|it| it.step != row.step)
+        });
+        let steps = ending.metrics.len() as u64;
+        let early_stop = ending.early_stop.map(|decision| StoppedEarly {
+            step: steps,
+            reason: decision.to_string(),
+            decision: decision.clone(),
+        });
         Self {
             name: config.job.name.clone(),
             outcome,
@@ -123,10 +185,14 @@ impl Summary {
             workers: config.cluster.workers,
             facts: ending.facts.cloned(),
             totals: Totals::of(ending.metrics),
+            early_stop,
             reference: ending.reference,
             before: before.copied(),
             after: after.copied(),
+            best: best(config, ending.evaluations),
+            exported: exported.copied(),
             last_step: ending.metrics.last().copied(),
+            warnings: latest(ending.warnings),
             artifacts: ending.artifacts,
         }
     }
@@ -160,4 +226,31 @@ pub(crate) fn before_after(
         [only] => (Some(only), None),
         [first, .., last] => (Some(first), Some(last)),
     }
+}
+
+/// The best evaluation, where they are compared.
+fn best(config: &Config, rows: &[EvaluationRow]) -> Option<BestEvaluation> {
+    let selection = config.selection()?;
+    let best = selection.best(rows)?;
+    let start = rows.first().filter(|row| row.step == 0);
+    Some(BestEvaluation {
+        metric: selection.metric.name(),
+        higher_is_better: selection.higher_is_better,
+        step: best.step,
+        value: best.value,
+        start: start.map(|row| selection.metric.of(&row.statistics)),
+    })
+}
+
+/// Of each rule the latest warning; the data's are one each.
+pub fn latest(warnings: &[Warning]) -> Vec<Warning> {
+    let mut kept: Vec<Warning> = Vec::new();
+    for warning in warnings {
+        let same = |it: &Warning| it.kind == warning.kind && it.kind != DATA;
+        match kept.iter().position(same) {
+            Some(place) => kept[place] = warning.clone(),
+            None => kept.push(warning.clone()),
+        }
+    }
+    kept
 }

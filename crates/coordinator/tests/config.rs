@@ -482,3 +482,42 @@ fn trackers_and_listeners_that_cannot_be_are_refused_with_the_cure() {
         check_refused(&[], &[], &[set], words);
     }
 }
+
+#[test]
+fn the_best_checkpoint_is_kept_where_it_is_asked_for_or_training_may_stop_early() {
+    let metric = ["evaluate.metric=loss", "evaluate.every_steps=10"];
+    let with = |more: &[&str]| load(&[], &[], &[&metric, more].concat()).unwrap();
+    assert!(!with(&[]).checkpoint.keep_best);
+    assert!(with(&["checkpoint.keep_best=true"]).checkpoint.keep_best);
+    let stopping = with(&[
+        "evaluate.early_stopping_patience=3",
+        "evaluate.early_stopping_min_delta=1",
+    ]);
+    assert!(stopping.checkpoint.keep_best);
+    let selection = stopping.policy().selection.unwrap();
+    assert_eq!(selection.metric.name(), "loss");
+    assert!(!selection.higher_is_better && selection.keep_best);
+    assert_eq!((selection.patience, selection.min_delta), (Some(3), 1.0));
+    let not_kept = with(&[
+        "evaluate.early_stopping_patience=3",
+        "checkpoint.keep_best=false",
+    ]);
+    assert!(!not_kept.checkpoint.keep_best);
+    // Its resolved text says what was decided.
+    let again = load(&[&stopping.to_toml()], &[], &[]).unwrap();
+    assert_eq!(again.checkpoint, stopping.checkpoint);
+    assert_eq!(again.policy(), stopping.policy());
+    assert_eq!(load(&[], &[], &[]).unwrap().policy().selection, None);
+}
+
+#[test]
+fn a_best_checkpoint_without_a_metric_is_refused_with_the_cure() {
+    let parts = [
+        "checkpoint.keep_best",
+        "--set checkpoint.keep_best",
+        "evaluate.metric = \"rewards/accuracies\"",
+    ];
+    check_refused(&[], &[], &["checkpoint.keep_best=true"], &parts);
+    let every = ["checkpoint.keep_best=true", "evaluate.every_steps=10"];
+    check_refused(&[], &[], &every, &parts);
+}

@@ -1,4 +1,4 @@
-//! The model card of a completed run: what it says, and when it is written.
+//! The model card of a completed run: what it says, and when it is written; and which step's weights it is exported with.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -14,7 +14,7 @@ use coordinator::{
     finish::{Finished, finish},
     model_card::ModelCard,
     run_directory::RunDirectory,
-    summary::{Artifacts, Ending, ReferenceCounts, Summary},
+    summary::{Artifacts, Ending, ReferenceCounts, Summary, Totals},
 };
 use protocol::{
     CommitRecord, EvaluationRow, Generation, Incarnation, MetricsRow, Outcome, Record, RunFacts,
@@ -118,6 +118,8 @@ fn card(config: &Config, evaluations: &[EvaluationRow]) -> String {
         facts: Some(&facts()),
         metrics: &metrics,
         evaluations,
+        early_stop: None,
+        warnings: &[],
         reference: ReferenceCounts::default(),
         artifacts: Artifacts::default(),
     };
@@ -125,6 +127,8 @@ fn card(config: &Config, evaluations: &[EvaluationRow]) -> String {
     let card = ModelCard {
         config,
         summary: &summary,
+        step: STEPS,
+        seen: Totals::of(&metrics),
         evaluations,
     };
     let text = card.to_string();
@@ -209,6 +213,11 @@ struct Ended {
 
 impl Ended {
     fn new() -> Self {
+        Self::with(&[], &[])
+    }
+
+    /// With evaluations, the last of which may have ended it.
+    fn with(more: &[&str], evaluations: &[EvaluationRow]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let model = folder.path().join("base");
         fs::create_dir(&model).unwrap();
@@ -216,7 +225,7 @@ impl Ended {
         fs::write(model.join("README.md"), "the base model's card").unwrap();
         let output = format!("job.output={}", folder.path().join("run").display());
         let model = format!("model.path={}", model.display());
-        let config = configured(&[&output, &model]);
+        let config = configured(&[&[&*output, &*model], more].concat());
         let ended = Self { folder, config };
         for step in 1..=STEPS {
             ended.save(step);
@@ -233,8 +242,20 @@ impl Ended {
             directory.journal(&commit).unwrap();
             directory.record_step(row).unwrap();
         }
+        let selection = ended.config.selection();
+        for (index, row) in evaluations.iter().enumerate() {
+            let rows = &evaluations[..=index];
+            let stop = selection.as_ref().and_then(|it| it.early_stop(rows));
+            directory.record_evaluation(*row, &[]).unwrap();
+            let record = Record::Evaluation { row: *row, stop };
+            directory.journal(&record).unwrap();
+        }
         drop(directory);
         ended
+    }
+
+    fn summary(&self) -> serde_json::Value {
+        serde_json::from_str(&read(&self.config.job.output.join("summary.json"))).unwrap()
     }
 
     fn open(&self) -> RunDirectory {
@@ -338,4 +359,148 @@ fn a_run_that_did_not_complete_has_no_card() {
     let committed = Step(STEPS);
     run.finish(&Outcome::Interrupted { committed });
     assert!(!run.card().exists());
+}
+
+/// A run of 2 steps in which step 1 was the best.
+fn compared(more: &[&str]) -> Ended {
+    let set = [
+        &[
+            "evaluate.metric=log_ratios/chosen",
+            "evaluate.every_steps=1",
+        ],
+        more,
+    ]
+    .concat();
+    let evaluations = [
+        evaluation(0, 0.0, 0.0),
+        evaluation(1, 3.5, -1.0),
+        evaluation(2, 1.5, -2.0),
+    ];
+    Ended::with(&set, &evaluations)
+}
+
+#[test]
+fn the_best_step_is_exported_where_it_is_kept_and_the_card_is_of_it() {
+    let run = compared(&["checkpoint.keep_best=true"]);
+    run.finish(&Outcome::Completed);
+    let says = [
+        "`base` (260,032 parameters) after 1 steps of Cal-DPO",
+        "The run's checkpoint of step 1, of 2, exported: of its evaluations the one with the best `log_ratios/chosen`, 3.5000",
+        "| steps | 1 (the run went on to 2) |",
+        "| pairs seen | 32 |",
+        "| tokens seen | 1,000 |",
+        "| chosen | 0 | +3.5 |",
+        "| 1 (these weights) | +3.5 |",
+        "| 2 | +1.5 |",
+    ];
+    check(&read(&run.card()), &says, &["last checkpoint", "early"]);
+    let summary = run.summary();
+    assert_eq!(summary["export_step"], 1);
+    assert_eq!(summary["best"]["value"], 3.5);
+    let best = summary["best_checkpoint"].as_str().unwrap();
+    assert!(best.ends_with("step-00000001"), "{best}");
+}
+
+#[test]
+fn without_keeping_the_best_the_last_step_is_exported() {
+    let run = compared(&[]);
+    run.finish(&Outcome::Completed);
+    let says = [
+        "The run's last checkpoint, exported;",
+        "| chosen | 0 | +1.5 |",
+        "| steps | 2 |",
+    ];
+    check(&read(&run.card()), &says, &["these weights"]);
+    assert_eq!(run.summary()["export_step"], 2);
+    assert_eq!(run.summary()["best_checkpoint"], serde_json::Value::Null);
+}
+
+#[test]
+fn early_stopping_keeps_the_best_by_itself_and_the_card_says_why_training_ended() {
+    let run = compared(&["evaluate.early_stopping_patience=1"]);
+    // The evaluation of step 2 is the one that decides, and the run ended with it: not by it.
+    run.finish(&Outcome::Completed);
+    assert_eq!(run.summary()["early_stop"], serde_json::Value::Null);
+    assert_eq!(run.summary()["export_step"], 1);
+
+    let ended = Ended::with(
+        &[
+            "evaluate.metric=loss",
+            "evaluate.every_steps=1",
+            "evaluate.early_stopping_patience=1",
+        ],
+        &[evaluation(0, 0.0, 0.0), {
+            let mut row = evaluation(1, 1.0, -1.0);
+            row.statistics.loss = f64::INFINITY;
+            row
+        }],
+    );
+    ended.finish(&Outcome::Completed);
+    let says = ["Training ended early, with step 2 of 2: loss was not finite in 1 evaluation."];
+    check(&read(&ended.card()), &says, &[]);
+    assert_eq!(ended.summary()["early_stop"]["decision"]["step"], 1);
+    assert_eq!(ended.summary()["export_step"], 2, "there is no best");
+}
+
+#[test]
+fn where_the_best_could_not_be_saved_the_best_that_is_there_is_exported() {
+    let run = compared(&["checkpoint.keep_best=true"]);
+    let folder = run.config.checkpoint.path.join("step-00000001");
+    fs::remove_dir_all(folder).unwrap();
+    run.finish(&Outcome::Completed);
+    assert_eq!(run.summary()["export_step"], 2);
+    assert_eq!(run.summary()["best"]["step"], 1);
+    check(
+        &read(&run.card()),
+        &["The run's last checkpoint, exported;"],
+        &[],
+    );
+}
+
+#[test]
+fn a_damaged_best_checkpoint_is_refused_with_the_way_to_the_last_one() {
+    let run = compared(&["checkpoint.keep_best=true"]);
+    let folder = run.config.checkpoint.path.join("step-00000001");
+    let rank = fs::read_dir(folder).unwrap().map(|it| it.unwrap().path());
+    let rank = rank
+        .into_iter()
+        .find(|it| it.extension().is_some_and(|it| it == "safetensors"));
+    let rank = rank.unwrap();
+    let mut bytes = fs::read(&rank).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    let weight = bytes.len() - 3 * 8;
+    bytes[weight] ^= 1;
+    fs::write(&rank, bytes).unwrap();
+    let finished = Finished {
+        outcome: &Outcome::Completed,
+        facts: Some(&facts()),
+        references: ReferenceCounts::default(),
+        same_command: "coordinator stories.toml",
+    };
+    let error = finish(&run.config, &mut run.open(), &finished).unwrap_err();
+    let text = format!("{error:#}");
+    check(
+        &text,
+        &[
+            "step 1 is the best that was kept",
+            "checkpoint.keep_best=false",
+            "step-00000001",
+        ],
+        &[],
+    );
+    assert!(!run.card().exists());
+}
+
+#[test]
+fn an_earlier_step_that_was_evaluated_and_exported_by_hand_has_a_card_of_its_own() {
+    let run = compared(&[]);
+    run.finish(&Outcome::Completed);
+    run.export_by_hand(1);
+    run.finish(&Outcome::Completed);
+    let says = [
+        "The run's checkpoint of step 1, of 2, exported: of its evaluations",
+        "| chosen | 0 | +3.5 |",
+    ];
+    check(&read(&run.card()), &says, &["last checkpoint"]);
+    assert_eq!(run.summary()["export_step"], 1);
 }

@@ -4,10 +4,13 @@
 
 use std::{fs, path::Path, time::UNIX_EPOCH};
 
-use coordinator::run_directory::{Opened, RunDirectory, RunDirectoryError};
+use coordinator::{
+    monitor::Warning,
+    run_directory::{Opened, RunDirectory, RunDirectoryError},
+};
 use protocol::{
-    CommitRecord, EvaluationRow, Generation, Incarnation, MetricsRow, Note, Record, RunFacts,
-    Sample, Statistics, Step, StepReport,
+    CommitRecord, EarlyStop, EvaluationRow, Generation, Incarnation, MetricsRow, Note, Record,
+    RunFacts, Sample, Statistics, Step, StepReport,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -374,4 +377,102 @@ fn events_have_a_time_a_kind_and_a_text() {
     assert_eq!(line["time"], "1970-01-01T00:00:00.000Z");
     assert_eq!(line["kind"], "join");
     assert_eq!(line["text"], "two \"lines\"\nof text");
+}
+
+fn warning(step: u64, text: &str) -> Warning {
+    Warning {
+        kind: "many-ties".into(),
+        step,
+        text: text.into(),
+    }
+}
+
+#[test]
+fn a_warning_is_written_once_over_all_starts_of_a_run() {
+    let folder = run(2);
+    let mut directory = open(folder.path()).unwrap().directory;
+    assert!(
+        directory
+            .warning(UNIX_EPOCH, &warning(40, "12 of 40"))
+            .unwrap()
+    );
+    assert!(
+        !directory
+            .warning(UNIX_EPOCH, &warning(40, "12 of 40"))
+            .unwrap()
+    );
+    directory
+        .event(
+            UNIX_EPOCH,
+            &Note {
+                kind: "go",
+                text: "a line of another kind".into(),
+            },
+        )
+        .unwrap();
+    drop(directory);
+    let line: Value =
+        serde_json::from_str(read(&folder, "events.jsonl").lines().next().unwrap()).unwrap();
+    let expected = json!({
+        "time": "1970-01-01T00:00:00.000Z", "kind": "warning", "warning": "many-ties", "step": 40, "text": "12 of 40",
+    });
+    assert_eq!(line, expected);
+    // A line that somebody wrote is no warning and no obstacle.
+    let path = folder.path().join("events.jsonl");
+    let edited = read(&folder, "events.jsonl") + "a remark\n{\"kind\": \"warning\"}\n";
+    fs::write(&path, edited).unwrap();
+    let mut directory = open(folder.path()).unwrap().directory;
+    assert_eq!(directory.warnings(), [warning(40, "12 of 40")]);
+    assert!(
+        !directory
+            .warning(UNIX_EPOCH, &warning(40, "12 of 40"))
+            .unwrap()
+    );
+    assert!(
+        directory
+            .warning(UNIX_EPOCH, &warning(80, "30 of 40"))
+            .unwrap()
+    );
+    assert_eq!(directory.warnings().len(), 2);
+}
+
+#[test]
+fn an_early_stop_is_known_while_its_step_is_the_last() {
+    let folder = run(3);
+    let stop = EarlyStop {
+        step: 4,
+        metric: "loss".into(),
+        higher_is_better: false,
+        value: 2.0,
+        improved: None,
+        evaluations: 1,
+        min_delta: 0.0,
+    };
+    let mut directory = open(folder.path()).unwrap().directory;
+    commit(&mut directory, 4);
+    let record = Record::Evaluation {
+        row: evaluation(4),
+        stop: Some(stop.clone()),
+    };
+    directory.journal(&record).unwrap();
+    assert_eq!(
+        directory.early_stop(),
+        None,
+        "the last step is still to come"
+    );
+    commit(&mut directory, 5);
+    assert_eq!(directory.early_stop(), Some(&stop));
+    drop(directory);
+    let mut directory = open(folder.path()).unwrap().directory;
+    assert_eq!(directory.early_stop(), Some(&stop));
+    commit(&mut directory, 6);
+    assert_eq!(directory.early_stop(), None, "a later start went on");
+    let to = Step(3);
+    let reason = "why".into();
+    directory.journal(&Record::Rewind { to, reason }).unwrap();
+    commit(&mut directory, 4);
+    commit(&mut directory, 5);
+    assert_eq!(directory.early_stop(), None, "it was taken back");
+    drop(directory);
+    assert_eq!(open(folder.path()).unwrap().directory.early_stop(), None);
 }

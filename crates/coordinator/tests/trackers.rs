@@ -17,7 +17,6 @@ use coordinator::{
 };
 use protocol::{EvaluationRow, MetricsRow, Outcome, Sample, Statistics, Step, StepReport};
 use readers::Seen;
-use serde_json::json;
 use tempfile::TempDir;
 
 const ALL: &str = r#"["tensorboard", "wandb", "mlflow"]"#;

@@ -11,6 +11,7 @@ use std::{
 
 use coordinator::{
     config::{Config, Sources},
+    monitor::Warning,
     run_directory::SampleRow,
     summary::{Artifacts, Ending, ReferenceCounts, Summary},
     ui::{Banner, Console, Report},
@@ -100,6 +101,8 @@ fn summary(outcome: &Outcome, evaluations: &[EvaluationRow]) -> Summary {
         facts: Some(&facts),
         metrics: &metrics,
         evaluations,
+        early_stop: None,
+        warnings: &[],
         reference: ReferenceCounts {
             reused: 3,
             computed: 9,
@@ -331,19 +334,151 @@ fn a_run_that_did_not_complete_says_why_and_what_to_do() {
     );
 }
 
+fn warning(kind: &str, step: u64, text: &str) -> Warning {
+    Warning {
+        kind: kind.into(),
+        step,
+        text: text.into(),
+    }
+}
+
 #[test]
-fn targets_that_are_out_of_reach_are_told_with_a_beta_that_fits() {
-    let mut far = summary(
-        &Outcome::Completed,
-        &[evaluation(0, 0.0, 0.0), evaluation(4, 2.0, -4.0)],
-    );
-    check(&report(&far, 4, &[]), &[], &["objective.beta"]);
-    far.target = Some(250.0);
-    let says = [
-        "targets ±250 are 62 times the largest held-out log-ratio",
-        "objective.beta=0.12",
+fn warnings_are_listed_the_latest_of_each_rule() {
+    let warnings = [
+        warning("data", 0, "training pairs: 7 of 100 are cut"),
+        warning("data", 0, "held-out pairs: 3 of 10 are cut"),
+        warning("chosen-below-zero", 25, "below zero for 25 steps"),
+        warning("many-ties", 41, &"tied ".repeat(60)),
+        warning("chosen-below-zero", 100, "below zero for 100 steps"),
     ];
-    check(&report(&far, 4, &[]), &says, &[]);
+    let mut summary = summary(&Outcome::Completed, &[]);
+    check(&report(&summary, 4, &[]), &[], &["warning"]);
+    summary.warnings = coordinator::summary::latest(&warnings);
+    let json = serde_json::to_value(&summary).unwrap();
+    let kinds: Vec<_> = json["warnings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| &it["kind"])
+        .collect();
+    assert_eq!(kinds, ["data", "data", "chosen-below-zero", "many-ties"]);
+    assert_eq!(json["warnings"][2]["step"], 100);
+    let text = report(&summary, 4, &[]);
+    let says = [
+        "\nwarning     training pairs: 7 of 100 are cut\n",
+        "\nwarning     held-out pairs: 3 of 10 are cut\n",
+        "\nwarning     below zero for 100 steps\n",
+        "\n            tied tied",
+    ];
+    check(&text, &says, &["25 steps"]);
+    let widest = text.lines().map(|line| line.chars().count()).max().unwrap();
+    assert!(widest <= 100, "{widest} columns");
+}
+
+#[test]
+fn a_warning_is_shown_while_it_runs() {
+    let out = Shared::default();
+    let mut console = Console::lines(Box::new(out.clone()));
+    console.warn(&"far ".repeat(40));
+    let lines = out.lines();
+    assert!(lines[0].starts_with("warning: far far"), "{lines:?}");
+    assert!(lines[1].starts_with("         far"), "{lines:?}");
+}
+
+/// A run of 4 steps that compares its evaluations by their accuracy, and stopped early where `early`.
+fn compared(export_step: u64, early: bool) -> Summary {
+    let config = config(&[
+        "job.name=stories",
+        "objective.kind=dpo",
+        "evaluate.metric=rewards/accuracies",
+        "evaluate.every_steps=2",
+        "evaluate.early_stopping_patience=1",
+    ]);
+    let accuracies = [(0, 0.5), (2, 0.75), (3, 0.7), (4, 0.625)];
+    let evaluations = accuracies.map(|(step, accuracy)| {
+        let mut row = evaluation(step, step as f64, -1.0);
+        row.statistics.rewards_accuracies = accuracy;
+        row
+    });
+    let selection = config.selection().unwrap();
+    let decision = selection.early_stop(&evaluations[..3]).unwrap();
+    let metrics: Vec<_> = (1..=4).map(row).collect();
+    let facts = RunFacts {
+        steps_total: 240,
+        ..RunFacts::default()
+    };
+    let ending = Ending {
+        outcome: &Outcome::Completed,
+        facts: Some(&facts),
+        metrics: &metrics,
+        evaluations: &evaluations,
+        early_stop: early.then_some(&decision),
+        warnings: &[],
+        reference: ReferenceCounts::default(),
+        artifacts: Artifacts {
+            export: Some("runs/stories/export".into()),
+            export_step: Some(export_step),
+            ..Artifacts::default()
+        },
+    };
+    Summary::new(&config, ending, UNIX_EPOCH)
+}
+
+#[test]
+fn a_run_that_stopped_early_says_when_and_why_and_what_is_exported() {
+    let summary = compared(2, true);
+    let samples = [samples(0, "before"), samples(2, "best"), samples(4, "last")];
+    let text = report(&summary, 240, &samples);
+    print!("{text}");
+    let says = [
+        "stories ended early, with step 4 of 240: rewards/accuracies has not come above its 0.7500 of step 2\n\
+         in 1 evaluation (0.7000 at step 3)\n",
+        "┆ step 0 ┆ step 2 ┆ step 4 │",
+        "0.500 ┆  0.750 ┆  0.625",
+        "exported: the weights of step 2, the best evaluated one (rewards/accuracies 0.7500, 0.5000 before\ntraining)",
+        "after       best",
+    ];
+    check(&text, &says, &["complete", "last"]);
+    let json = serde_json::to_value(&summary).unwrap();
+    assert_eq!(json["outcome"], "completed");
+    assert_eq!(json["early_stop"]["step"], 4);
+    assert_eq!(json["early_stop"]["decision"]["step"], 3);
+    assert_eq!(json["early_stop"]["decision"]["improved"]["value"], 0.75);
+    assert_eq!(json["best"]["step"], 2);
+    assert_eq!(json["best"]["start"], 0.5);
+    assert_eq!(json["export_step"], 2);
+    assert_eq!(json["facts"]["steps_total"], 240);
+}
+
+#[test]
+fn a_run_that_exports_its_last_step_says_that_another_was_better() {
+    let text = report(&compared(4, false), 4, &[]);
+    let says = [
+        "stories is complete",
+        "exported: the weights of step 4; those of step 2 were better",
+        "┆ step 0 ┆ step 4 │",
+    ];
+    check(&text, &says, &["early", "step 2 ┆"]);
+}
+
+#[test]
+fn the_banner_says_what_evaluations_are_compared_by() {
+    let config = config(&[
+        "evaluate.metric=loss",
+        "evaluate.every_steps=20",
+        "evaluate.early_stopping_patience=3",
+        "evaluate.early_stopping_min_delta=0.5",
+    ]);
+    let says = [
+        "every 20 steps by loss (lower is better); training ends after 3 evaluations without a gain of more than 0.5",
+        "every 100 steps, and at evaluations; the best stays and is exported",
+    ];
+    check(&Banner::new(&config, None).to_string(), &says, &[]);
+    check(
+        &Banner::new(&calibrated(), None).to_string(),
+        &[],
+        &["evaluation"],
+    );
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! From files to a dataset: every row encoded, kept or dropped with its reason, counted. Order is not decided here.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use rayon::prelude::*;
@@ -127,6 +128,7 @@ pub fn load(
             .iter()
             .filter(|pair| pair.chosen == pair.rejected)
             .count(),
+        repeated: repeated(&pairs),
         border_moved,
         tokens: pairs.iter().map(Pair::tokens).sum(),
         scored_tokens: pairs
@@ -186,6 +188,14 @@ fn example(pair: &Pair, tokenizer: &Tokenizer) -> Example {
         chosen: behind(&pair.chosen),
         rejected: behind(&pair.rejected),
     }
+}
+
+/// Pairs with the tokens of an earlier one.
+fn repeated(pairs: &[Pair]) -> usize {
+    let tokens = pairs
+        .iter()
+        .map(|pair| (&pair.prompt, &pair.chosen, &pair.rejected));
+    pairs.len() - tokens.collect::<HashSet<_>>().len()
 }
 
 fn digest(pairs: &[Pair]) -> [u8; 32] {

@@ -12,6 +12,16 @@ const LISTED_MAX: usize = 5;
 /// Characters of a decoded text that are shown of its start, and as many of its end.
 const SHOWN_CHARACTERS: usize = 240;
 
+/// Share of the pairs that may lose their end before it is said aloud: what is cut off is not trained on, and an answer without
+/// its end teaches not to end.
+const TRUNCATED_SHARE: f64 = 0.05;
+/// Share of the rows that may be dropped: beyond it the pairs are no longer what was collected.
+const DROPPED_SHARE: f64 = 0.05;
+/// Share of the pairs that may have no preference in them, one in two hundred: they only pull towards the reference.
+const IDENTICAL_SHARE: f64 = 0.005;
+/// Share of the pairs that may be repetitions, one in a hundred: each weighs twice.
+const REPEATED_SHARE: f64 = 0.01;
+
 /// What became of the rows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
@@ -25,6 +35,8 @@ pub struct Report {
     pub truncated: usize,
     /// Pairs with the same tokens in chosen and rejected: legal, and without a preference.
     pub identical: usize,
+    /// Pairs with the tokens of an earlier one.
+    pub repeated: usize,
     /// Pairs whose prompt gave its last tokens to the completions, because the tokenizer merges across the border.
     pub border_moved: usize,
     /// Tokens of all pairs, the prompt counted once per completion.
@@ -143,6 +155,7 @@ impl fmt::Display for Report {
                 self.identical,
                 "with identical chosen and rejected, which teach no preference",
             ),
+            (self.repeated, "with the tokens of an earlier one"),
             (
                 self.border_moved,
                 "whose last prompt token merges with the completion and is scored with it",
@@ -153,6 +166,9 @@ impl fmt::Display for Report {
             }
         }
         self.write_dropped(f)?;
+        for warning in self.warnings() {
+            writeln!(f, "warning: {warning}")?;
+        }
         if self.fixed_date {
             writeln!(
                 f,
@@ -168,6 +184,37 @@ impl fmt::Display for Report {
 }
 
 impl Report {
+    /// What of this is more than a curiosity, with the numbers and the cure.
+    pub fn warnings(&self) -> Vec<String> {
+        let (rows, pairs) = (self.rows, self.pairs);
+        let rules = [
+            (
+                (self.truncated, pairs, TRUNCATED_SHARE),
+                "pairs lost the end of a completion to data.max_length; raise it, or leave long rows out",
+            ),
+            (
+                (self.dropped.len(), rows, DROPPED_SHARE),
+                "rows gave no pair; the first of them are listed with their reasons",
+            ),
+            (
+                (self.identical, pairs, IDENTICAL_SHARE),
+                "pairs have the same tokens in chosen and rejected: they teach no preference and count as ties; leave them out",
+            ),
+            (
+                (self.repeated, pairs, REPEATED_SHARE),
+                "pairs repeat an earlier one and weigh twice; leave them out",
+            ),
+        ];
+        let mut warnings = Vec::new();
+        for ((count, of, share), meaning) in rules {
+            if count as f64 > share * of as f64 {
+                let percent = 100.0 * count as f64 / of as f64;
+                warnings.push(format!("{count} of {of} ({percent:.1} %) {meaning}"));
+            }
+        }
+        warnings
+    }
+
     fn write_dropped(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.dropped.is_empty() {
             return Ok(());

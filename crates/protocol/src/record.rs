@@ -174,12 +174,10 @@ pub fn surviving(records: &[Record]) -> Result<Vec<CommitRecord>, RecoveryError>
     Ok(commits)
 }
 
-/// Why training ended before its schedule, by the surviving records; `None` for a run that did not, or not yet.
-pub fn early_stop(records: &[Record]) -> Result<Option<EarlyStop>, RecoveryError> {
-    let committed = Step(surviving(records)?.len() as u64);
-    let (_, stop) = evaluated(records, committed);
-    // A later start of the run may have gone on under another rule.
-    Ok(stop.filter(|stop| stop.step + 1 == committed.0))
+/// What the last surviving evaluation that decided something decided; whether the run then ended by it,
+/// [`EarlyStop::ended`] tells.
+pub fn early_stop(records: &[Record]) -> Option<EarlyStop> {
+    evaluated(records, Step(u64::MAX)).1
 }
 
 /// Surviving evaluations up to `last`, one a step, and what was decided by one of them.

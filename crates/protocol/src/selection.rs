@@ -81,6 +81,13 @@ pub struct EarlyStop {
     pub min_delta: f64,
 }
 
+impl EarlyStop {
+    /// Whether a run whose last commit is `committed` ended by it. A later start may have gone on under another rule.
+    pub fn ended(&self, committed: Step) -> bool {
+        committed.0 == self.step + 1
+    }
+}
+
 impl fmt::Display for EarlyStop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {

@@ -4,11 +4,13 @@
 //! included, which holds no ML stack. Values only: nothing here opens a file. Where a run is executed (workers, addresses,
 //! cadence of checkpoints) is the coordinator's to say.
 
+mod metric;
 mod optimizer;
 mod resolve;
 mod schedule;
 mod sections;
 
+pub use metric::Metric;
 pub use optimizer::OptimizerSection;
 pub use resolve::{JobError, Resolved, parse, resolve};
 pub use schedule::{Schedule, ScheduleKind, ScheduleSection};

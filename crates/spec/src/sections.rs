@@ -7,6 +7,7 @@ use objective::ObjectiveConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::metric::{self, Metric};
 use crate::optimizer::OptimizerSection;
 use crate::schedule::{Schedule, ScheduleSection};
 
@@ -146,7 +147,7 @@ impl TrainSection {
 }
 
 /// `[evaluate]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvaluateSection {
     /// Score the held-out pairs every so many steps, besides before the first and after the last. Default only those two.
@@ -157,7 +158,21 @@ pub struct EvaluateSection {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub batch_pairs: Option<usize>,
-    /// Held-out prompts to continue before and after training. Default 3.
+    /// What makes one evaluation better than another, by its name in `eval.jsonl`. Default none is compared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metric: Option<Metric>,
+    /// Whether more of the metric is better, for metrics of which that is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub higher_is_better: Option<bool>,
+    /// So many evaluations in a row without an improvement end training. Default never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub early_stopping_patience: Option<u64>,
+    /// An improvement is a gain of more than this over the last one. Default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0))]
+    pub early_stopping_min_delta: Option<f64>,
+    /// Held-out prompts to continue before and after training, and with a metric at every evaluation. Default 3.
     pub samples: usize,
     /// Most tokens of a continuation. Default 64.
     pub sample_tokens: usize,
@@ -168,6 +183,10 @@ impl Default for EvaluateSection {
         Self {
             every_steps: None,
             batch_pairs: None,
+            metric: None,
+            higher_is_better: None,
+            early_stopping_patience: None,
+            early_stopping_min_delta: None,
             samples: 3,
             sample_tokens: 64,
         }
@@ -210,7 +229,8 @@ impl Spec {
         self.optimizer.validate()?;
         self.schedule.validate()?;
         self.train.validate()?;
-        self.evaluate.validate()
+        self.evaluate.validate()?;
+        metric::validate(self)
     }
 
     /// The learning rates of a run of `steps` steps.

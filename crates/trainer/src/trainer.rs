@@ -247,7 +247,9 @@ impl Trainer {
             rewards: measures.rewards,
         };
         let ends = [0, self.rates.steps].contains(&row.step);
-        let samples = if ends && self.learner.collective.rank() == 0 {
+        // Where evaluations are compared, any of them may be the one whose weights are exported.
+        let shown = ends || self.spec.evaluate.metric.is_some();
+        let samples = if shown && self.learner.collective.rank() == 0 {
             let model = &self.learner.model;
             evaluate::samples(model, &self.tokenizer, pairs, &self.spec.evaluate)
         } else {

@@ -36,6 +36,9 @@ pub struct CheckpointSection {
     /// How many verified checkpoints are kept.
     #[schemars(range(min = 1))]
     pub keep_last: usize,
+    /// Whether every evaluated step is saved, and the best one's checkpoint kept beside the last ones. Default: whether
+    /// training may stop early.
+    pub keep_best: bool,
 }
 
 /// `[cluster]`: the processes that train.

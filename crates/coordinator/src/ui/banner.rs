@@ -33,6 +33,7 @@ impl Banner {
             ),
             ("output", config.job.output.display().to_string()),
             ("checkpoints", checkpoints(config)),
+            ("evaluation", evaluation(config)),
         ];
         rows.retain(|(_, text)| !text.is_empty());
         Self { rows }
@@ -89,10 +90,46 @@ fn files(config: &Config, key: &str) -> String {
 
 fn checkpoints(config: &Config) -> String {
     let path = config.checkpoint.path.display();
-    match config.checkpoint.every_steps {
+    let mut text = match config.checkpoint.every_steps {
         0 => format!("{path}, at the end"),
         every => format!("{path}, every {every} step{}", plural(every as usize)),
+    };
+    if config.checkpoint.keep_best {
+        text = format!("{text}, and at evaluations; the best stays and is exported");
     }
+    text
+}
+
+/// What evaluations are compared by, and when they end training.
+fn evaluation(config: &Config) -> String {
+    let Some(selection) = config.selection() else {
+        return String::new();
+    };
+    let every = config
+        .training_value("evaluate", "every_steps")
+        .and_then(Value::as_integer)
+        .unwrap_or(0);
+    let better = if selection.higher_is_better {
+        "higher"
+    } else {
+        "lower"
+    };
+    let text = format!(
+        "every {every} step{} by {} ({better} is better)",
+        plural(every as usize),
+        selection.metric.name()
+    );
+    let Some(patience) = selection.patience else {
+        return text;
+    };
+    let by = match selection.min_delta {
+        0.0 => String::new(),
+        delta => format!(" of more than {delta}"),
+    };
+    format!(
+        "{text}; training ends after {patience} evaluation{} without a gain{by}",
+        plural(patience as usize)
+    )
 }
 
 fn machine(cores: usize) -> String {

@@ -9,8 +9,11 @@ use std::{
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use protocol::{EvaluationRow, MetricsRow};
 
+use super::{WIDTH, wrap};
 use crate::numbers::{duration, grouped, plain, signed};
 
+/// What begins a warning.
+const WARNING: &str = "warning: ";
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 /// So that time passes visibly when steps are long.
 const TICK: Duration = Duration::from_millis(500);
@@ -93,6 +96,13 @@ impl Console {
             Screen::Bar(bar) => bar.suspend(|| drop(writeln!(std::io::stderr(), "{text}"))),
             Screen::Lines { out, .. } => drop(writeln!(out, "{text}")),
         }
+    }
+
+    /// Shows a warning, which stays.
+    pub fn warn(&mut self, text: &str) {
+        let lines = wrap(text, WIDTH - WARNING.len());
+        let indent = format!("\n{}", " ".repeat(WARNING.len()));
+        self.say(&format!("{WARNING}{}", lines.join(&indent)));
     }
 
     /// A rank moved in a long phase, such as `reference pass`.

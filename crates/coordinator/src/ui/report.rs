@@ -13,8 +13,6 @@ use crate::{
     summary::Summary,
 };
 
-/// Targets farther out than so many times what the log-ratios reached are told.
-const TARGET_TIMES_MAX: f64 = 10.0;
 /// Samples that are shown.
 const SAMPLES_SHOWN: usize = 2;
 /// Characters of a text that are shown.
@@ -37,12 +35,22 @@ pub struct Report<'a> {
 impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}\n", self.headline())?;
-        if let Some(before) = &self.summary.before {
-            let after = self.summary.after.as_ref();
-            writeln!(f, "{}\n", table(before, after))?;
+        let Summary {
+            before,
+            exported,
+            after,
+            ..
+        } = self.summary;
+        if let Some(before) = before {
+            let later = [exported.as_ref(), after.as_ref()];
+            writeln!(f, "{}\n", table(before, later))?;
         }
-        if let Some(advice) = self.advice() {
-            writeln!(f, "{advice}\n")?;
+        if let Some(text) = self.exported() {
+            writeln!(f, "{}\n", wrap(&text, WIDTH).join("\n"))?;
+        }
+        for warning in &self.summary.warnings {
+            whole_paragraph(f, "warning", &warning.text)?;
+            writeln!(f)?;
         }
         self.samples(f)?;
         let artifacts = &self.summary.artifacts;
@@ -68,8 +76,15 @@ impl Report<'_> {
             Some(total) if total != totals.steps => format!("step {} of {total}", totals.steps),
             _ => format!("step {}", totals.steps),
         };
+        let early = self.summary.early_stop.as_ref();
         let mut text = match (self.summary.outcome, &self.summary.reason) {
-            ("completed", _) => format!("{name} is complete"),
+            ("completed", _) => early.map_or_else(
+                || format!("{name} is complete"),
+                |early| {
+                    let text = format!("{name} ended early, with {steps}: {}", early.reason);
+                    wrap(&text, WIDTH).join("\n")
+                },
+            ),
             (_, Some(reason)) => format!("{name} failed after {steps}: {reason}"),
             _ => format!("{name} was stopped after {steps}; the same command continues it"),
         };
@@ -91,32 +106,30 @@ impl Report<'_> {
         text
     }
 
-    /// What to do about targets that nothing comes near: their gradient is a constant push, and the calibration does not
-    /// calibrate.
-    fn advice(&self) -> Option<String> {
-        let target = self.summary.target?;
-        let statistics = self.summary.after?.statistics;
-        let reach = statistics
-            .log_ratios_chosen
-            .abs()
-            .max(statistics.log_ratios_rejected.abs());
-        let times = target / reach;
-        if reach == 0.0 || times.is_nan() || times <= TARGET_TIMES_MAX {
-            return None;
-        }
-        let advice = format!(
-            "the targets ±{} are {times:.0} times the largest held-out log-ratio, so that calibration only pushes; \
-             --set objective.beta={} would put them within reach",
-            plain(target),
-            plain(0.5 / reach)
-        );
-        Some(wrap(&advice, WIDTH).join("\n"))
+    /// Which step's weights are exported, where that is a choice.
+    fn exported(&self) -> Option<String> {
+        let best = self.summary.best.as_ref()?;
+        let step = self.summary.artifacts.export_step?;
+        let start = best
+            .start
+            .map_or_else(String::new, |start| format!(", {start:.4} before training"));
+        let best_text = format!("{} {:.4}{start}", best.metric, best.value);
+        Some(if best.step == step {
+            format!("exported: the weights of step {step}, the best evaluated one ({best_text})")
+        } else {
+            format!(
+                "exported: the weights of step {step}; those of step {} were better ({best_text})",
+                best.step
+            )
+        })
     }
 
     fn samples(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [before, .., after] = self.samples else {
+        let [before, .., last] = self.samples else {
             return Ok(());
         };
+        let own = |row: &&SampleRow| Some(row.step) == self.summary.artifacts.export_step;
+        let after = self.samples.iter().find(own).unwrap_or(last);
         let pairs = before.samples.iter().zip(&after.samples);
         for (before, after) in pairs.take(SAMPLES_SHOWN) {
             paragraph(f, "prompt", &before.prompt)?;
@@ -138,13 +151,13 @@ fn shown(sample: &Sample) -> &str {
 /// How a table's row is read from an evaluation.
 type Show = fn(&EvaluationRow) -> String;
 
-fn table(before: &EvaluationRow, after: Option<&EvaluationRow>) -> Table {
+fn table(before: &EvaluationRow, later: [Option<&EvaluationRow>; 2]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
     let title = format!("held-out, {} pairs", grouped(before.pairs));
     let step = |row: &EvaluationRow| format!("step {}", row.step);
     let mut header = vec![title, step(before)];
-    header.extend(after.map(step));
+    header.extend(later.into_iter().flatten().map(step));
     table.set_header(header);
     let rows: [(&str, Show); 5] = [
         ("chosen log-ratio (nats)", |row| {
@@ -163,7 +176,7 @@ fn table(before: &EvaluationRow, after: Option<&EvaluationRow>) -> Table {
     ];
     for (name, show) in rows {
         let mut cells = vec![name.to_owned(), show(before)];
-        cells.extend(after.map(show));
+        cells.extend(later.into_iter().flatten().map(show));
         table.add_row(cells);
     }
     for column in table.column_iter_mut().skip(1) {
@@ -178,8 +191,13 @@ fn paragraph(f: &mut fmt::Formatter<'_>, name: &str, text: &str) -> fmt::Result 
     if cut.len() < text.len() {
         cut.push('…');
     }
+    whole_paragraph(f, name, &cut)
+}
+
+/// The same for text that is not cut.
+fn whole_paragraph(f: &mut fmt::Formatter<'_>, name: &str, text: &str) -> fmt::Result {
     let mut label = name;
-    for line in wrap(&cut, WIDTH - 12) {
+    for line in wrap(text, WIDTH - 12) {
         writeln!(f, "{label:<11} {line}")?;
         label = "";
     }

@@ -1,0 +1,94 @@
+//! `export/`: which step's weights a complete run leaves as its model, and which ones lie there.
+
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use checkpoint::{ExportDtype, visible};
+
+use crate::config::Config;
+use crate::run_directory::RunDirectory;
+
+/// Longest header that safetensors itself accepts.
+const HEADER_BYTES_MAX: u64 = 100_000_000;
+
+/// The export of a complete run, made unless it is there: one that was made by hand stays. `newest` are step and folder of
+/// the newest checkpoint that verifies.
+pub(crate) fn export(
+    config: &Config,
+    directory: &RunDirectory,
+    newest: Option<&(u64, PathBuf)>,
+) -> anyhow::Result<PathBuf> {
+    let out = directory.export_path();
+    if out.join("model.safetensors").exists() {
+        return Ok(out);
+    }
+    let model = config.training_value("model", "path");
+    let model = model
+        .and_then(toml::Value::as_str)
+        .context("model.path is missing")?;
+    // Workers on other machines may see a model that this one does not; rank 0 left a copy of what an export needs.
+    let kept = config.checkpoint.path.join(checkpoint::SOURCE);
+    let model = match Path::new(model) {
+        here if here.join("config.json").exists() || !kept.exists() => here,
+        _ => &kept,
+    };
+    let dtype = match config.training_value("model", "dtype") {
+        Some(dtype) if dtype.as_str() == Some("bf16") => ExportDtype::Bf16,
+        _ => ExportDtype::F32,
+    };
+    let Some((step, checkpoint)) = best_checkpoint(config, directory) else {
+        let checkpoint = last_checkpoint(config, directory, newest)?;
+        checkpoint::export(checkpoint, model, &out, dtype)?;
+        return Ok(out);
+    };
+    checkpoint::export(&checkpoint, model, &out, dtype).with_context(|| {
+        format!(
+            "step {step} is the best that was kept; --set checkpoint.keep_best=false exports the last one instead"
+        )
+    })?;
+    Ok(out)
+}
+
+/// Step and folder of the best checkpoint, where it is kept: the first, from the best evaluation down, that is there. A save
+/// may have failed.
+pub(crate) fn best_checkpoint(config: &Config, directory: &RunDirectory) -> Option<(u64, PathBuf)> {
+    let selection = config.selection().filter(|it| it.keep_best)?;
+    let ranking = selection.ranking(directory.evaluations());
+    ranking.into_iter().find_map(|step| {
+        let path = visible(&config.checkpoint.path, step.0)?;
+        Some((step.0, path))
+    })
+}
+
+/// Folder of the last step's checkpoint. An older one, where that is damaged, holds other weights than the rows tell of.
+fn last_checkpoint<'a>(
+    config: &Config,
+    directory: &RunDirectory,
+    newest: Option<&'a (u64, PathBuf)>,
+) -> anyhow::Result<&'a Path> {
+    let last = directory.metrics().len() as u64;
+    let Some((_, checkpoint)) = newest.filter(|(step, _)| *step == last) else {
+        anyhow::bail!(
+            "{}: the run is complete, but no checkpoint that verifies holds its last step, {last}; restore it, or choose \
+             another job.output to run again",
+            config.checkpoint.path.display()
+        )
+    };
+    Ok(checkpoint)
+}
+
+/// Step of the weights in `export`, where they are this run's.
+pub(crate) fn exported_step(export: &Path, run_digest: &str) -> Option<u64> {
+    let mut file = File::open(export.join("model.safetensors")).ok()?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).ok()?;
+    let header = file.take(u64::from_le_bytes(length).min(HEADER_BYTES_MAX));
+    let header: serde_json::Value = serde_json::from_reader(BufReader::new(header)).ok()?;
+    let metadata = header.get("__metadata__")?;
+    if metadata.get("caldpo_run")?.as_str() != Some(run_digest) {
+        return None;
+    }
+    metadata.get("caldpo_step")?.as_str()?.parse().ok()
+}
