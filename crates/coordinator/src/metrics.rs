@@ -4,7 +4,7 @@
 //! scrape keeps that label with `honor_labels: true`; without, Prometheus calls it `exported_job`, since it has a `job` of its
 //! own. Values are those of `metrics.jsonl`. Counters begin with this process: of a job that it resumed, they count what it saw.
 //!
-//! Bound: a job has about 90 series, one of them a histogram. They stay for [`KEPT_AFTER_END`] after its end, so that the
+//! Bound: a job has fewer than 80 series, a histogram among them. They stay for [`KEPT_AFTER_END`] after its end, so that the
 //! last values are scraped, and are then gone; a job of the same name that begins takes their place.
 
 mod families;

@@ -13,6 +13,7 @@
 //! summary.json    the outcome
 //! plots/          rewards.png, rewards.svg
 //! export/         the trained model (written by the exporter), README.md its model card
+//! trackers.json   the run's id in trackers; their folders tensorboard/, wandb/, mlruns/, unless telemetry says otherwise
 //! checkpoints/    unless checkpoint.path says otherwise (written by the workers)
 //! .lock           held by the coordinator that works here
 //! ```

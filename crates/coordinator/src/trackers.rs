@@ -33,7 +33,7 @@ use std::{
 use protocol::Outcome;
 use storage::FileError;
 
-use crate::config::{Config, TrackerKind};
+use crate::config::{Config, TelemetrySection, TrackerKind};
 
 pub use description::Description;
 pub use entry::{Entry, Position};
@@ -45,6 +45,27 @@ use wandb::Wandb;
 const QUEUE_MAX: usize = 4096;
 /// How long the end of a run waits for the last entries to be written.
 const FINISH_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Commands that show what the configured trackers write.
+pub fn commands(telemetry: &TelemetrySection) -> Vec<String> {
+    let command = |kind: &TrackerKind| match kind {
+        TrackerKind::TensorBoard => {
+            let folder = telemetry.tensorboard_folder.display();
+            format!("tensorboard --logdir {folder}")
+        }
+        TrackerKind::Wandb => {
+            format!(
+                "wandb sync {}/offline-run-*",
+                telemetry.wandb_folder.display()
+            )
+        }
+        TrackerKind::Mlflow => {
+            let folder = telemetry.mlflow_folder.display();
+            format!("MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {folder}")
+        }
+    };
+    telemetry.trackers.iter().map(command).collect()
+}
 
 /// An entry of the past, with the time it is shown at.
 pub type Past = Vec<(SystemTime, Entry)>;

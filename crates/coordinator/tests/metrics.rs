@@ -182,7 +182,7 @@ fn names_follow_the_conventions() {
         .collect();
     assert_eq!(named, types.keys().map(ToString::to_string).collect());
     // The bound that the module states.
-    assert!(series(&text).len() < 90, "{}", series(&text).len());
+    assert!(series(&text).len() < 80, "{}", series(&text).len());
 }
 
 #[test]

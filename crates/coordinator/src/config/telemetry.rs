@@ -48,7 +48,7 @@ impl TrackerKind {
 /// `[telemetry]`. `metrics_listen` is the service's, the other keys are the job's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct TelemetrySection {
-    /// Where `/metrics` is served to Prometheus; absent: nowhere.
+    /// Where `/metrics` is served to Prometheus; loopback, port 0 for any free one. Absent: nowhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub metrics_listen: Option<SocketAddr>,

@@ -1,8 +1,8 @@
 //! TensorBoard: one event file a start of the run, in a folder that is this run's alone.
 //!
-//! The first file begins with the configuration, as hyperparameters and as text. A later file begins by taking back the
-//! steps that are computed again, which is how TensorBoard itself understands a restart, so that a curve has one value a
-//! step. Scalars are f32 here; the rows of `metrics.jsonl` are f64.
+//! The first file begins with the configuration, as hyperparameters and as text. A rewind is the start of a session at the
+//! first step that is computed again: TensorBoard takes back what it read of that step and later ones, so that a curve has
+//! one value a step. Scalars are f32 here; the rows of `metrics.jsonl` are f64.
 
 mod events;
 
@@ -97,16 +97,13 @@ impl TensorBoard {
         let mut file = AppendFile::open(&self.folder.join(name))?;
         let mut first = frame(&version(wall_time));
         if self.files == 0 {
+            let sections = toml::to_string(&self.description.sections);
+            let sections = sections.expect("a table of TOML values is TOML");
             let values = vec![
                 hyperparameters(wall_time, self.hyperparameters()),
-                text(
-                    "config".into(),
-                    indented(&toml::to_string(&self.description.sections).unwrap_or_default()),
-                ),
+                text("config".into(), indented(&sections)),
             ];
             first.extend(frame(&summary(wall_time, 0, values)));
-        } else {
-            first.extend(frame(&restart(wall_time, self.position.step + 1)));
         }
         file.append(&first)?;
         Ok(file)

@@ -4,7 +4,7 @@ use std::{fmt, fs};
 
 use toml::Value;
 
-use crate::{config::Config, numbers::plain};
+use crate::{config::Config, numbers::plain, trackers};
 
 /// The banner of a run. Displays as lines, the last one without its end.
 pub struct Banner {
@@ -35,6 +35,8 @@ impl Banner {
             ("checkpoints", checkpoints(config)),
             ("evaluation", evaluation(config)),
         ];
+        let look = trackers::commands(&config.telemetry).into_iter();
+        rows.extend(look.map(|command| ("look with", command)));
         rows.retain(|(_, text)| !text.is_empty());
         Self { rows }
     }

@@ -154,6 +154,7 @@ pub fn wandb(folder: &Path) -> Seen {
     let files = inside(run).into_iter();
     let mut files = files.filter(|path| path.extension().is_some_and(|it| it == "wandb"));
     let bytes = fs::read(files.next().unwrap()).unwrap();
+    let mut last = None;
     for (index, record) in records(&bytes).iter().enumerate() {
         assert_eq!(
             number(record, 1),
@@ -163,6 +164,9 @@ pub fn wandb(folder: &Path) -> Seen {
         seen.end.clear();
         for history in all(record, 2) {
             let step = number(all(history, 2)[0], 1).unwrap_or(0);
+            // W&B takes no step back, and one record a step.
+            assert!(last.is_none_or(|last| last < step), "{step} after {last:?}");
+            last = Some(step);
             for item in all(history, 1) {
                 let (name, json) = (text(item, 1), text(item, 16));
                 if name == "samples" {
