@@ -265,11 +265,19 @@ fn the_same_command_on_a_finished_run_adds_nothing_and_a_tracker_added_then_gets
     assert!(content(folder.path()) == before);
 }
 
+/// The file with which `wandb sync` marks a run as done.
+fn synced_marker(folder: &Path) -> PathBuf {
+    let paths = content(&folder.join("run/wandb")).into_keys();
+    let mut files = paths.filter(|path| path.extension().is_some_and(|it| it == "wandb"));
+    files.next().unwrap().with_extension("wandb.synced")
+}
+
 #[test]
 fn a_run_that_is_stopped_and_goes_on_is_one_run() {
     let folder = folder();
     let config = config(folder.path(), ALL, &[]);
     let rows = entries(0, 20, 1);
+    let mut synced = folder.path().join("none yet");
     // Stopped at every step, also between a step and its evaluation.
     for end in 1..rows.len() {
         let from = end.saturating_sub(1);
@@ -288,6 +296,10 @@ fn a_run_that_is_stopped_and_goes_on_is_one_run() {
             &rows[from..end],
             &outcome,
         );
+        // What was synced before it went on is to be synced anew.
+        assert!(!synced.exists(), "{}", synced.display());
+        synced = synced_marker(folder.path());
+        fs::write(&synced, "").unwrap();
         check(&format!("after {end} entries"), folder.path(), &rows[..end]);
         let ends: Vec<_> = see(folder.path()).map(|(_, seen)| seen.end).into();
         assert_eq!(ends, ["", "exit 255", "status: 5"]);
