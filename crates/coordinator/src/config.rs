@@ -169,9 +169,7 @@ impl Config {
         let mut text = self.job_toml();
         write_section(&mut text, "cluster", &self.cluster);
         write_section(&mut text, "telemetry", &self.telemetry);
-        if self.security != SecuritySection::default() {
-            write_section(&mut text, "security", &self.security);
-        }
+        write_section(&mut text, "security", &self.security);
         text
     }
 

@@ -485,8 +485,12 @@ fn trackers_and_listeners_that_cannot_be_are_refused_with_the_cure() {
 
 #[test]
 fn the_best_checkpoint_is_kept_where_it_is_asked_for_or_training_may_stop_early() {
-    let metric = ["evaluate.metric=loss", "evaluate.every_steps=10"];
-    let with = |more: &[&str]| load(&[], &[], &[&metric, more].concat()).unwrap();
+    let metric = [
+        "data.eval=['test.jsonl']",
+        "evaluate.metric=loss",
+        "evaluate.every_steps=10",
+    ];
+    let with = |more: &[&str]| load(&[], &[], &[&metric[..], more].concat()).unwrap();
     assert!(!with(&[]).checkpoint.keep_best);
     assert!(with(&["checkpoint.keep_best=true"]).checkpoint.keep_best);
     let stopping = with(&[

@@ -379,6 +379,7 @@ fn evaluations_that_never_beat_the_start_are_told_after_the_third() {
             "objective.kind=dpo",
             "objective.beta=0.1",
             &metric,
+            "data.eval=['test.jsonl']",
             "evaluate.every_steps=20",
         ])
     };

@@ -22,8 +22,13 @@ use protocol::{
 use serde_json::Value;
 
 fn config(set: &[&str]) -> Config {
+    let least = [
+        "model.path=m",
+        "data.train=['train.jsonl']",
+        "objective.kind=cal_dpo",
+    ];
     let sources = Sources {
-        set: set.iter().map(|text| (*text).into()).collect(),
+        set: least.iter().chain(set).map(|text| (*text).into()).collect(),
         ..Sources::default()
     };
     Config::load(&sources).unwrap()
@@ -389,6 +394,7 @@ fn a_warning_is_shown_while_it_runs() {
 fn compared(export_step: u64, early: bool) -> Summary {
     let config = config(&[
         "job.name=stories",
+        "data.eval=['test.jsonl']",
         "objective.kind=dpo",
         "evaluate.metric=rewards/accuracies",
         "evaluate.every_steps=2",
@@ -464,6 +470,7 @@ fn a_run_that_exports_its_last_step_says_that_another_was_better() {
 #[test]
 fn the_banner_says_what_evaluations_are_compared_by() {
     let config = config(&[
+        "data.eval=['test.jsonl']",
         "evaluate.metric=loss",
         "evaluate.every_steps=20",
         "evaluate.early_stopping_patience=3",

@@ -8,6 +8,10 @@
 //! of the generation have sent identical bits, the job journals COMMIT and only then sends [`CoordinatorMessage::Commit`],
 //! which lets the optimizer step. The journaled record is the commit.
 //!
+//! What an evaluation decides: its row is journaled, with an early stop if it brings one, before the next step commits and
+//! before the step's checkpoint becomes visible. So the decision is a function of the journal alone, and a resumed run makes
+//! the same one ([`Selection`]).
+//!
 //! [`Scheduler`] is the queue of a coordinator that serves job after job: it gives waiting workers to jobs, each of whose
 //! attempts is a [`Job`].
 //!

@@ -99,6 +99,9 @@ fn tidy_object(object: &mut Map<String, Value>) {
             object["type"] = kind.clone();
         }
     }
+    if let Some(Value::Array(choices)) = object.get_mut("enum") {
+        choices.retain(|choice| !choice.is_null());
+    }
     // Widths of Rust's numbers, which no validator of TOML knows.
     if object
         .get("type")
