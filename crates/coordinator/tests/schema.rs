@@ -110,6 +110,9 @@ fn sample(schema: &Value) -> String {
         Some("integer") => schema["minimum"].as_u64().unwrap_or(1).max(1).to_string(),
         Some("number") => "0.5".into(),
         Some("string") => "\"some\"".into(),
+        Some("array") if schema["items"]["enum"].is_array() => {
+            format!("[{}]", sample(&schema["items"]))
+        }
         Some("array") => "[\"some\"]".into(),
         Some("boolean") => "true".into(),
         other => panic!("no sample of type {other:?}"),
@@ -303,7 +306,7 @@ fn context(path: &str) -> Vec<&'static str> {
         "evaluate.early_stopping_min_delta" => {
             &["evaluate.metric=loss", "evaluate.early_stopping_patience=1"]
         }
-        "evaluate.higher_is_better" => &["evaluate.metric=logps/chosen"],
+        "evaluate.higher_is_better" => &["evaluate.metric=logps/rejected"],
         _ => return Vec::new(),
     };
     evaluated.iter().chain(more).copied().collect()
@@ -324,7 +327,11 @@ fn every_key_that_loading_prints_is_in_the_schema_and_every_key_of_the_schema_lo
         if path == "cluster.state" {
             continue; // the one key that only `--cluster` takes
         }
-        let key = format!("{path}={}", sample(&schema));
+        let value = match path.as_str() {
+            "telemetry.metrics_listen" => "127.0.0.1:0".into(),
+            _ => sample(&schema),
+        };
+        let key = format!("{path}={value}");
         let kind = kind.map(|kind| format!("objective.kind={kind}"));
         let set: Vec<&str> = kind
             .iter()
