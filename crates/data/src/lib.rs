@@ -28,7 +28,7 @@ pub use chat::{ChatTemplate, TemplateError};
 pub use config::{Columns, ConfigError, DataConfig, Format, Truncation};
 pub use dataset::{Dataset, Pair, load};
 pub use error::{DataError, Place};
-pub use order::{StepPairs, step_pairs, steps_per_epoch};
+pub use order::{StepPairs, epoch_steps, step_pairs, steps_per_epoch};
 pub use pack::{deal, pack_plan};
 pub use prompts::{Prompt, PromptError, prompts};
 pub use report::{Bucket, DropReason, Dropped, Example, Report};

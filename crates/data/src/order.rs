@@ -52,6 +52,25 @@ pub fn step_pairs(
     StepPairs { epoch, pairs }
 }
 
+/// The pairs of every step of `epoch` (from 0), in order: what [`step_pairs`] says of each, with one shuffle for all of them.
+///
+/// # Panics
+/// If `batch_pairs` is 0.
+pub fn epoch_steps(
+    seed: u64,
+    epoch: u64,
+    pairs: usize,
+    batch_pairs: usize,
+    shuffle: bool,
+) -> Vec<Vec<usize>> {
+    let order = if shuffle {
+        epoch_order(seed, epoch, pairs)
+    } else {
+        (0..pairs).collect()
+    };
+    order.chunks(batch_pairs).map(<[usize]>::to_vec).collect()
+}
+
 /// The permutation of one epoch.
 fn epoch_order(seed: u64, epoch: u64, pairs: usize) -> Vec<usize> {
     let mut numbers = Numbers::new(seed, epoch);

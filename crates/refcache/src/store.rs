@@ -173,6 +173,24 @@ impl Store {
         Ok((store, torn))
     }
 
+    /// As [`Store::open`], for looking only: `None` where the scope has no folder, and none is made.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_existing(dir: &Path, scope: &Scope) -> Result<Option<Self>, StoreError> {
+        let folder = Folder::of(dir, scope);
+        if !folder.path.is_dir() {
+            return Ok(None);
+        }
+        let mut store = Self {
+            in_use: Arc::new(folder.share_existing()?),
+            folder,
+            values: Values::new(),
+        };
+        store.reload()?;
+        Ok(Some(store))
+    }
+
     /// The value of `key`, if this scope has it.
     pub fn get(&self, key: &EntryKey) -> Option<f32> {
         self.values.get(key).copied()

@@ -74,6 +74,20 @@ fn values_come_back_to_the_bit_after_reopening() {
 }
 
 #[test]
+fn looking_finds_what_is_there_and_makes_nothing() {
+    let (dir, _) = filled();
+    let store = Store::open_existing(dir.path(), &scope()).unwrap();
+    assert_eq!(store.map(|store| store.len()), Some(12));
+    let other = Scope {
+        weights: [8; 32],
+        ..scope()
+    };
+    let store = Store::open_existing(dir.path(), &other).unwrap();
+    assert!(store.is_none());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "folders");
+}
+
+#[test]
 fn r1_a_scope_that_differs_in_any_field_finds_nothing() {
     let (dir, _) = filled();
     let changes: [fn(&mut Scope); 7] = [

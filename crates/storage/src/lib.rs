@@ -21,9 +21,11 @@ mod files;
 mod lines;
 mod lock;
 pub mod log;
+mod space;
 
 pub use append::AppendFile;
 pub use directories::{create_directory, remove_directory, remove_file, rename};
 pub use files::{DurableFile, FileError, atomic_write, sync_directory};
 pub use lines::LineFile;
 pub use lock::{Lock, LockError};
+pub use space::{Space, space};

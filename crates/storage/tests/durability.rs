@@ -6,7 +6,7 @@ use std::{fs, path::Path, thread, time::Duration};
 use storage::{
     AppendFile, DurableFile, LineFile, Lock, LockError, atomic_write, create_directory,
     log::{self, Log, LogError},
-    remove_directory, remove_file, rename,
+    remove_directory, remove_file, rename, space,
 };
 
 fn records() -> Vec<Vec<u8>> {
@@ -311,4 +311,21 @@ fn bytes_are_appended_behind_what_is_there_and_cut_back() {
     file.sync().unwrap();
     assert_eq!(file.read(99).unwrap(), b"abcde-");
     assert_eq!(std::fs::read(&path).unwrap(), b"abcde-");
+}
+
+#[test]
+fn the_room_for_a_path_that_is_not_there_is_that_of_the_nearest_folder_above_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let found = space(&directory.path().join("runs/a/checkpoints")).unwrap();
+    assert_eq!(found.folder, directory.path());
+    assert!(found.free_bytes > 0);
+    let same = space(directory.path()).unwrap();
+    assert_eq!(same.device, found.device);
+    assert_eq!(
+        space(Path::new("not/there")).unwrap().folder,
+        Path::new(".")
+    );
+    let file = directory.path().join("file");
+    fs::write(&file, "x").unwrap();
+    assert_eq!(space(&file).unwrap().folder, directory.path());
 }

@@ -1,6 +1,6 @@
 //! T1: order and packs are pure functions of (seed, epoch, step), whatever the world size.
 
-use data::{deal, pack_plan, step_pairs, steps_per_epoch};
+use data::{deal, epoch_steps, pack_plan, step_pairs, steps_per_epoch};
 
 /// Small numbers that differ from seed to seed (a linear congruential generator by Knuth).
 fn lengths(seed: u64, count: usize, below: usize) -> Vec<usize> {
@@ -33,6 +33,19 @@ fn t1_an_epoch_visits_every_pair_once_and_each_epoch_in_another_order() {
     for mut order in [first, second] {
         order.sort_unstable();
         assert_eq!(order, (0..pairs).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn t1_an_epoch_as_a_whole_is_its_steps_one_by_one() {
+    for shuffle in [true, false] {
+        for epoch in 0..3 {
+            let steps = epoch_steps(5, epoch, 53, 8, shuffle);
+            assert_eq!(steps.len(), 7);
+            for (step, pairs) in (epoch * 7 + 1..).zip(steps) {
+                assert_eq!(pairs, step_pairs(5, step, 53, 8, shuffle).pairs);
+            }
+        }
     }
 }
 
