@@ -13,6 +13,7 @@ use spec::{Dtype, OptimizerSection, SpecError};
 use crate::error::TrainError;
 use crate::learner::{Learner, Times};
 use crate::measure::measure;
+use crate::process::peak_bytes;
 use crate::setup::check_vocabulary;
 
 /// What to time.
@@ -122,7 +123,7 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
         pairs_per_second: pairs_done as f64 / seconds,
         tokens_per_second: tokens as f64 / seconds,
         seconds_per_step: seconds / steps,
-        peak_memory_gib: peak_memory_gib(),
+        peak_memory_gib: peak_bytes().map(|bytes| bytes as f64 / f64::from(1 << 30)),
         parameters,
         profile: Some(Profile {
             forward: mean(forward),
@@ -158,12 +159,4 @@ impl BenchRequest {
         }
         Ok(())
     }
-}
-
-/// The high-water mark of resident memory, which Linux keeps per process.
-fn peak_memory_gib() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    let kib: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib / (1024.0 * 1024.0))
 }

@@ -6,7 +6,8 @@
 //! ```
 //! [`Trainer::run`] reads as the training loop; `learner` is one step's arithmetic over all ranks, `batch` what a step trains
 //! on, `reference` the frozen model's log-probs, `snapshot` what a checkpoint holds. [`score`] and [`bench`] use the same
-//! forward and the same step; [`reports`] stops before the model, [`generate`] lets one write.
+//! forward and the same step; [`reports`] stops before the model, [`generate`] lets one write; [`plan`] says before a run
+//! what it will need.
 //!
 //! Not here: who is a member, when to save or to evaluate, what a decision is based on (`protocol`, behind [`StepGate`]);
 //! which checkpoint is whole (`checkpoint`); losses (`objective`); data formats and order (`data`).
@@ -21,6 +22,8 @@ mod gate;
 mod generate;
 mod learner;
 mod measure;
+pub mod plan;
+mod process;
 mod reference;
 mod scope;
 mod score;

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use collective::shard_range;
 use data::Pair;
 use model::{Model, Pack, PairTokens};
-use refcache::{EntryKey, Store};
+use refcache::{EntryKey, Store, StoreError};
+use serde::Serialize;
+use spec::Spec;
 
 use crate::error::TrainError;
 use crate::scope::scope;
@@ -62,7 +64,7 @@ impl References {
             tracing::warn!(store = %folder.display(), "{tail}");
         }
         let references = Self { store, folder };
-        let entries = entries(setup);
+        let entries = entries(&setup.train.pairs, setup.held_out());
         let slice = &entries[shard_range(entries.len(), world, rank)];
         let (found, missing): (Vec<Entry<'_>>, Vec<Entry<'_>>) = slice
             .iter()
@@ -173,6 +175,49 @@ impl References {
     }
 }
 
+/// Values that a reference pass computes, and the tokens that it reads for them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ReferenceAmount {
+    /// Distinct completions.
+    pub values: u64,
+    /// Their tokens; neighbours share a prompt's.
+    pub packed_tokens: u64,
+}
+
+impl ReferenceAmount {
+    /// All values of a run.
+    pub(crate) fn all(train: &[Pair], held_out: &[Pair]) -> Self {
+        Self::of(&entries(train, held_out))
+    }
+
+    /// The values of a run that its store does not have. `model` is the reference.
+    ///
+    /// # Errors
+    /// A store that cannot be read.
+    pub(crate) fn missing(
+        spec: &Spec,
+        model: &Model,
+        train: &[Pair],
+        held_out: &[Pair],
+    ) -> Result<Self, StoreError> {
+        let scope = scope(spec, model_digest(model), model.device());
+        let store = Store::open_existing(&spec.reference.store, &scope)?;
+        let mut entries = entries(train, held_out);
+        if let Some(store) = store {
+            entries.retain(|entry| store.get(&entry.key).is_none());
+        }
+        Ok(Self::of(&entries))
+    }
+
+    fn of(entries: &[Entry<'_>]) -> Self {
+        let groups = entries.chunk_by(|a, b| std::ptr::eq(a.pair, b.pair));
+        Self {
+            values: entries.len() as u64,
+            packed_tokens: groups.map(tokens).sum::<usize>() as u64,
+        }
+    }
+}
+
 /// The reference weights, if they are not the starting weights.
 fn load_reference(setup: &Setup) -> Result<Option<Model>, TrainError> {
     let Some(path) = &setup.spec.model.reference else {
@@ -192,10 +237,10 @@ fn load_reference(setup: &Setup) -> Result<Option<Model>, TrainError> {
 
 /// Every distinct completion of the run in the order of its first occurrence, training pairs first: the same list on all
 /// ranks.
-fn entries(setup: &Setup) -> Vec<Entry<'_>> {
+fn entries<'a>(train: &'a [Pair], held_out: &'a [Pair]) -> Vec<Entry<'a>> {
     let mut seen = HashSet::new();
     let mut entries = Vec::new();
-    for pair in setup.train.pairs.iter().chain(setup.held_out()) {
+    for pair in train.iter().chain(held_out) {
         for completion in [&pair.chosen, &pair.rejected] {
             let key = EntryKey::new(&pair.prompt, completion);
             if !completion.is_empty() && seen.insert(key) {
@@ -215,8 +260,7 @@ fn packs<'a>(entries: &[Entry<'a>], capacity: usize) -> Vec<Vec<Vec<Entry<'a>>>>
     let mut packs: Vec<Vec<Vec<Entry<'a>>>> = Vec::new();
     let mut room = 0;
     for group in entries.chunk_by(|a, b| std::ptr::eq(a.pair, b.pair)) {
-        let completions: usize = group.iter().map(|entry| entry.completion.len()).sum();
-        let tokens = group[0].pair.prompt.len() + completions;
+        let tokens = tokens(group);
         if packs.is_empty() || tokens > room {
             packs.push(Vec::new());
             room = capacity.max(tokens);
@@ -226,6 +270,12 @@ fn packs<'a>(entries: &[Entry<'a>], capacity: usize) -> Vec<Vec<Vec<Entry<'a>>>>
         pack.push(group.to_vec());
     }
     packs
+}
+
+/// Tokens of one pair's entries, which share its prompt.
+fn tokens(group: &[Entry<'_>]) -> usize {
+    let completions: usize = group.iter().map(|entry| entry.completion.len()).sum();
+    group[0].pair.prompt.len() + completions
 }
 
 fn pack(groups: &[Vec<Entry<'_>>]) -> Pack {

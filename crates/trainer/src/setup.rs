@@ -9,6 +9,7 @@ use serde::Serialize;
 use spec::Spec;
 
 use crate::error::TrainError;
+use crate::plan::{Program, WorkerMemory, Workload};
 
 /// Hears how far a long phase is: its name, units done, units in all.
 pub type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64);
@@ -105,6 +106,19 @@ impl Setup {
         Reports::of(&self.train, self.eval.as_ref())
     }
 
+    /// The memory that this worker, one of `world`, will need at most, with checkpoints on the way. Displays as one line.
+    ///
+    /// # Errors
+    /// A reference model whose config.json cannot be read.
+    pub fn memory(&self, world: usize) -> Result<WorkerMemory, TrainError> {
+        let config = self.model.config().clone();
+        let workload = Workload::new(&self.spec, config, &self.train.pairs, self.held_out())?;
+        let weights = self.model.layout().elements() as u64 * size_of::<f32>() as u64;
+        let program = Program::of_this_process(weights);
+        let knobs = workload.knobs(world, rayon::current_num_threads());
+        Ok(workload.memory(&knobs, program, true))
+    }
+
     /// The held-out pairs that evaluations score.
     pub(crate) fn held_out(&self) -> &[Pair] {
         held_out(&self.spec, self.eval.as_ref())
@@ -122,14 +136,14 @@ pub fn reports(spec: &Spec) -> Result<Reports, TrainError> {
 }
 
 /// What a run reads before its model.
-struct Tokens {
-    tokenizer: Tokenizer,
-    train: Dataset,
-    eval: Option<Dataset>,
+pub(crate) struct Tokens {
+    pub tokenizer: Tokenizer,
+    pub train: Dataset,
+    pub eval: Option<Dataset>,
 }
 
 impl Tokens {
-    fn load(spec: &Spec, progress: Progress<'_>) -> Result<Self, TrainError> {
+    pub fn load(spec: &Spec, progress: Progress<'_>) -> Result<Self, TrainError> {
         let config = &spec.data;
         progress("tokenize pairs", 0, 2);
         let tokenizer = Tokenizer::load(&spec.model.path, config.chat_template.as_deref())?;

@@ -15,6 +15,7 @@ use crate::evaluate;
 use crate::gate::{EvaluationRow, Next, StepGate, StepReport, Verdict};
 use crate::learner::{Learner, Prepared};
 use crate::measure::{measure, pair_logps};
+use crate::process::peak_bytes;
 use crate::reference::{ReferenceCounts, References};
 use crate::setup::{Progress, Setup, held_out};
 use crate::snapshot::{Destination, Saver, restore};
@@ -53,6 +54,13 @@ pub struct Trainer {
     saver: Saver,
     rates: Schedule,
     state: TrainState,
+}
+
+/// For whoever compares it with what was planned.
+fn tell_memory() {
+    if let Some(bytes) = peak_bytes() {
+        tracing::info!(peak_memory_mib = bytes >> 20, "done");
+    }
 }
 
 /// Where the reference's log-probs stand.
@@ -146,6 +154,7 @@ impl Trainer {
                 Next::Step(step) => self.step(step, gate)?,
                 Next::Finish => {
                     self.saver.finish();
+                    tell_memory();
                     return Ok(End::Finished);
                 }
                 Next::Stop => {

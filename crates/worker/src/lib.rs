@@ -16,6 +16,7 @@ pub mod backend;
 pub mod cli;
 mod gate;
 pub mod log;
+pub mod plan;
 mod presence;
 pub mod report;
 mod session;

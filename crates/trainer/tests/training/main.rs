@@ -8,6 +8,7 @@
 )]
 
 mod golden;
+mod plan;
 mod reference;
 mod resume;
 mod spec;

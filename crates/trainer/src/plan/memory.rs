@@ -1,0 +1,358 @@
+//! Memory of one worker on the CPU, part by part, in the moments of a run of which the busiest decides.
+//!
+//! Every part is what its owner allocates: weights and gradients the layout's elements (`model`), moments and snapshot a
+//! rank's share of them (`shards`, `snapshot`), what a pack holds (`model::PackBytes`), the sums of a reduce-scatter
+//! (`collective`). f32 throughout, so there are no master copies.
+
+use std::fmt;
+
+use data::pack_plan;
+use model::{ModelConfig, PackBytes, PackShape, Saving};
+use serde::Serialize;
+
+use super::{Lengths, Program, Workload};
+
+/// Settings that memory depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Knobs {
+    /// Workers of the job.
+    pub workers: usize,
+    /// Compute threads of each.
+    pub threads: usize,
+    /// `train.micro_batch_tokens`.
+    pub micro_batch_tokens: usize,
+    /// `model.gradient_checkpointing`.
+    pub gradient_checkpointing: bool,
+    /// `data.max_length`.
+    pub max_length: usize,
+}
+
+/// Memory of one worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct WorkerMemory {
+    /// What is there at once in each moment of a run.
+    pub moments: Vec<Moment>,
+    /// The most of them.
+    pub peak_bytes: u64,
+    /// Tokens of the largest micro-batch that a step trains on.
+    pub largest_micro_batch_tokens: usize,
+    /// Logits that the log-prob head holds at once, with its row states; part of the workspace.
+    pub head_chunk_bytes: u64,
+}
+
+/// One moment of a run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Moment {
+    /// Such as `training step`.
+    pub name: &'static str,
+    /// What is there.
+    pub parts: Parts,
+    /// Sum of the parts.
+    pub bytes: u64,
+}
+
+/// Bytes by part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Parts {
+    /// The program, tokenizer and pairs, as measured.
+    pub program: u64,
+    /// Log-probs of the reference and what finding them needs.
+    pub reference_values: u64,
+    /// The policy's weights.
+    pub weights: u64,
+    /// Weights of a reference model of its own.
+    pub reference_weights: u64,
+    /// Gradients of all weights.
+    pub gradients: u64,
+    /// Both moments of this worker's share of the weights.
+    pub optimizer_moments: u64,
+    /// Copy of weights and moments of this worker's share, for checkpoints.
+    pub snapshot: u64,
+    /// What a forward keeps for its backward.
+    pub activations: u64,
+    /// Intermediate results of the busiest operation.
+    pub workspace: u64,
+    /// What the allocator loses to gaps between the tensors of a pack.
+    pub gaps: u64,
+    /// Sums of a bucket's share, with which gradients are reduced.
+    pub collective: u64,
+}
+
+const FLOAT: u64 = size_of::<f32>() as u64;
+/// Bytes of a reference value while it is looked for and stored: keys in the list, in its parts and in the store.
+const REFERENCE_ENTRY: u64 = 320;
+/// Bytes of a pair's two reference values in training.
+const REFERENCE_PAIR: u64 = 16;
+/// One part in so many of what a pack holds is lost to gaps: tensors of some MiB do not fill the allocator's heaps of 64 MiB.
+/// 3 to 12 % were measured on SmolLM2-135M and on stories260K.
+const GAPS: u64 = 10;
+/// What a worker's session, its threads and the packing buffers of its products take, as measured on runs of small models
+/// (4 to 6 MiB).
+const RUNTIME: u64 = 5 << 20;
+
+impl WorkerMemory {
+    /// The moment that decides.
+    ///
+    /// # Panics
+    /// Never: there are always moments.
+    pub fn busiest(&self) -> &Moment {
+        let busiest = self.moments.iter().max_by_key(|moment| moment.bytes);
+        busiest.expect("a run has moments")
+    }
+}
+
+/// One line: the peak, when it is, and its three largest parts.
+impl fmt::Display for WorkerMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let busiest = self.busiest();
+        let mut parts = busiest.parts.named();
+        parts.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
+        let parts = parts[..3].iter().filter(|(_, bytes)| *bytes > 0);
+        let parts: Vec<String> = parts
+            .map(|&(name, bytes)| format!("{name} {}", size(bytes)))
+            .collect();
+        write!(
+            f,
+            "{} at most, in the {}: {}",
+            size(self.peak_bytes),
+            busiest.name,
+            parts.join(", ")
+        )
+    }
+}
+
+fn size(bytes: u64) -> String {
+    match bytes as f64 / f64::from(1 << 20) {
+        mib if mib < 1000.0 => format!("{mib:.1} MiB"),
+        mib => format!("{:.2} GiB", mib / 1024.0),
+    }
+}
+
+impl Parts {
+    /// Every part with its name, in the order of the struct.
+    pub fn named(&self) -> [(&'static str, u64); 11] {
+        [
+            ("program, tokenizer, pairs", self.program),
+            ("reference log-probs", self.reference_values),
+            ("weights", self.weights),
+            ("reference weights", self.reference_weights),
+            ("gradients", self.gradients),
+            ("optimizer moments", self.optimizer_moments),
+            ("snapshot for checkpoints", self.snapshot),
+            ("activations", self.activations),
+            ("workspace", self.workspace),
+            ("allocator's gaps", self.gaps),
+            ("collective buffers", self.collective),
+        ]
+    }
+
+    /// With a pack on its way through the model.
+    fn with(self, pack: PackBytes) -> Self {
+        Self {
+            activations: pack.kept,
+            workspace: pack.workspace,
+            gaps: pack.total() / GAPS,
+            ..self
+        }
+    }
+
+    fn sum(&self) -> u64 {
+        self.named().iter().map(|(_, bytes)| bytes).sum()
+    }
+}
+
+impl Workload {
+    /// Memory of each worker under `knobs`, beside the `program` that it is before its model. `saves`: whether a
+    /// checkpoint comes before the last step, so that the snapshot is there while training goes on.
+    pub fn memory(&self, knobs: &Knobs, program: Program, saves: bool) -> WorkerMemory {
+        let train = cut(&self.train, knobs.max_length);
+        let held_out: Vec<Lengths> = cut(&self.held_out, knobs.max_length)
+            .into_iter()
+            .flatten()
+            .collect();
+        let read = Parts {
+            program: program.peak + RUNTIME,
+            ..Parts::default()
+        };
+        let loaded = Parts {
+            program: program.resident + RUNTIME,
+            weights: self.layout.elements() as u64 * FLOAT,
+            ..Parts::default()
+        };
+        let mut moments = vec![
+            moment("read pairs", read),
+            moment("load", self.loading(loaded)),
+        ];
+        if self.needs_reference {
+            let all: Vec<Lengths> = train.iter().flatten().chain(&held_out).copied().collect();
+            moments.push(moment(
+                "reference pass",
+                self.scoring_reference(loaded, &all, knobs),
+            ));
+        }
+        let (pack, shape) = self.largest_step(&train, knobs);
+        let pairs = train.len() + held_out.len();
+        let trained = self.trained(loaded, pairs, knobs, saves);
+        moments.push(moment(
+            "training step",
+            self.stepping(trained.with(pack), knobs),
+        ));
+        moments.push(moment("checkpoint", self.saving(trained, knobs)));
+        if !held_out.is_empty() {
+            let pack = largest_scored(&self.config, packs(&held_out, knobs), knobs);
+            moments.push(moment("evaluation", trained.with(pack)));
+        }
+        WorkerMemory {
+            peak_bytes: moments.iter().map(|moment| moment.bytes).max().unwrap_or(0),
+            moments,
+            largest_micro_batch_tokens: shape.tokens,
+            head_chunk_bytes: pack.head,
+        }
+    }
+
+    /// The digest of the weights takes each parameter by itself.
+    fn loading(&self, loaded: Parts) -> Parts {
+        let parameters = self.layout.parameters.iter();
+        let largest = parameters
+            .map(|parameter| parameter.elements() as u64)
+            .max();
+        Parts {
+            workspace: largest.unwrap_or(0) * FLOAT,
+            ..loaded
+        }
+    }
+
+    fn scoring_reference(&self, loaded: Parts, pairs: &[Lengths], knobs: &Knobs) -> Parts {
+        let own = self.reference.as_ref();
+        let config = own.map_or(&self.config, |(config, _)| config);
+        let parts = Parts {
+            reference_values: REFERENCE_ENTRY * 2 * pairs.len() as u64,
+            reference_weights: own.map_or(0, |(_, layout)| layout.elements() as u64 * FLOAT),
+            ..loaded
+        };
+        parts.with(largest_scored(config, in_order(pairs, knobs), knobs))
+    }
+
+    /// What stays while a run trains.
+    fn trained(&self, loaded: Parts, pairs: usize, knobs: &Knobs, saves: bool) -> Parts {
+        let shard = self.shard(knobs);
+        Parts {
+            gradients: loaded.weights,
+            optimizer_moments: 2 * shard * FLOAT,
+            snapshot: if saves { 3 * shard * FLOAT } else { 0 },
+            reference_values: if self.needs_reference {
+                REFERENCE_PAIR * pairs as u64
+            } else {
+                0
+            },
+            ..loaded
+        }
+    }
+
+    /// Gradients are reduced after the last pack, but an allocator hardly gives back what packs had before. A worker alone
+    /// reduces nothing.
+    fn stepping(&self, trained: Parts, knobs: &Knobs) -> Parts {
+        let buckets = self.layout.buckets.iter();
+        let shares = buckets.map(|it| it.len.div_ceil(knobs.workers));
+        let sums = shares.max().filter(|_| knobs.workers > 1);
+        Parts {
+            collective: sums.unwrap_or(0) as u64 * FLOAT,
+            ..trained
+        }
+    }
+
+    fn saving(&self, trained: Parts, knobs: &Knobs) -> Parts {
+        Parts {
+            snapshot: 3 * self.shard(knobs) * FLOAT,
+            ..trained
+        }
+    }
+
+    /// Elements of a worker's share; of every bucket the first workers may have one more.
+    fn shard(&self, knobs: &Knobs) -> u64 {
+        let shares = self
+            .layout
+            .buckets
+            .iter()
+            .map(|it| it.len.div_ceil(knobs.workers));
+        shares.sum::<usize>() as u64
+    }
+
+    /// The pack of a step that holds most.
+    fn largest_step(&self, train: &[Option<Lengths>], knobs: &Knobs) -> (PackBytes, PackShape) {
+        let saving = if knobs.gradient_checkpointing {
+            Saving::BlockInputs
+        } else {
+            Saving::Operands
+        };
+        let mut shapes: Vec<PackShape> = Vec::new();
+        for step in &self.steps {
+            let lengths: Vec<Lengths> = step.iter().filter_map(|&pair| train[pair]).collect();
+            shapes.extend(packs(&lengths, knobs));
+        }
+        largest(shapes, |shape| {
+            PackBytes::training(&self.config, shape, saving, knobs.threads)
+        })
+    }
+}
+
+fn largest_scored(config: &ModelConfig, shapes: Vec<PackShape>, knobs: &Knobs) -> PackBytes {
+    largest(shapes, |shape| {
+        PackBytes::scoring(config, shape, knobs.threads)
+    })
+    .0
+}
+
+fn moment(name: &'static str, parts: Parts) -> Moment {
+    Moment {
+        name,
+        parts,
+        bytes: parts.sum(),
+    }
+}
+
+/// The shape that holds most. Of shapes with as many tokens and predictions only one is looked at.
+fn largest(
+    mut shapes: Vec<PackShape>,
+    bytes: impl Fn(&PackShape) -> PackBytes,
+) -> (PackBytes, PackShape) {
+    shapes.sort_unstable();
+    shapes.dedup();
+    shapes
+        .into_iter()
+        .map(|shape| (bytes(&shape), shape))
+        .max_by_key(|(bytes, _)| bytes.total())
+        .unwrap_or_default()
+}
+
+fn cut(lengths: &[Lengths], max_length: usize) -> Vec<Option<Lengths>> {
+    lengths.iter().map(|pair| pair.cut(max_length)).collect()
+}
+
+/// The packs of pairs that are planned together.
+fn packs(lengths: &[Lengths], knobs: &Knobs) -> Vec<PackShape> {
+    let tokens: Vec<usize> = lengths.iter().map(Lengths::tokens).collect();
+    let plan = pack_plan(&tokens, knobs.micro_batch_tokens);
+    plan.iter()
+        .map(|pack| shape(pack.iter().map(|&pair| &lengths[pair])))
+        .collect()
+}
+
+/// Packs that are filled one after another, as the reference pass does it.
+fn in_order(lengths: &[Lengths], knobs: &Knobs) -> Vec<PackShape> {
+    let mut packs: Vec<PackShape> = Vec::new();
+    for pair in lengths {
+        let fits = |pack: &PackShape| pack.tokens + pair.tokens() <= knobs.micro_batch_tokens;
+        match packs.last_mut().filter(|pack| fits(pack)) {
+            Some(pack) => *pack = pack.and(pair.prompt, pair.completions),
+            None => packs.push(shape(std::iter::once(pair))),
+        }
+    }
+    packs
+}
+
+fn shape<'a>(pairs: impl Iterator<Item = &'a Lengths>) -> PackShape {
+    pairs.fold(PackShape::default(), |shape, pair| {
+        shape.and(pair.prompt, pair.completions)
+    })
+}
