@@ -14,6 +14,8 @@ use coordinator::config::{self, Config, ServiceConfig, Sources};
 #[cfg(feature = "local")]
 use coordinator::init;
 use coordinator::log::{self, LogFormat};
+#[cfg(feature = "local")]
+use coordinator::machine::MachineMemory;
 use coordinator::run::{EXIT_USAGE, Show, run};
 
 /// Aligns a language model to preferences: starts workers on this machine, runs one job to its end, and exits; or, with
@@ -52,6 +54,17 @@ enum Command {
         #[command(flatten)]
         sources: SourceArguments,
         /// One JSON object with `train` and `eval`.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what a job will need of this machine, memory, time and disk, before it runs; exit code 2 if it cannot fit.
+    Plan {
+        #[command(flatten)]
+        sources: SourceArguments,
+        /// Leave out the time: none of its steps is run.
+        #[arg(long)]
+        no_probe: bool,
+        /// One JSON object.
         #[arg(long)]
         json: bool,
     },
@@ -205,6 +218,14 @@ fn main() -> ExitCode {
             log::start(program.log);
             report(data(sources, json).map(|()| 0))
         }
+        Some(Command::Plan {
+            sources,
+            no_probe,
+            json,
+        }) => {
+            log::start(program.log);
+            report(plan(sources, !no_probe, json).map(|()| 0))
+        }
         Some(Command::Cache(command)) => report(cache::run(&command)),
         Some(Command::Status { at, target, json }) => report(client::status(&target.at(at), json)),
         Some(Command::Submit {
@@ -319,6 +340,24 @@ fn data(sources: SourceArguments, json: bool) -> anyhow::Result<()> {
     written.context("write the report")
 }
 
+#[cfg(feature = "local")]
+fn plan(sources: SourceArguments, probe: bool, json: bool) -> anyhow::Result<()> {
+    let config = load(sources)?;
+    let plan = coordinator::plan::plan(&config, MachineMemory::here(), probe);
+    let plan = plan.map_err(|error| Unusable(error.to_string()))?;
+    let mut out = std::io::stdout().lock();
+    let written = if json {
+        writeln!(out, "{}", serde_json::to_string(&plan)?)
+    } else {
+        write!(out, "{plan}")
+    };
+    written.context("write the plan")?;
+    match plan.refusal() {
+        Some(reason) => Err(Unusable(reason).into()),
+        None => Ok(()),
+    }
+}
+
 /// Reads the pairs as a job without truncation would, and writes a configuration that fits them.
 #[cfg(feature = "local")]
 fn initialize(file: &Path, model: &Path, data: &Path, eval: Option<&Path>) -> anyhow::Result<()> {
@@ -349,6 +388,13 @@ fn initialize(file: &Path, model: &Path, data: &Path, eval: Option<&Path>) -> an
 fn initialize(_: &Path, _: &Path, _: &Path, _: Option<&Path>) -> anyhow::Result<()> {
     let reason =
         "this build carries no worker to read data with; build it with the default feature `local`";
+    Err(Unusable(reason.into()).into())
+}
+
+#[cfg(not(feature = "local"))]
+fn plan(_sources: SourceArguments, _probe: bool, _json: bool) -> anyhow::Result<()> {
+    let reason =
+        "this build carries no worker to plan with; build it with the default feature `local`";
     Err(Unusable(reason.into()).into())
 }
 

@@ -54,6 +54,17 @@ pub(crate) fn duration(time: Duration) -> String {
     }
 }
 
+/// Such as `850 B`, `12.3 MiB`, `1.61 GiB`.
+pub(crate) fn bytes(bytes: u64) -> String {
+    let exact = bytes as f64;
+    match bytes {
+        0..1_000 => format!("{bytes} B"),
+        1_000..1_024_000 => format!("{} KiB", plain(exact / 1024.0)),
+        1_024_000..1_048_576_000 => format!("{} MiB", plain(exact / f64::from(1 << 20))),
+        _ => format!("{} GiB", plain(exact / f64::from(1 << 30))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,5 +92,9 @@ mod tests {
         assert_eq!(duration(Duration::from_millis(12_345)), "12.3 s");
         assert_eq!(duration(Duration::from_secs(192)), "3 min 12 s");
         assert_eq!(duration(Duration::from_mins(125)), "2 h 05 min");
+        assert_eq!(bytes(12), "12 B");
+        assert_eq!(bytes(2_200), "2.15 KiB");
+        assert_eq!(bytes(64 << 20), "64 MiB");
+        assert_eq!(bytes(1_729_000_000), "1.61 GiB");
     }
 }

@@ -1,0 +1,179 @@
+//! `coordinator plan`: what a job will need of this machine, said before it begins. Memory and speed are the worker's to tell
+//! (`worker::plan`); here they meet the machine, its disks and the job's cadence.
+//!
+//! ```text
+//! worker::plan ─► memory of each worker ─┐
+//! machine ─► limit                       ├─► fits, or what would
+//! storage::space ─► free disk            ┘
+//! worker's probe ─► seconds by token ─► time of the run
+//! ```
+
+mod disk;
+mod text;
+mod time;
+
+use serde::Serialize;
+use worker::plan::{Amount, Cure, Job, PlanError, ProbeRequest, WorkerMemory};
+
+use crate::config::Config;
+use crate::machine::MachineMemory;
+
+pub use disk::{Disk, DiskItem};
+pub use time::Time;
+
+/// What the coordinator's own process takes beside its workers.
+const COORDINATOR_BYTES: u64 = 40 << 20;
+
+/// A job's needs.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Plan {
+    /// The run's name.
+    pub name: String,
+    /// What is computed.
+    pub run: Amount,
+    /// Memory; `None` where workers do not compute on the CPU.
+    pub memory: Option<Memory>,
+    /// Time; `None` without a probe.
+    pub time: Option<Time>,
+    /// Why there was no probe although one was asked for.
+    pub no_probe_because: Option<String>,
+    /// Disk space by file system.
+    pub disk: Vec<Disk>,
+    /// Whether memory and disk suffice.
+    pub fits: bool,
+}
+
+/// Memory of a job on one machine.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Memory {
+    /// Workers on this machine.
+    pub workers: usize,
+    /// Compute threads of each.
+    pub threads: usize,
+    /// What each of them needs.
+    pub worker: WorkerMemory,
+    /// What the coordinator needs.
+    pub coordinator_bytes: u64,
+    /// All of them together.
+    pub total_bytes: u64,
+    /// The machine; `None` where the system does not tell.
+    pub machine: Option<MachineMemory>,
+    /// Whether the machine is large enough; true where it does not tell its size.
+    pub fits: bool,
+    /// Whether as much is free now.
+    pub is_free: bool,
+    /// What would make it fit, if it does not.
+    pub cures: Vec<Cure>,
+    /// The least that one worker needs under any settings, if it does not fit.
+    pub least_bytes: Option<u64>,
+}
+
+/// Makes the plan of `config` for a machine with this `memory`; with `probe`, the job's first steps are run.
+///
+/// # Errors
+/// What training would refuse about tokenizer, pairs and model.
+pub fn plan(
+    config: &Config,
+    machine: Option<MachineMemory>,
+    probe: bool,
+) -> Result<Plan, PlanError> {
+    let start = std::time::Instant::now();
+    let (workers, threads) = workers(config);
+    let job = Job::load(&config.training, config.cluster.backend.as_str(), threads)?;
+    let read_seconds = start.elapsed().as_secs_f64();
+    let run = job.amount();
+    let cadence = Cadence::of(config, run.steps);
+    let disk = disk::disks(config, &run, &cadence);
+    let memory = job
+        .is_on_cpu()
+        .then(|| memory(config, &job, machine, cadence.saves_on_the_way()));
+    let fits = memory.as_ref().is_none_or(|it| it.fits) && disk.iter().all(|it| it.fits);
+
+    let no_probe_because = match &memory {
+        _ if !probe => None,
+        Some(memory) if !memory.fits => Some("it does not fit".to_owned()),
+        Some(memory) if !memory.is_free => Some("too little memory is free now".to_owned()),
+        _ => None,
+    };
+    let time = if probe && no_probe_because.is_none() {
+        let probe = job.probe(&ProbeRequest {
+            workers,
+            threads,
+            checkpoints: config.checkpoint.path.clone(),
+        })?;
+        Some(Time::new(&run, &cadence, read_seconds, probe))
+    } else {
+        None
+    };
+    Ok(Plan {
+        name: config.job.name.clone(),
+        run,
+        memory,
+        time,
+        no_probe_because,
+        disk,
+        fits,
+    })
+}
+
+/// How often a run stops to do something else.
+struct Cadence {
+    /// Evaluations, the first and the last included.
+    evaluations: u64,
+    /// Checkpoints, the last one included.
+    saves: u64,
+}
+
+impl Cadence {
+    fn of(config: &Config, steps: u64) -> Self {
+        let policy = config.policy();
+        // Multiples of the cadence before the last step, and the last step.
+        let among = |every: Option<u64>| every.map_or(0, |every| steps.saturating_sub(1) / every);
+        Self {
+            evaluations: 2 + among(policy.evaluate_every),
+            saves: 1 + among(policy.save_every),
+        }
+    }
+
+    fn saves_on_the_way(&self) -> bool {
+        self.saves > 1
+    }
+}
+
+/// Workers of this machine and the threads of each.
+fn workers(config: &Config) -> (usize, usize) {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let workers = config.cluster.workers as usize;
+    (workers, config.cluster.threads_per_worker(cores))
+}
+
+fn memory(config: &Config, job: &Job, machine: Option<MachineMemory>, saves: bool) -> Memory {
+    let (workers, threads) = workers(config);
+    let workload = job.workload();
+    let knobs = workload.knobs(workers, threads);
+    let worker = workload.memory(&knobs, job.program(), saves);
+    let total_bytes = worker.peak_bytes * workers as u64 + COORDINATOR_BYTES;
+    let within = |bytes: fn(&MachineMemory) -> u64| {
+        machine
+            .as_ref()
+            .is_none_or(|machine| total_bytes <= bytes(machine))
+    };
+    let fits = within(|machine| machine.limit_bytes);
+    let limit = machine
+        .as_ref()
+        .map_or(u64::MAX, |machine| machine.limit_bytes);
+    let limit = limit.saturating_sub(COORDINATOR_BYTES);
+    let cures = || workload.cures(&knobs, job.program(), saves, limit);
+    Memory {
+        workers,
+        threads,
+        worker,
+        coordinator_bytes: COORDINATOR_BYTES,
+        total_bytes,
+        fits,
+        is_free: within(|machine| machine.available_bytes),
+        cures: if fits { Vec::new() } else { cures() },
+        least_bytes: (!fits).then(|| workload.least_bytes(&knobs, job.program(), saves)),
+        machine,
+    }
+}

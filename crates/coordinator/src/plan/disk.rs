@@ -1,0 +1,117 @@
+//! Room on disk: what a run leaves behind at most, by file system, against what is free there.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use worker::plan::Amount;
+
+use super::Cadence;
+use crate::config::Config;
+
+/// Needs of one file system.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Disk {
+    /// What will be there.
+    pub items: Vec<DiskItem>,
+    /// Sum of the items.
+    pub needed_bytes: u64,
+    /// What may still be written; `None` where the system does not tell.
+    pub free_bytes: Option<u64>,
+    /// Whether it suffices; true where the system does not tell.
+    pub fits: bool,
+}
+
+/// One thing that a run writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DiskItem {
+    /// What it is.
+    pub what: &'static str,
+    /// Where.
+    pub path: PathBuf,
+    /// Bytes still to be written, at most.
+    pub bytes: u64,
+}
+
+/// Bytes of a stored reference value with its key.
+const REFERENCE_VALUE: u64 = 40;
+/// Header of a checkpoint's file by tensor, and its manifest's share.
+const FILES_BYTES: u64 = 1 << 20;
+/// f32 weight and two moments.
+const PARAMETER_BYTES: u64 = 12;
+
+pub(super) fn disks(config: &Config, run: &Amount, cadence: &Cadence) -> Vec<Disk> {
+    // The next one is written and read back before an old one is removed.
+    let kept = cadence.saves.min(config.checkpoint.keep_last as u64 + 1);
+    let checkpoint = PARAMETER_BYTES * run.parameters + FILES_BYTES;
+    let output = &config.job.output;
+    let store = config.training_value("reference", "store");
+    let store = store.and_then(toml::Value::as_str).unwrap_or_default();
+    let items = [
+        (
+            "checkpoints",
+            config.checkpoint.path.clone(),
+            kept * checkpoint,
+        ),
+        (
+            "export",
+            output.join("export"),
+            4 * run.parameters + FILES_BYTES,
+        ),
+        (
+            "reference log-probs",
+            store.into(),
+            REFERENCE_VALUE * run.reference.values,
+        ),
+    ];
+    let items = items.map(|(what, path, bytes)| DiskItem {
+        // What an earlier start has left there is not written again.
+        bytes: bytes.saturating_sub(size(&path)),
+        what,
+        path,
+    });
+    by_file_system(items.into_iter().filter(|item| item.bytes > 0))
+}
+
+fn by_file_system(items: impl Iterator<Item = DiskItem>) -> Vec<Disk> {
+    let mut disks: Vec<(Option<u64>, Disk)> = Vec::new();
+    for item in items {
+        let space = storage::space(&item.path).ok();
+        let device = space.as_ref().map(|space| space.device);
+        let found = disks.iter_mut().find(|(other, _)| *other == device);
+        if let Some((_, disk)) = found {
+            disk.needed_bytes += item.bytes;
+            disk.items.push(item);
+        } else {
+            let disk = Disk {
+                needed_bytes: item.bytes,
+                items: vec![item],
+                free_bytes: space.map(|space| space.free_bytes),
+                fits: true,
+            };
+            disks.push((device, disk));
+        }
+    }
+    let disks = disks.into_iter().map(|(_, disk)| disk);
+    disks
+        .map(|disk| Disk {
+            fits: disk.free_bytes.is_none_or(|free| disk.needed_bytes <= free),
+            ..disk
+        })
+        .collect()
+}
+
+/// Bytes of all files below `path`; 0 for what cannot be looked at.
+fn size(path: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(path) else {
+        return 0;
+    };
+    let sizes = entries
+        .filter_map(Result::ok)
+        .map(|entry| match entry.metadata() {
+            Ok(it) if it.is_dir() => size(&entry.path()),
+            Ok(it) => it.len(),
+            Err(_) => 0,
+        });
+    sizes.sum()
+}

@@ -1,0 +1,285 @@
+//! A plan as a person reads it.
+
+use std::fmt;
+use std::time::Duration;
+
+use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+use worker::plan::{Cure, Moment};
+
+use super::{Disk, Memory, Plan, Time};
+use crate::machine::LimitBy;
+use crate::numbers::{bytes, duration, grouped, plain};
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let run = &self.run;
+        writeln!(
+            f,
+            "{}: {} pairs, {} held out; {} steps of {} pairs, {} epochs, {} tokens; {} parameters",
+            self.name,
+            grouped(run.pairs),
+            grouped(run.held_out_pairs),
+            grouped(run.steps),
+            run.batch_pairs,
+            plain(run.epochs),
+            grouped(run.tokens),
+            grouped(run.parameters),
+        )?;
+        match &self.memory {
+            Some(memory) => write_memory(f, memory)?,
+            None => writeln!(
+                f,
+                "\nmemory: workers compute on a GPU, whose memory is not planned yet"
+            )?,
+        }
+        match (&self.time, &self.no_probe_because) {
+            (Some(time), _) => write_time(f, time, run.reference.values)?,
+            (None, Some(reason)) => writeln!(f, "\ntime: not measured, because {reason}")?,
+            (None, None) => {}
+        }
+        for disk in &self.disk {
+            write_disk(f, disk)?;
+        }
+        Ok(())
+    }
+}
+
+impl Plan {
+    /// Why the job cannot run here, and what would make it; `None` if it can.
+    pub fn refusal(&self) -> Option<String> {
+        let memory = self.memory.as_ref().filter(|memory| !memory.fits);
+        let disk = self.disk.iter().find(|disk| !disk.fits);
+        match (memory, disk) {
+            (Some(memory), _) => Some(memory_refusal(memory)),
+            (None, Some(disk)) => Some(disk_refusal(disk)),
+            (None, None) => None,
+        }
+    }
+}
+
+fn write_memory(f: &mut fmt::Formatter<'_>, memory: &Memory) -> fmt::Result {
+    let worker = &memory.worker;
+    writeln!(f, "\nmemory of each worker, by what is there at once")?;
+    writeln!(f, "{}", table(&worker.moments))?;
+    writeln!(
+        f,
+        "largest micro-batch: {} tokens; the log-prob head's logits take {} of the workspace at most",
+        grouped(worker.largest_micro_batch_tokens as u64),
+        bytes(worker.head_chunk_bytes)
+    )?;
+    write!(
+        f,
+        "{} × {} + {} of the coordinator = {}",
+        workers(memory),
+        bytes(worker.peak_bytes),
+        bytes(memory.coordinator_bytes),
+        bytes(memory.total_bytes)
+    )?;
+    match &memory.machine {
+        None => writeln!(f, "; this system does not tell how much it has"),
+        Some(machine) => writeln!(
+            f,
+            " of {}{}, {} of it free now: {}",
+            bytes(machine.limit_bytes),
+            match machine.limit_by {
+                LimitBy::Machine => "",
+                LimitBy::Cgroup => " that the control group allows",
+            },
+            bytes(machine.available_bytes),
+            match (memory.fits, memory.is_free) {
+                (true, true) => "it fits",
+                (true, false) => "it fits only when other programs give some back",
+                (false, _) => "it does not fit",
+            }
+        ),
+    }
+}
+
+/// A column a moment, a row a part.
+fn table(moments: &[Moment]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED);
+    let names = moments.iter().map(|moment| moment.name.to_owned());
+    table.set_header(std::iter::once("MiB".to_owned()).chain(names));
+    let mib = |bytes: u64| match bytes {
+        0 => String::new(),
+        bytes => format!("{:.1}", bytes as f64 / f64::from(1 << 20)),
+    };
+    let parts: Vec<_> = moments.iter().map(|moment| moment.parts.named()).collect();
+    let rows = parts.first().map_or(0, |named| named.len());
+    for row in 0..rows {
+        let values = parts.iter().map(|named| named[row].1);
+        if values.clone().any(|value| value > 0) {
+            let name = parts[0][row].0.to_owned();
+            table.add_row(std::iter::once(name).chain(values.map(mib)));
+        }
+    }
+    let sums = moments.iter().map(|moment| mib(moment.bytes));
+    table.add_row(std::iter::once("together".to_owned()).chain(sums));
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+fn write_time(f: &mut fmt::Formatter<'_>, time: &Time, reference_values: u64) -> fmt::Result {
+    let line =
+        |f: &mut fmt::Formatter<'_>, name: &str, text: String| writeln!(f, "  {name:<15} {text}");
+    writeln!(f, "\ntime: about {}", seconds(time.total_seconds))?;
+    line(f, "load", seconds(time.load_seconds))?;
+    if reference_values > 0 {
+        let missing = time.probe.reference.values;
+        let text = match missing {
+            0 => "none: reference.store has all values".into(),
+            missing => format!(
+                "{} for {} of {} values, the others are in reference.store",
+                seconds(time.reference_seconds),
+                grouped(missing),
+                grouped(reference_values)
+            ),
+        };
+        line(f, "reference pass", text)?;
+    }
+    line(
+        f,
+        "training",
+        format!(
+            "{}, {} a step",
+            seconds(time.steps_seconds),
+            seconds(time.step_seconds)
+        ),
+    )?;
+    if time.evaluations > 0 {
+        let samples = match time.samples_seconds {
+            0.0 => String::new(),
+            time => format!(", continuations {}", seconds(time)),
+        };
+        line(
+            f,
+            "evaluation",
+            format!(
+                "{} × {}{samples}",
+                time.evaluations,
+                seconds(time.evaluation_seconds)
+            ),
+        )?;
+    }
+    if let Some(each) = time.checkpoint_seconds {
+        let text = format!(
+            "{} × {}, all but the last while training goes on",
+            time.checkpoints,
+            seconds(each)
+        );
+        line(f, "checkpoints", text)?;
+    }
+    if let Some(export) = time.export_seconds {
+        line(f, "export", seconds(export))?;
+    }
+    let probe = &time.probe;
+    writeln!(
+        f,
+        "  measured on this machine, with all workers in this process: {} step{}{} of the job's own, {} tokens, after one that \
+         was not timed",
+        probe.steps,
+        if probe.steps == 1 { "" } else { "s" },
+        if probe.partial { ", only begun," } else { "" },
+        grouped(probe.packed_tokens)
+    )
+}
+
+fn write_disk(f: &mut fmt::Formatter<'_>, disk: &Disk) -> fmt::Result {
+    write!(f, "\ndisk: {}", bytes(disk.needed_bytes))?;
+    match disk.free_bytes {
+        Some(free) => writeln!(f, " at most, {} are free", bytes(free))?,
+        None => writeln!(f, " at most")?,
+    }
+    for item in &disk.items {
+        writeln!(
+            f,
+            "  {:<20} {:>10}  {}",
+            item.what,
+            bytes(item.bytes),
+            item.path.display()
+        )?;
+    }
+    Ok(())
+}
+
+fn memory_refusal(memory: &Memory) -> String {
+    let limit = memory
+        .machine
+        .as_ref()
+        .map_or(0, |machine| machine.limit_bytes);
+    let mut text = format!(
+        "{} need {} together, this machine has {}",
+        workers(memory),
+        bytes(memory.total_bytes),
+        bytes(limit)
+    );
+    let cures: Vec<String> = memory.cures.iter().map(cure).collect();
+    if cures.is_empty() {
+        let least = memory.least_bytes.unwrap_or(0);
+        text = format!(
+            "{text}; no setting makes it fit: one worker needs at least {} beside the coordinator; take a larger machine, or a \
+             smaller model",
+            bytes(least)
+        );
+    } else {
+        text = format!("{text}; it fits with {}", cures.join(", or with "));
+    }
+    text
+}
+
+fn cure(cure: &Cure) -> String {
+    let changes: Vec<String> = cure
+        .changes
+        .iter()
+        .map(|change| format!("{}={}", change.key, change.value))
+        .collect();
+    let price = match cure.truncated_pairs {
+        0 => String::new(),
+        pairs => format!(", which cuts or drops {} pairs", grouped(pairs as u64)),
+    };
+    format!(
+        "--set {} ({}{price})",
+        changes.join(" --set "),
+        bytes(cure.bytes)
+    )
+}
+
+fn disk_refusal(disk: &Disk) -> String {
+    let paths: Vec<String> = disk
+        .items
+        .iter()
+        .map(|item| {
+            format!(
+                "{} {} in {}",
+                item.what,
+                bytes(item.bytes),
+                item.path.display()
+            )
+        })
+        .collect();
+    format!(
+        "{} are needed on disk and {} are free: {}; free some, lower checkpoint.keep_last, or name folders on another disk \
+         with checkpoint.path and job.output",
+        bytes(disk.needed_bytes),
+        bytes(disk.free_bytes.unwrap_or(0)),
+        paths.join(", ")
+    )
+}
+
+fn workers(memory: &Memory) -> String {
+    let plural = |count: usize| if count == 1 { "" } else { "s" };
+    format!(
+        "{} worker{} of {} thread{}",
+        memory.workers,
+        plural(memory.workers),
+        memory.threads,
+        plural(memory.threads)
+    )
+}
+
+fn seconds(seconds: f64) -> String {
+    duration(Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
+}

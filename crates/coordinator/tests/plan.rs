@@ -1,0 +1,127 @@
+//! The plan of a job on a machine of a given size: what it says, and what it refuses with which cure.
+
+#![cfg(feature = "local")]
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::path::Path;
+
+use coordinator::config::{Config, Sources};
+use coordinator::machine::{LimitBy, MachineMemory};
+use coordinator::plan::{Plan, plan};
+use tempfile::TempDir;
+
+fn config(folder: &TempDir, set: &[&str]) -> Config {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/quickstart");
+    let own = [
+        format!("model.path={}", root.join("reference").display()),
+        format!("data.train=[\"{}\"]", root.join("train.jsonl").display()),
+        format!("data.eval=[\"{}\"]", root.join("eval.jsonl").display()),
+        format!("job.output={}", folder.path().join("run").display()),
+        format!("reference.store={}", folder.path().join("store").display()),
+        "train.steps=40".into(),
+        "checkpoint.every_steps=10".into(),
+        "cluster.threads=1".into(),
+    ];
+    let set = own.into_iter().chain(set.iter().map(|it| (*it).to_owned()));
+    Config::load(&Sources {
+        set: set.collect(),
+        ..Sources::default()
+    })
+    .unwrap()
+}
+
+/// The plan without a probe on a machine with so much memory, all of it free.
+fn planned(set: &[&str], bytes: u64) -> Plan {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = MachineMemory {
+        limit_bytes: bytes,
+        limit_by: LimitBy::Machine,
+        available_bytes: bytes,
+    };
+    let made = plan(&config(&folder, set), Some(machine), false).unwrap();
+    assert_eq!(
+        std::fs::read_dir(folder.path()).unwrap().count(),
+        0,
+        "files"
+    );
+    made
+}
+
+#[test]
+fn a_job_fits_exactly_when_all_workers_and_the_coordinator_do() {
+    let memory = planned(&[], 1 << 40).memory.unwrap();
+    assert_eq!(memory.workers, 2);
+    assert_eq!(
+        memory.total_bytes,
+        2 * memory.worker.peak_bytes + memory.coordinator_bytes
+    );
+    assert!(memory.fits && memory.cures.is_empty() && memory.least_bytes.is_none());
+    // This process's own memory is part of the peak and differs a little from one reading to the next.
+    let slack = memory.total_bytes / 4;
+    assert!(planned(&[], memory.total_bytes + slack).fits);
+    let refused = planned(&[], memory.total_bytes - slack);
+    assert!(!refused.fits && !refused.memory.unwrap().fits);
+}
+
+#[test]
+fn what_cannot_fit_is_refused_with_settings_that_would() {
+    let large = ["train.batch_pairs=256", "train.micro_batch_tokens=3500"];
+    let whole = planned(&large, 1 << 40);
+    let total = whole.memory.unwrap().total_bytes;
+    let refused = planned(&large, total / 10 * 9);
+    let reason = refused.refusal().unwrap();
+    for part in [
+        "2 workers of 1 thread need",
+        "this machine has",
+        "--set model.gradient_checkpointing=true",
+        "--set train.micro_batch_tokens=",
+        "--set cluster.workers=1",
+    ] {
+        assert!(reason.contains(part), "no `{part}` in: {reason}");
+    }
+    assert!(refused.to_string().contains("it does not fit"), "{refused}");
+    let nothing = planned(&large, 48 << 20).refusal().unwrap();
+    for part in [
+        "no setting makes it fit",
+        "one worker needs at least",
+        "larger machine",
+    ] {
+        assert!(nothing.contains(part), "no `{part}` in: {nothing}");
+    }
+}
+
+#[test]
+fn memory_that_others_use_is_a_warning_and_no_refusal() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = MachineMemory {
+        limit_bytes: 1 << 40,
+        limit_by: LimitBy::Cgroup,
+        available_bytes: 1 << 20,
+    };
+    let made = plan(&config(&folder, &[]), Some(machine), true).unwrap();
+    assert!(made.fits && made.refusal().is_none());
+    assert!(made.time.is_none());
+    let text = made.to_string();
+    for part in [
+        "that the control group allows",
+        "when other programs give some back",
+        "not measured",
+    ] {
+        assert!(text.contains(part), "no `{part}` in: {text}");
+    }
+}
+
+#[test]
+fn checkpoints_are_counted_as_many_as_are_there_at_once() {
+    let checkpoints = |set: &[&str]| {
+        let made = planned(set, 1 << 40);
+        let items: Vec<_> = made.disk.into_iter().flat_map(|disk| disk.items).collect();
+        let found = items.iter().find(|item| item.what == "checkpoints");
+        found.unwrap().bytes
+    };
+    let one = checkpoints(&["checkpoint.every_steps=0"]);
+    assert_eq!(checkpoints(&["checkpoint.every_steps=20"]), 2 * one);
+    assert_eq!(checkpoints(&[]), 3 * one);
+    assert_eq!(checkpoints(&["checkpoint.keep_last=3"]), 4 * one);
+    assert_eq!(checkpoints(&["checkpoint.keep_last=30"]), 4 * one);
+}
