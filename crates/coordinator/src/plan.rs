@@ -31,6 +31,8 @@ pub struct Plan {
     pub name: String,
     /// What is computed.
     pub run: Amount,
+    /// Whether evaluations may end it before its last step.
+    pub may_stop_early: bool,
     /// Memory; `None` where workers do not compute on the CPU.
     pub memory: Option<Memory>,
     /// Time; `None` without a probe.
@@ -107,6 +109,9 @@ pub fn plan(
     };
     Ok(Plan {
         name: config.job.name.clone(),
+        may_stop_early: config
+            .selection()
+            .is_some_and(|selection| selection.patience.is_some()),
         run,
         memory,
         time,
@@ -125,19 +130,35 @@ struct Cadence {
 }
 
 impl Cadence {
+    /// The last step is evaluated and saved in any case, and `checkpoint.keep_best` saves what is evaluated.
     fn of(config: &Config, steps: u64) -> Self {
         let policy = config.policy();
-        // Multiples of the cadence before the last step, and the last step.
-        let among = |every: Option<u64>| every.map_or(0, |every| steps.saturating_sub(1) / every);
+        let before = steps.saturating_sub(1);
+        let among = |every: Option<u64>| every.map_or(0, |every| before / every);
+        let (evaluated, mut saved) = (among(policy.evaluate_every), among(policy.save_every));
+        if config.checkpoint.keep_best {
+            let both = policy.evaluate_every.zip(policy.save_every);
+            let both = both.and_then(|(one, other)| least_common_multiple(one, other));
+            saved += evaluated - among(both);
+        }
         Self {
-            evaluations: 2 + among(policy.evaluate_every),
-            saves: 1 + among(policy.save_every),
+            evaluations: 2 + evaluated,
+            saves: 1 + saved,
         }
     }
 
     fn saves_on_the_way(&self) -> bool {
         self.saves > 1
     }
+}
+
+/// `None` beyond all steps.
+fn least_common_multiple(one: u64, other: u64) -> Option<u64> {
+    let (mut a, mut b) = (one, other);
+    while b > 0 {
+        (a, b) = (b, a % b);
+    }
+    (one / a).checked_mul(other)
 }
 
 /// Workers of this machine and the threads of each.

@@ -124,4 +124,16 @@ fn checkpoints_are_counted_as_many_as_are_there_at_once() {
     assert_eq!(checkpoints(&[]), 3 * one);
     assert_eq!(checkpoints(&["checkpoint.keep_last=3"]), 4 * one);
     assert_eq!(checkpoints(&["checkpoint.keep_last=30"]), 4 * one);
+    // Steps 10, 20 and 30 for their cadence, 15 and 30 because they are evaluated, and the last one.
+    let best = [
+        "checkpoint.keep_last=30",
+        "checkpoint.keep_best=true",
+        "evaluate.every_steps=15",
+        "evaluate.metric=loss",
+    ];
+    assert_eq!(checkpoints(&best), 5 * one);
+    assert_eq!(
+        checkpoints(&[&best[1..], &["checkpoint.keep_last=2"]].concat()),
+        4 * one
+    );
 }

@@ -84,8 +84,10 @@ pub struct Amount {
     pub packed_tokens: u64,
     /// Packed tokens of the held-out pairs.
     pub held_out_packed_tokens: u64,
-    /// Tokens of the continuations that are written before training, and again after it.
+    /// Tokens of the continuations that are written at once.
     pub sample_tokens: u64,
+    /// Whether every evaluation writes them, and not only the first and the last.
+    pub samples_at_every_evaluation: bool,
     /// Reference log-probs, those in the store included.
     pub reference: ReferenceAmount,
 }
@@ -158,6 +160,7 @@ impl Draft {
             packed_tokens: (packed(pairs) as f64 * share).round() as u64,
             held_out_packed_tokens: packed(held_out) as u64,
             sample_tokens: (samples * spec.evaluate.sample_tokens) as u64,
+            samples_at_every_evaluation: spec.evaluate.metric.is_some(),
             reference: if spec.objective.needs_reference() {
                 ReferenceAmount::all(pairs, held_out)
             } else {

@@ -42,7 +42,9 @@ const PARAMETER_BYTES: u64 = 12;
 
 pub(super) fn disks(config: &Config, run: &Amount, cadence: &Cadence) -> Vec<Disk> {
     // The next one is written and read back before an old one is removed.
-    let kept = cadence.saves.min(config.checkpoint.keep_last as u64 + 1);
+    let best = u64::from(config.checkpoint.keep_best);
+    let most = config.checkpoint.keep_last as u64 + best + 1;
+    let kept = cadence.saves.min(most);
     let checkpoint = PARAMETER_BYTES * run.parameters + FILES_BYTES;
     let output = &config.job.output;
     let store = config.training_value("reference", "store");

@@ -15,10 +15,11 @@ impl fmt::Display for Plan {
         let run = &self.run;
         writeln!(
             f,
-            "{}: {} pairs, {} held out; {} steps of {} pairs, {} epochs, {} tokens; {} parameters",
+            "{}: {} pairs, {} held out; {}{} steps of {} pairs, {} epochs, {} tokens; {} parameters",
             self.name,
             grouped(run.pairs),
             grouped(run.held_out_pairs),
+            if self.may_stop_early { "at most " } else { "" },
             grouped(run.steps),
             run.batch_pairs,
             plain(run.epochs),

@@ -20,7 +20,7 @@ pub struct Time {
     pub evaluations: u64,
     /// One of them.
     pub evaluation_seconds: f64,
-    /// Continuations before and after training.
+    /// Continuations of all evaluations that have them.
     pub samples_seconds: f64,
     /// Checkpoints, the last one included.
     pub checkpoints: u64,
@@ -47,8 +47,14 @@ impl Time {
             0
         };
         let evaluation_seconds = scoring(run.held_out_packed_tokens);
-        let samples_seconds =
-            2.0 * run.sample_tokens as f64 * probe.seconds_per_sample_token.unwrap_or(0.0);
+        let sampled = if run.samples_at_every_evaluation {
+            evaluations
+        } else {
+            evaluations.min(2)
+        };
+        let samples_seconds = sampled as f64
+            * run.sample_tokens as f64
+            * probe.seconds_per_sample_token.unwrap_or(0.0);
         let bytes = 12.0 * run.parameters as f64;
         let disk = |bytes: f64| {
             let write = bytes / probe.write_bytes_per_second?;
