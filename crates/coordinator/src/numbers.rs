@@ -55,6 +55,7 @@ pub(crate) fn duration(time: Duration) -> String {
 }
 
 /// Such as `850 B`, `12.3 MiB`, `1.61 GiB`.
+#[cfg(any(feature = "local", test))]
 pub(crate) fn bytes(bytes: u64) -> String {
     let exact = bytes as f64;
     match bytes {

@@ -132,6 +132,11 @@ fn write_time(f: &mut fmt::Formatter<'_>, time: &Time, reference_values: u64) ->
         let missing = time.probe.reference.values;
         let text = match missing {
             0 => "none: reference.store has all values".into(),
+            missing if missing == reference_values => format!(
+                "{} for {} values",
+                seconds(time.reference_seconds),
+                grouped(missing)
+            ),
             missing => format!(
                 "{} for {} of {} values, the others are in reference.store",
                 seconds(time.reference_seconds),
@@ -166,11 +171,12 @@ fn write_time(f: &mut fmt::Formatter<'_>, time: &Time, reference_values: u64) ->
         )?;
     }
     if let Some(each) = time.checkpoint_seconds {
-        let text = format!(
-            "{} × {}, all but the last while training goes on",
-            time.checkpoints,
-            seconds(each)
-        );
+        let background = if time.checkpoints > 1 {
+            ", all but the last while training goes on"
+        } else {
+            ""
+        };
+        let text = format!("{} × {}{background}", time.checkpoints, seconds(each));
         line(f, "checkpoints", text)?;
     }
     if let Some(export) = time.export_seconds {
