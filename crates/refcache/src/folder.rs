@@ -20,8 +20,8 @@ const REMOVED: &str = "removed";
 
 /// How long opening waits for a clean-up. That is at most a removal or a merge.
 const PATIENCE: Duration = Duration::from_mins(1);
-/// How often the folder may be removed between making it and locking it.
-const ATTEMPTS_MAX: usize = 10;
+/// How often the folder may be removed between making it and locking it; a bound for what is no clean-up.
+const ATTEMPTS_MAX: usize = 100;
 
 /// One scope's folder, which need not exist.
 #[derive(Clone, Debug)]
@@ -60,12 +60,14 @@ impl Folder {
     pub fn share(&self) -> Result<Option<Lock>, StoreError> {
         let mut attempts = 1;
         loop {
-            create_directory(&self.path)?;
-            match self.share_existing() {
-                // A clean-up removed it in between.
+            let made = create_directory(&self.path).map_err(StoreError::from);
+            match made.and_then(|()| self.share_existing()) {
+                // A clean-up removed it in between: after it was made, or after it was found to be there already.
                 Err(StoreError::Write(error))
-                    if error.source.kind() == io::ErrorKind::NotFound
-                        && attempts < ATTEMPTS_MAX =>
+                    if matches!(
+                        error.source.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists
+                    ) && attempts < ATTEMPTS_MAX =>
                 {
                     attempts += 1;
                 }
