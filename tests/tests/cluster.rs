@@ -93,7 +93,10 @@ fn jobs_are_queued_trained_and_found_in_their_folders() {
         assert!(run.join("export/model.safetensors").exists(), "{name}");
         assert!(run.join("summary.json").exists(), "{name}");
     }
-    // A worker serves job after job under one name.
+    // A worker serves job after job under one name; it joins anew for the next.
+    cluster.wait_for("both workers", |status| {
+        status["workers"].as_array().expect("workers").len() == 2
+    });
     let workers = json(&cluster.run(&["workers", "--json"]));
     assert_eq!(workers["workers"].as_array().expect("workers").len(), 2);
 }
@@ -160,7 +163,7 @@ fn a_drained_worker_leaves_with_its_code_and_its_job_goes_on_with_another() {
     cluster.signal_worker("c", "TERM");
     assert_eq!(cluster.worker_left("c"), Some(143));
     // Cancelling keeps what was done.
-    let cancelled = cluster.run(&["cancel", "run", "--reason", "enough"]);
+    let cancelled = cluster.run(&["cancel", "", "--reason", "enough"]);
     assert!(cancelled.status.success(), "{}", text(&cancelled));
     cluster.wait_for("the end", |status| {
         status["jobs"][0]["state"] == "cancelled"

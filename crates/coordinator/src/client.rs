@@ -231,8 +231,13 @@ pub fn cancel(target: &Target, name: &str, reason: &str, json: bool) -> anyhow::
         .unwrap_or_default();
     let line = if json {
         text::job_json(&job).to_string()
-    } else {
+    } else if watch::has_ended(job.state()) {
         format!("job {} {}", job.name, job.waiting)
+    } else {
+        format!(
+            "job {} commits the step under way, saves, and ends",
+            job.name
+        )
     };
     print(&line)?;
     Ok(0)

@@ -31,17 +31,6 @@ pub use telemetry::{TelemetrySection, TrackerKind};
 
 /// Sections of the coordinator.
 const OWN: [&str; 5] = ["job", "checkpoint", "cluster", "security", "telemetry"];
-/// Sections that training reads, in the order in which they are written out.
-const TRAINING: [&str; 8] = [
-    "model",
-    "data",
-    "objective",
-    "reference",
-    "optimizer",
-    "schedule",
-    "train",
-    "evaluate",
-];
 
 /// A configuration that can be run.
 #[derive(Clone, Debug)]
@@ -193,7 +182,7 @@ impl Config {
             "# Resolved: built-in defaults, configuration files, environment and --set merged.\n",
         );
         write_section(&mut text, "job", &self.job);
-        for name in TRAINING {
+        for name in spec::SECTIONS {
             let mut section = self.training.get(name).cloned();
             if name == "train" {
                 let train = section.get_or_insert_with(|| Value::Table(Table::new()));
@@ -264,7 +253,7 @@ impl Config {
 }
 
 fn check_sections(all: &Table, merged: &Merged) -> Result<(), ConfigError> {
-    let known: Vec<&str> = OWN.into_iter().chain(TRAINING).collect();
+    let known: Vec<&str> = OWN.into_iter().chain(spec::SECTIONS).collect();
     for (name, value) in all {
         if !known.contains(&name.as_str()) {
             let what = if value.is_table() {
@@ -292,11 +281,8 @@ fn job_section(
     let output = section.optional("output")?;
     section.finish()?;
     let name = name.unwrap_or_else(|| default_name(sources));
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
-        let reason = format!(
-            "must be letters, digits, `-`, `_` and `.`, the first of them not a `.`, got \"{name}\""
-        );
+    if !protocol::is_name(&name) {
+        let reason = format!("must be {}, got \"{name}\"", protocol::NAME_RULE);
         return Err(refuse(merged, "job.name", reason));
     }
     let output = output.unwrap_or_else(|| Path::new("runs").join(&name));

@@ -385,9 +385,15 @@ impl<'a> Driver<'a> {
 
     /// Whether it is new.
     fn log_warning(&mut self, warning: &Warning) -> Result<bool, RunDirectoryError> {
-        let new = self.directory.warning(SystemTime::now(), warning)?;
+        let now = SystemTime::now();
+        let new = self.directory.warning(now, warning)?;
         if new {
             let Warning { kind, step, text } = warning;
+            let note = Note {
+                kind: "warning",
+                text: text.clone(),
+            };
+            self.feed.note(feed::event(now, &note));
             tracing::warn!(target: "warning", kind, step, "{text}");
         }
         Ok(new)

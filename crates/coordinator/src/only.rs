@@ -7,7 +7,7 @@ use wire::proto;
 use crate::driver::Input;
 use crate::feed::Feed;
 use crate::rows;
-use crate::server::{Answer, Ask};
+use crate::server::{Ask, give};
 
 /// What a coordinator without a queue says to whoever submits or drains.
 const NO_QUEUE: &str = "this coordinator runs one job and leaves; start `coordinator --cluster` to submit jobs and drain workers";
@@ -136,9 +136,4 @@ fn workers(job: &proto::Job) -> Vec<proto::Worker> {
         silent_ms: Some(it.silent_ms),
     });
     workers.collect()
-}
-
-fn give<T>(answer: Answer<T>, result: Result<T, Status>) {
-    // Whoever asked may have gone.
-    drop(answer.send(result));
 }

@@ -43,6 +43,11 @@ pub struct Route {
 /// Where an answer goes.
 pub type Answer<T> = oneshot::Sender<Result<T, Status>>;
 
+/// Answers, unless whoever asked has gone.
+pub fn give<T>(answer: Answer<T>, result: Result<T, Status>) {
+    drop(answer.send(result));
+}
+
 /// A job as it is, and what happens to it from then on.
 pub type Watched = (proto::Job, broadcast::Receiver<proto::JobEvent>);
 

@@ -56,3 +56,12 @@ impl fmt::Display for JobId {
         self.0.fmt(f)
     }
 }
+
+/// What a name of a job or a worker is made of, for errors.
+pub const NAME_RULE: &str = "letters, digits, `-`, `_` and `.`, the first of them not a `.`";
+
+/// Whether `text` can name a job or a worker: it stands in command lines, labels and file names.
+pub fn is_name(text: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !text.is_empty() && !text.starts_with('.') && text.chars().all(plain)
+}

@@ -27,7 +27,7 @@ mod report;
 mod scheduler;
 mod selection;
 
-pub use ids::{Generation, Incarnation, JobId, Rank, Step};
+pub use ids::{Generation, Incarnation, JobId, NAME_RULE, Rank, Step, is_name};
 pub use job::{Action, Event, Job, JobSpec, Waiting, WorkerView};
 pub use message::{
     Afterwards, Awaits, Cause, CoordinatorMessage, FromWorker, Note, RunFacts, ToWorker,

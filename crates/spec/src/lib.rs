@@ -12,7 +12,7 @@ mod sections;
 
 pub use metric::Metric;
 pub use optimizer::OptimizerSection;
-pub use resolve::{JobError, Resolved, parse, resolve};
+pub use resolve::{JobError, Resolved, SECTIONS, parse, resolve};
 pub use schedule::{Schedule, ScheduleKind, ScheduleSection};
 pub use sections::{
     Dtype, EvaluateSection, ModelSection, ReferenceSection, Spec, SpecError, TrainSection,

@@ -9,8 +9,8 @@ use toml::Table;
 
 use crate::sections::Spec;
 
-/// Sections of [`Spec`], as in the configuration file.
-const SECTIONS: [&str; 8] = [
+/// Sections of a job that training reads, in the order in which they are written out.
+pub const SECTIONS: [&str; 8] = [
     "model",
     "data",
     "objective",

@@ -77,15 +77,14 @@ pub(crate) fn address(field: &'static str, value: String) -> Result<String, Wire
     Ok(value)
 }
 
-/// A name that can stand in a command line, a label and a file name.
+/// A name of a job or a worker.
 pub(crate) fn name(field: &'static str, value: String) -> Result<String, WireError> {
     let value = text(field, value)?;
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if value.starts_with('.') || !value.chars().all(plain) {
+    if !protocol::is_name(&value) {
         return Err(WireError::invalid(
             field,
             format!("{value:?}"),
-            "letters, digits, `-`, `_` and `.`, the first of them not a `.`",
+            protocol::NAME_RULE,
         ));
     }
     Ok(value)

@@ -300,10 +300,10 @@ fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Presence, Runtime)> {
         arguments.listen
     );
     let name = arguments.name.clone().unwrap_or_else(default_name);
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     anyhow::ensure!(
-        !name.is_empty() && !name.starts_with('.') && name.chars().all(plain),
-        "--name {name}: must be letters, digits, `-`, `_` and `.`, the first of them not a `.`"
+        protocol::is_name(&name),
+        "--name {name}: must be {}",
+        protocol::NAME_RULE
     );
     let token = arguments.token_file.as_deref().map(Token::read);
     let token = token.transpose().context("--token-file")?;

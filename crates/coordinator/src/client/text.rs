@@ -131,10 +131,8 @@ pub(super) fn jobs_table(jobs: &[proto::Job]) -> String {
     for job in jobs {
         let step = match (job.committed_step, job.steps_total) {
             (0, None) => "-".into(),
-            (step, total) => format!(
-                "{step}/{}",
-                total.map_or_else(|| "?".into(), |total| total.to_string())
-            ),
+            (step, None) => step.to_string(),
+            (step, Some(total)) => format!("{step}/{total}"),
         };
         let first = job.waiting.lines().next().unwrap_or_default();
         table.add_row([

@@ -76,6 +76,11 @@ fn exit_code(state: JobState) -> Option<u8> {
     }
 }
 
+/// Whether nothing more happens to a job in this state.
+pub(super) fn has_ended(state: JobState) -> bool {
+    exit_code(state).is_some()
+}
+
 enum Screen {
     Json,
     Person {

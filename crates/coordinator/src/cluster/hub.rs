@@ -27,7 +27,7 @@ use crate::feed::{self, Feed};
 use crate::metrics::Metrics;
 use crate::rows;
 use crate::run_directory::RunDirectoryError;
-use crate::server::{Answer, Ask, Connected, Route};
+use crate::server::{Answer, Ask, Connected, Route, give};
 use crate::ui::Console;
 
 /// Silence after which a waiting worker counts as lost; a worker beats every half second.
@@ -332,7 +332,7 @@ impl Hub {
         let running = job.state == protocol::JobSummaryState::Running;
         let queued = job.state == protocol::JobSummaryState::Queued;
         if !running {
-            let view = self.complete(wire::queued_job(job), &live.config, &live.feed);
+            let view = live.complete(wire::queued_job(job));
             live.feed.tell(Kind::Job(view));
         }
         if !running && !queued {
@@ -363,19 +363,16 @@ impl Hub {
                 give(answer, result);
             }
             Ask::Cancel(request, answer) => {
-                let id = JobId(request.job);
-                let result = self.find(&id);
-                if result.is_ok() {
+                let found = self.find(&JobId(request.job)).map(|job| job.id);
+                if let Ok(id) = &found {
                     let reason = match request.reason.as_str() {
                         "" => "by a client".to_owned(),
                         reason => reason.to_owned(),
                     };
-                    self.handle(SchedulerEvent::CancelRequested {
-                        id: id.clone(),
-                        reason,
-                    })?;
+                    let id = id.clone();
+                    self.handle(SchedulerEvent::CancelRequested { id, reason })?;
                 }
-                self.view(result.map(|_| id), answer);
+                self.view(found, answer);
             }
             Ask::Drain(name, answer) => {
                 let found = self.scheduler.worker(&name);
@@ -479,7 +476,7 @@ impl Hub {
         let job = self.find(&id).map(wire::queued_job);
         Ok(job.map(|job| {
             let job = match self.live.get(&id) {
-                Some(live) => self.complete(job, &live.config, &live.feed),
+                Some(live) => live.complete(job),
                 None => job,
             };
             (job, created)
@@ -546,7 +543,7 @@ impl Hub {
             let queued = wire::queued_job(summary);
             let live = self.live.get(id);
             let queued = match live {
-                Some(live) => self.complete(queued, &live.config, &live.feed),
+                Some(live) => live.complete(queued),
                 None => queued,
             };
             let inputs = live.and_then(|live| live.inputs.clone());
@@ -581,17 +578,6 @@ impl Hub {
             })
         }
     }
-
-    /// What the queue does not know of a job.
-    #[allow(clippy::unused_self, reason = "a job is completed by its hub")]
-    fn complete(&self, job: proto::Job, config: &Config, feed: &Feed) -> proto::Job {
-        proto::Job {
-            objective: config.objective().to_owned(),
-            output: config.job.output.display().to_string(),
-            events: feed.notes(),
-            ..job
-        }
-    }
 }
 
 impl Live {
@@ -600,6 +586,16 @@ impl Live {
             config: Arc::new(config),
             feed: Feed::new(),
             inputs: None,
+        }
+    }
+
+    /// Adds what the queue does not know of a job.
+    fn complete(&self, job: proto::Job) -> proto::Job {
+        proto::Job {
+            objective: self.config.objective().to_owned(),
+            output: self.config.job.output.display().to_string(),
+            events: self.feed.notes(),
+            ..job
         }
     }
 }
@@ -679,9 +675,4 @@ fn refused(error: &SubmitError) -> Status {
         SubmitError::Full => Status::resource_exhausted(message),
         SubmitError::ShuttingDown => Status::unavailable(message),
     }
-}
-
-fn give<T>(answer: Answer<T>, result: Result<T, Status>) {
-    // Whoever asked may have gone.
-    drop(answer.send(result));
 }
