@@ -396,7 +396,7 @@ fn runs_that_open_scopes_while_they_are_cleaned_up_find_everything_or_an_empty_s
             .collect();
         // Ends with runs that fail, too; their panic is the scope's.
         for removing in [false, true].into_iter().cycle() {
-            if runs.iter().all(|run| run.is_finished()) {
+            if runs.iter().all(std::thread::ScopedJoinHandle::is_finished) {
                 break;
             }
             // Another thread's store is no error, just a scope that is in use.
