@@ -37,6 +37,8 @@ pub struct AttentionPlan {
     pub scale: f64,
     /// Sliding window in positions, `None` for full attention.
     pub window: Option<usize>,
+    /// Scores s become cap · tanh(s / cap) before the softmax (Gemma 2).
+    pub soft_cap: Option<f64>,
 }
 
 /// What [`segment_attention_backward`] needs beside inputs and output: the log-sum-exp of the scores of every token and

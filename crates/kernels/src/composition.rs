@@ -6,10 +6,12 @@
 mod attention;
 mod head;
 
+use std::f64::consts::{FRAC_1_SQRT_2, PI};
+
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 
-use crate::{Gradients, RotaryTable, Slot};
+use crate::{Activation, Gradients, RotaryTable, Slot};
 
 pub use attention::{segment_attention, segment_attention_backward};
 pub use head::{logprob_head, logprob_head_backward, token_logprobs};
@@ -120,19 +122,138 @@ pub(crate) fn turn(x: Tensor<2>, table: &RotaryTable, heads: usize, sign: f32) -
     Tensor::cat(parts, 2).reshape([rows, width])
 }
 
-/// silu(gate) · up.
-pub fn swiglu(gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
-    gate.clone() * sigmoid(gate.clone()) * up.clone()
+/// f(gate) · up.
+pub fn gated(gate: &Tensor<2>, up: &Tensor<2>, activation: Activation) -> Tensor<2> {
+    activate(gate, activation) * up.clone()
 }
 
 /// The gradients of gate and up.
-pub fn swiglu_backward(dy: &Tensor<2>, gate: &Tensor<2>, up: &Tensor<2>) -> (Tensor<2>, Tensor<2>) {
-    let s = sigmoid(gate.clone());
-    let dsilu = s.clone() * (gate.clone() * (-s.clone()).add_scalar(1.0)).add_scalar(1.0);
+pub fn gated_backward(
+    dy: &Tensor<2>,
+    gate: &Tensor<2>,
+    up: &Tensor<2>,
+    activation: Activation,
+) -> (Tensor<2>, Tensor<2>) {
     (
-        dy.clone() * up.clone() * dsilu,
-        dy.clone() * gate.clone() * s,
+        activate_backward(&(dy.clone() * up.clone()), gate, activation),
+        dy.clone() * activate(gate, activation),
     )
+}
+
+/// f(x).
+pub fn activate(x: &Tensor<2>, activation: Activation) -> Tensor<2> {
+    let x = x.clone();
+    match activation {
+        Activation::Silu => x.clone() * sigmoid(x),
+        Activation::GeluTanh => x.clone().mul_scalar(0.5) * gelu_tanh(&x).add_scalar(1.0),
+        Activation::Gelu => {
+            x.clone().mul_scalar(0.5) * x.mul_scalar(FRAC_1_SQRT_2).erf().add_scalar(1.0)
+        }
+    }
+}
+
+/// The gradient of x.
+pub fn activate_backward(dy: &Tensor<2>, x: &Tensor<2>, activation: Activation) -> Tensor<2> {
+    let x = x.clone();
+    let slope = match activation {
+        Activation::Silu => {
+            let s = sigmoid(x.clone());
+            s.clone() * (x * (-s).add_scalar(1.0)).add_scalar(1.0)
+        }
+        Activation::GeluTanh => {
+            let tanh = gelu_tanh(&x);
+            let inner = (x.clone() * x.clone())
+                .mul_scalar(3.0 * 0.044_715)
+                .add_scalar(1.0)
+                .mul_scalar((2.0 / PI).sqrt());
+            let bend = (-(tanh.clone() * tanh.clone())).add_scalar(1.0) * inner * x;
+            (tanh.add_scalar(1.0) + bend).mul_scalar(0.5)
+        }
+        Activation::Gelu => {
+            let below = x
+                .clone()
+                .mul_scalar(FRAC_1_SQRT_2)
+                .erf()
+                .add_scalar(1.0)
+                .mul_scalar(0.5);
+            let density = (x.clone() * x.clone())
+                .mul_scalar(-0.5)
+                .exp()
+                .mul_scalar((0.5 / PI).sqrt());
+            below + x * density
+        }
+    };
+    dy.clone() * slope
+}
+
+/// tanh(√(2/π) · (x + 0.044715 x³)).
+fn gelu_tanh(x: &Tensor<2>) -> Tensor<2> {
+    let cube = x.clone() * x.clone() * x.clone();
+    (x.clone() + cube.mul_scalar(0.044_715))
+        .mul_scalar((2.0 / PI).sqrt())
+        .tanh()
+}
+
+/// cap · tanh(x / cap).
+pub fn soft_cap(x: Tensor<2>, cap: f64) -> Tensor<2> {
+    x.div_scalar(cap).tanh().mul_scalar(cap)
+}
+
+/// (x − mean) / √(variance + ε) · w + b of every row, with the mean and the inverse deviation, `[n, 1]` each.
+pub fn layer_norm(
+    x: &Tensor<2>,
+    weight: &Tensor<1>,
+    bias: &Tensor<1>,
+    epsilon: f64,
+) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+    let mean = x.clone().mean_dim(1);
+    let centered = x.clone() - mean.clone();
+    let variance = (centered.clone() * centered.clone()).mean_dim(1);
+    let inverse = variance.add_scalar(epsilon).sqrt().recip();
+    let normal = centered * inverse.clone();
+    let y = normal * weight.clone().unsqueeze::<2>() + bias.clone().unsqueeze::<2>();
+    (y, mean, inverse)
+}
+
+/// dx = inverse · (w·dy − mean(w·dy) − normal · mean(w·dy·normal)); the weight's gradient is Σ dy · normal, the bias's Σ dy.
+pub fn layer_norm_backward(
+    dy: &Tensor<2>,
+    x: &Tensor<2>,
+    weight: &Tensor<1>,
+    mean: &Tensor<2>,
+    inverse: &Tensor<2>,
+    gradients: &mut Gradients,
+    [weight_slot, bias_slot]: [&Slot; 2],
+) -> Tensor<2> {
+    let normal = (x.clone() - mean.clone()) * inverse.clone();
+    let dweight = (dy.clone() * normal.clone()).sum_dim(0);
+    gradients.accumulate(weight_slot, dweight.reshape([weight_slot.len]));
+    bias_backward(dy, gradients, bias_slot);
+    let scaled = dy.clone() * weight.clone().unsqueeze::<2>();
+    let shared = (scaled.clone() * normal.clone()).mean_dim(1);
+    let level = scaled.clone().mean_dim(1);
+    (scaled - level - normal * shared) * inverse.clone()
+}
+
+/// Columns of queries, keys and values that lie head by head (q₀ k₀ v₀ q₁ k₁ v₁ …), apart.
+pub fn split_heads(x: &Tensor<2>, heads: usize) -> [Tensor<2>; 3] {
+    let [rows, width] = x.dims();
+    let head_dim = width / (3 * heads);
+    let x = x.clone().reshape([rows, heads, 3, head_dim]);
+    [0, 1, 2].map(|part| {
+        x.clone()
+            .narrow(2, part, 1)
+            .reshape([rows, heads * head_dim])
+    })
+}
+
+/// The inverse of [`split_heads`].
+pub fn join_heads(parts: &[Tensor<2>; 3], heads: usize) -> Tensor<2> {
+    let [rows, width] = parts[0].dims();
+    let parts = parts
+        .iter()
+        .map(|part| part.clone().reshape([rows, heads, 1, width / heads]));
+    Tensor::cat(parts.collect(), 2).reshape([rows, 3 * width])
 }
 
 /// Rows `rows` of x.

@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 
 use crate::gemm::{Matrix, Threads, Write, multiply};
 use crate::host::{self, Host};
-use crate::math::{exp, exp_shifted, max, simd};
+use crate::math::{exp, exp_shifted, max, simd, tanh};
 use crate::{Gradients, Slot, composition, parallel};
 
 /// Most rows whose logits are held at once.
@@ -23,6 +23,7 @@ pub struct HeadSaved {
 }
 
 /// The log-probability of `targets[i]` under softmax(`hidden[i]` Wᵀ); `hidden` is `[n, d]`, `weight` `[vocabulary, d]`.
+/// With a `soft_cap` the logits l are cap · tanh(l / cap) first (Gemma 2).
 ///
 /// # Panics
 /// If a target is not below the vocabulary size.
@@ -30,10 +31,11 @@ pub fn logprob_head(
     hidden: &Tensor<2>,
     weight: &Tensor<2>,
     targets: &[u32],
+    soft_cap: Option<f64>,
 ) -> (Vec<f32>, HeadSaved) {
     let shape = check(hidden, weight, targets);
     let (Some(hidden), Some(weight)) = (Host::read(hidden), Host::read(weight)) else {
-        let (logps, lse) = composition::logprob_head(hidden, weight, targets);
+        let (logps, lse) = composition::logprob_head(hidden, weight, targets, soft_cap);
         return (logps, HeadSaved { lse });
     };
     let mut running = vec![
@@ -46,7 +48,7 @@ pub fn logprob_head(
     ];
     let mut logits = scratch(&shape);
     for tile in tiles(&shape) {
-        tile.logits(&hidden, &weight, &shape, &mut logits);
+        tile.logits(&hidden, &weight, &shape, soft_cap, &mut logits);
         let running = &mut running[tile.row..tile.row + tile.rows];
         absorb(
             &mut logits[..tile.rows * tile.columns],
@@ -70,6 +72,7 @@ pub fn logprob_head_backward(
     hidden: &Tensor<2>,
     weight: &Tensor<2>,
     targets: &[u32],
+    soft_cap: Option<f64>,
     saved: &HeadSaved,
     gradients: &mut Gradients,
     slot: &Slot,
@@ -86,14 +89,14 @@ pub fn logprob_head_backward(
         (Host::read(hidden), Host::read(weight), gradients.host(slot))
     else {
         return composition::logprob_head_backward(
-            dlogps, hidden, weight, targets, &saved.lse, gradients, slot,
+            dlogps, hidden, weight, targets, soft_cap, &saved.lse, gradients, slot,
         );
     };
     let width = shape.width;
     let mut dhidden = vec![0.0; shape.rows * width];
     let mut logits = scratch(&shape);
     for tile in tiles(&shape) {
-        tile.logits(&hidden, &weight, &shape, &mut logits);
+        tile.logits(&hidden, &weight, &shape, soft_cap, &mut logits);
         let dlogits = &mut logits[..tile.rows * tile.columns];
         let rows = tile.row..tile.row + tile.rows;
         differentiate(
@@ -101,6 +104,7 @@ pub fn logprob_head_backward(
             &saved.lse[rows.clone()],
             &dlogps[rows.clone()],
             &targets[rows],
+            soft_cap,
             &tile,
         );
         let dlogits = Matrix::new(dlogits, tile.rows, tile.columns);
@@ -184,7 +188,14 @@ fn tiles(shape: &Shape) -> impl Iterator<Item = Tile> + use<> {
 }
 
 impl Tile {
-    fn logits(&self, hidden: &[f32], weight: &[f32], shape: &Shape, logits: &mut [f32]) {
+    fn logits(
+        &self,
+        hidden: &[f32],
+        weight: &[f32],
+        shape: &Shape,
+        soft_cap: Option<f64>,
+        logits: &mut [f32],
+    ) {
         let hidden = Matrix::new(&hidden[self.row * shape.width..], self.rows, shape.width);
         let weight = Matrix::new(
             &weight[self.column * shape.width..],
@@ -200,6 +211,19 @@ impl Tile {
             weight.transposed(),
             Threads::All,
         );
+        if let Some(cap) = soft_cap {
+            let logits = &mut logits[..self.rows * self.columns];
+            parallel::row_blocks(logits, self.columns, |_, block| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        for logit in block {
+                            *logit = cap as f32 * tanh(*logit / cap as f32);
+                        }
+                    },
+                );
+            });
+        }
     }
 
     /// The place of `target` within the tile's columns, if it is in them.
@@ -253,19 +277,40 @@ fn absorb(logits: &mut [f32], running: &mut [Running], targets: &[u32], tile: &T
     parallel::each(&mut states, one);
 }
 
-/// Turns a tile of logits into dL/dlogits = dlogp · (1 at the target − softmax).
-fn differentiate(logits: &mut [f32], lse: &[f32], dlogps: &[f32], targets: &[u32], tile: &Tile) {
+/// Turns a tile of (capped) logits into dL/dlogits = dlogp · (1 at the target − softmax), times the cap's slope.
+fn differentiate(
+    logits: &mut [f32],
+    lse: &[f32],
+    dlogps: &[f32],
+    targets: &[u32],
+    soft_cap: Option<f64>,
+    tile: &Tile,
+) {
     parallel::row_blocks(logits, tile.columns, |first, block| {
         simd(
             #[inline(always)]
             || {
                 for (index, row) in block.chunks_exact_mut(tile.columns).enumerate() {
                     let (lse, dlogp) = (lse[first + index], dlogps[first + index]);
-                    for logit in row.iter_mut() {
-                        *logit = -dlogp * exp(*logit - lse);
+                    let place = tile.place(targets[first + index]);
+                    let slope = |logit: f32| {
+                        soft_cap.map_or(1.0, |cap| {
+                            let tanh = logit / cap as f32;
+                            1.0 - tanh * tanh
+                        })
+                    };
+                    let at_target = place.map(|place| dlogp * slope(row[place]));
+                    if soft_cap.is_some() {
+                        for logit in row.iter_mut() {
+                            *logit = -dlogp * exp(*logit - lse) * slope(*logit);
+                        }
+                    } else {
+                        for logit in row.iter_mut() {
+                            *logit = -dlogp * exp(*logit - lse);
+                        }
                     }
-                    if let Some(place) = tile.place(targets[first + index]) {
-                        row[place] += dlogp;
+                    if let (Some(place), Some(at_target)) = (place, at_target) {
+                        row[place] += at_target;
                     }
                 }
             },

@@ -22,6 +22,7 @@
 // Loops vectorise only where they are inlined into a function compiled for the machine's instruction set (`math::simd`).
 #![allow(clippy::inline_always)]
 
+mod activation;
 mod attention;
 pub mod composition;
 mod embedding;
@@ -29,6 +30,7 @@ mod flat;
 mod gemm;
 mod gradients;
 mod head;
+mod heads;
 mod host;
 mod linear;
 mod math;
@@ -37,8 +39,8 @@ mod parallel;
 mod residual;
 mod rotary;
 mod rows;
-mod swiglu;
 
+pub use activation::{Activation, activate, activate_backward, gated, gated_backward};
 pub use attention::{
     AttentionBytes, AttentionPlan, AttentionSaved, AttentionSegment, segment_attention,
     segment_attention_backward,
@@ -47,12 +49,14 @@ pub use embedding::{embedding, embedding_backward};
 pub use flat::{Flat, Slot};
 pub use gradients::Gradients;
 pub use head::{HeadSaved, logprob_head, logprob_head_backward, logprob_head_bytes};
+pub use heads::{join_heads, split_heads};
 pub use linear::{add_bias, bias_backward, linear, linear_backward};
-pub use norm::{RmsSaved, rms_norm, rms_norm_backward};
+pub use norm::{
+    LayerSaved, RmsSaved, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward,
+};
 pub use residual::add;
 pub use rotary::{RotaryTable, rotary, rotary_backward};
 pub use rows::{gather_rows, scatter_add_rows};
-pub use swiglu::{swiglu, swiglu_backward};
 
 /// Changes whenever the bits of a forward result may change, so that values computed by another version are not reused.
 pub const KERNEL_VERSION: u32 = 1;

@@ -1,10 +1,11 @@
 //! RMS normalisation as in Llama, Mistral and Qwen: y = weight · x / √(mean(x²) + ε), in f32.
-//! Per-head norms are the same operation on `[tokens · heads, head_dim]`.
+//! Per-head norms are the same operation on `[tokens · heads, head_dim]`; for Gemma's the caller passes 1 + weight, whose
+//! gradient is the weight's. Layer normalisation as in GPT-NeoX: y = weight · (x − mean(x)) / √(variance(x) + ε) + bias.
 
 use burn::tensor::Tensor;
 
 use crate::host::{self, Host};
-use crate::math::{dot, simd};
+use crate::math::{dot, simd, sum_of};
 use crate::{Gradients, Slot, composition, parallel};
 
 /// What [`rms_norm_backward`] needs beside the inputs: 1 / √(mean(x²) + ε) of every row.
@@ -123,6 +124,150 @@ pub fn rms_norm_backward(
                     let shared = dot(dx, x) / width as f32 * inverse * inverse;
                     for (dx, &x) in dx.iter_mut().zip(x) {
                         *dx = inverse * (*dx - x * shared);
+                    }
+                }
+            },
+        );
+    });
+    host::tensor(out, [rows, width])
+}
+
+/// What [`layer_norm_backward`] needs beside the inputs: mean and 1 / √(variance + ε) of every row.
+pub struct LayerSaved(Moments);
+
+enum Moments {
+    Host(Vec<[f32; 2]>),
+    Device(Box<[Tensor<2>; 2]>),
+}
+
+/// Normalises the rows of `x`, `[n, d]`, to mean 0 and variance 1, then applies `weight` and `bias`, `[d]`.
+pub fn layer_norm(
+    x: &Tensor<2>,
+    weight: &Tensor<1>,
+    bias: &Tensor<1>,
+    epsilon: f64,
+) -> (Tensor<2>, LayerSaved) {
+    let [rows, width] = x.dims();
+    assert_eq!(weight.dims(), [width], "norm weight for rows of {width}");
+    assert_eq!(bias.dims(), [width], "norm bias for rows of {width}");
+    let (Some(x_host), Some(weight_host), Some(bias_host)) =
+        (Host::read(x), Host::read(weight), Host::read(bias))
+    else {
+        let (y, mean, inverse) = composition::layer_norm(x, weight, bias, epsilon);
+        return (y, LayerSaved(Moments::Device(Box::new([mean, inverse]))));
+    };
+    let (x, weight, bias): (&[f32], &[f32], &[f32]) = (&x_host, &weight_host, &bias_host);
+    let mut moments = vec![[0.0; 2]; rows];
+    simd(
+        #[inline(always)]
+        || {
+            for (moments, x) in moments.iter_mut().zip(x.chunks_exact(width)) {
+                let mean = sum_of(x, x, |x, _| x) / width as f32;
+                let variance = sum_of(x, x, |x, _| (x - mean) * (x - mean)) / width as f32;
+                *moments = [mean, 1.0 / (variance + epsilon as f32).sqrt()];
+            }
+        },
+    );
+    let mut out = vec![0.0; rows * width];
+    parallel::row_blocks(&mut out, width, |first, block| {
+        simd(
+            #[inline(always)]
+            || {
+                let rows = block
+                    .chunks_exact_mut(width)
+                    .zip(x[first * width..].chunks_exact(width));
+                for ((y, x), [mean, inverse]) in rows.zip(&moments[first..]) {
+                    let weights = weight.iter().zip(bias);
+                    for ((y, &x), (&weight, &bias)) in y.iter_mut().zip(x).zip(weights) {
+                        *y = (x - mean) * inverse * weight + bias;
+                    }
+                }
+            },
+        );
+    });
+    (
+        host::tensor(out, [rows, width]),
+        LayerSaved(Moments::Host(moments)),
+    )
+}
+
+/// The gradient of `x`; adds the gradients of weight and bias at `slots`.
+pub fn layer_norm_backward(
+    dy: &Tensor<2>,
+    x: &Tensor<2>,
+    weight: &Tensor<1>,
+    saved: &LayerSaved,
+    gradients: &mut Gradients,
+    slots: [&Slot; 2],
+) -> Tensor<2> {
+    let [rows, width] = x.dims();
+    assert_eq!(dy.dims(), [rows, width], "dy and x");
+    for slot in slots {
+        assert_eq!(slot.len, width, "gradient of a norm's weight or bias");
+    }
+    let moments = match &saved.0 {
+        Moments::Host(moments) => moments,
+        Moments::Device(moments) => {
+            let [mean, inverse] = &**moments;
+            return composition::layer_norm_backward(
+                dy, x, weight, mean, inverse, gradients, slots,
+            );
+        }
+    };
+    let on_host = (Host::read(dy), Host::read(x), Host::read(weight));
+    let (Some(dy_host), Some(x_host), Some(weight_host), true) = (
+        on_host.0,
+        on_host.1,
+        on_host.2,
+        gradients.host(slots[0]).is_some(),
+    ) else {
+        let column = |index: usize| {
+            let values = moments.iter().map(|moments| moments[index]).collect();
+            Tensor::from_data(
+                burn::tensor::TensorData::new::<f32, _>(values, [rows, 1]),
+                &x.device(),
+            )
+        };
+        let (mean, inverse) = (column(0), column(1));
+        return composition::layer_norm_backward(dy, x, weight, &mean, &inverse, gradients, slots);
+    };
+    let (dy, x, weight): (&[f32], &[f32], &[f32]) = (&dy_host, &x_host, &weight_host);
+    for (slot, of_weight) in slots.into_iter().zip([true, false]) {
+        let sums = gradients.host(slot).expect("slots lie on one device");
+        simd(
+            #[inline(always)]
+            || {
+                let rows = dy.chunks_exact(width).zip(x.chunks_exact(width));
+                for ((dy, x), [mean, inverse]) in rows.zip(moments) {
+                    for ((sum, &dy), &x) in sums.iter_mut().zip(dy).zip(x) {
+                        let factor = if of_weight { (x - mean) * inverse } else { 1.0 };
+                        *sum += dy * factor;
+                    }
+                }
+            },
+        );
+    }
+    let mut out = vec![0.0; rows * width];
+    parallel::row_blocks(&mut out, width, |first, block| {
+        simd(
+            #[inline(always)]
+            || {
+                let operands = dy[first * width..]
+                    .chunks_exact(width)
+                    .zip(x[first * width..].chunks_exact(width));
+                for ((dx, (dy, x)), &[mean, inverse]) in block
+                    .chunks_exact_mut(width)
+                    .zip(operands)
+                    .zip(&moments[first..])
+                {
+                    for ((dx, &dy), &weight) in dx.iter_mut().zip(dy).zip(weight) {
+                        *dx = weight * dy;
+                    }
+                    let level = sum_of(dx, dx, |dx, _| dx) / width as f32;
+                    let shared =
+                        sum_of(dx, x, |dx, x| dx * (x - mean)) / width as f32 * inverse * inverse;
+                    for (dx, &x) in dx.iter_mut().zip(x) {
+                        *dx = inverse * (*dx - level - (x - mean) * shared);
                     }
                 }
             },

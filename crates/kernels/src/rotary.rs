@@ -18,29 +18,28 @@ pub struct RotaryTable {
 impl RotaryTable {
     /// The table for one row per position.
     pub fn new(positions: &[u32], inverse_frequencies: &[f32], device: &Device) -> Self {
-        Self::scaled(positions, inverse_frequencies, 1.0, device)
+        let columns = inverse_frequencies.len();
+        Self::by_row(positions, columns, |_| inverse_frequencies, 1.0, device)
     }
 
-    /// As [`RotaryTable::new`], with cos and sin multiplied by `factor` (yarn's and longrope's attention factor).
-    pub fn scaled(
+    /// As [`RotaryTable::new`], with cos and sin multiplied by `factor` (yarn's and longrope's attention factor) and
+    /// `frequencies(row)`, `columns` of them, for every row (longrope chooses them by the sequence's length).
+    pub fn by_row<'a>(
         positions: &[u32],
-        inverse_frequencies: &[f32],
+        columns: usize,
+        frequencies: impl Fn(usize) -> &'a [f32],
         factor: f32,
         device: &Device,
     ) -> Self {
         let table = |function: fn(f32) -> f32| {
-            let mut values = Vec::with_capacity(positions.len() * inverse_frequencies.len());
-            for &position in positions {
-                values.extend(
-                    inverse_frequencies
-                        .iter()
-                        .map(|&f| function(position as f32 * f) * factor),
-                );
+            let mut values = Vec::with_capacity(positions.len() * columns);
+            for (row, &position) in positions.iter().enumerate() {
+                let frequencies = frequencies(row);
+                assert_eq!(frequencies.len(), columns, "frequencies of row {row}");
+                let angles = frequencies.iter().map(|&f| position as f32 * f);
+                values.extend(angles.map(|angle| function(angle) * factor));
             }
-            Tensor::from_data(
-                TensorData::new(values, [positions.len(), inverse_frequencies.len()]),
-                device,
-            )
+            Tensor::from_data(TensorData::new(values, [positions.len(), columns]), device)
         };
         Self {
             cos: table(f32::cos),

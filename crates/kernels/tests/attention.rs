@@ -10,8 +10,14 @@ use kernels::{
 };
 use support::{bits, close, host, leaf, matrix, on, plan, segment, values};
 
-/// Output and gradients of the fused form against the composition and autodiff over it.
+/// Output and gradients of the fused form against the composition and autodiff over it, with and without a soft cap.
 fn check(rows: usize, segments: &[AttentionSegment], plan: &AttentionPlan) {
+    for soft_cap in [None, Some(1.5)] {
+        check_one(rows, segments, &AttentionPlan { soft_cap, ..*plan });
+    }
+}
+
+fn check_one(rows: usize, segments: &[AttentionSegment], plan: &AttentionPlan) {
     let (wide, narrow) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
     let (q, k, v) = (
         matrix(rows, wide, 1).mul_scalar(3.0),

@@ -5,7 +5,7 @@
 mod support;
 
 use burn::tensor::{Device, Tensor};
-use kernels::{RotaryTable, composition};
+use kernels::{Activation, RotaryTable, composition};
 use support::{bits, gradients, host, matrix, plan, segment, values, vector, whole, with_threads};
 
 /// `work` on all rows and on single rows and small runs of them gives the same bits per row.
@@ -58,16 +58,16 @@ fn a_row_of_the_head_does_not_depend_on_its_neighbours() {
                 .collect::<Vec<_>>()
         };
         rows_stand_alone("head", &hidden, |hidden, rows| {
-            kernels::logprob_head(hidden, &weight, &targets(rows)).0
+            kernels::logprob_head(hidden, &weight, &targets(rows), None).0
         });
         rows_stand_alone("head backward", &hidden, |hidden, rows| {
             let targets = targets(rows);
             let dlogps: Vec<f32> = rows.iter().map(|&row| row as f32 / 100.0 - 2.0).collect();
-            let (_, saved) = kernels::logprob_head(hidden, &weight, &targets);
+            let (_, saved) = kernels::logprob_head(hidden, &weight, &targets, None);
             let mut sums = gradients(vocabulary * width);
             let slot = whole(vocabulary * width);
             host(&kernels::logprob_head_backward(
-                &dlogps, hidden, &weight, &targets, &saved, &mut sums, &slot,
+                &dlogps, hidden, &weight, &targets, None, &saved, &mut sums, &slot,
             ))
         });
     }
@@ -79,8 +79,14 @@ fn a_row_of_an_elementwise_operation_does_not_depend_on_its_neighbours() {
     rows_stand_alone("norm", &matrix(60, 48, 8), |x, _| {
         host(&kernels::rms_norm(x, &weight, 1e-5).0)
     });
-    rows_stand_alone("swiglu", &matrix(60, 47, 9), |x, _| {
-        host(&kernels::swiglu(x, x))
+    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+        rows_stand_alone("gated", &matrix(60, 47, 9), |x, _| {
+            host(&kernels::gated(x, x, activation))
+        });
+    }
+    let bias = vector(48, 8);
+    rows_stand_alone("layer norm", &matrix(60, 48, 9), |x, _| {
+        host(&kernels::layer_norm(x, &weight, &bias, 1e-5).0)
     });
     rows_stand_alone("rotary", &matrix(60, 48, 10), |x, rows| {
         let positions: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
@@ -181,8 +187,8 @@ fn one_thread_and_two_give_the_same_bits() {
         results.push(host(&y));
         results.push(sums.take_host().remove(0));
 
-        results.push(host(&kernels::swiglu(&x, &y)));
-        let (dgate, dup) = kernels::swiglu_backward(&y, &x, &y);
+        results.push(host(&kernels::gated(&x, &y, Activation::Silu)));
+        let (dgate, dup) = kernels::gated_backward(&y, &x, &y, Activation::Silu);
         results.extend([host(&dgate), host(&dup)]);
         let positions: Vec<u32> = (0..257).collect();
         let table = RotaryTable::new(&positions, &values(32, 5), &Device::flex());
@@ -201,11 +207,11 @@ fn one_thread_and_two_give_the_same_bits() {
 
         let head = matrix(3000, 192, 8);
         let targets: Vec<u32> = (0..257).map(|row| row * 11).collect();
-        let (logps, saved) = kernels::logprob_head(&x, &head, &targets);
+        let (logps, saved) = kernels::logprob_head(&x, &head, &targets, None);
         let (mut sums, slot) = (gradients(3000 * 192), whole(3000 * 192));
         let dlogps = values(257, 9);
         results.push(host(&kernels::logprob_head_backward(
-            &dlogps, &x, &head, &targets, &saved, &mut sums, &slot,
+            &dlogps, &x, &head, &targets, None, &saved, &mut sums, &slot,
         )));
         results.push(logps);
         results.push(sums.take_host().remove(0));

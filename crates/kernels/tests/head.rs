@@ -16,14 +16,21 @@ fn targets(rows: usize, vocabulary: usize) -> Vec<u32> {
 
 #[test]
 fn log_probs_and_gradients_agree_with_composition_and_autodiff() {
-    for (rows, width, vocabulary) in [(1, 8, 30), (5, 16, 1025), (70, 12, 2500), (600, 4, 40)] {
+    for ((rows, width, vocabulary), soft_cap) in [
+        ((1, 8, 30), None),
+        ((5, 16, 1025), None),
+        ((70, 12, 2500), None),
+        ((600, 4, 40), None),
+        ((5, 16, 1025), Some(2.0)),
+        ((70, 12, 2500), Some(1.5)),
+    ] {
         let (hidden, weight) = (
             matrix(rows, width, 1).mul_scalar(4.0),
             matrix(vocabulary, width, 2),
         );
         let (targets, dlogps) = (targets(rows, vocabulary), values(rows, 3));
-        let (logps, saved) = logprob_head(&hidden, &weight, &targets);
-        let (composed, lse) = composition::logprob_head(&hidden, &weight, &targets);
+        let (logps, saved) = logprob_head(&hidden, &weight, &targets, soft_cap);
+        let (composed, lse) = composition::logprob_head(&hidden, &weight, &targets, soft_cap);
         close("log-probs", &logps, &composed, 1e-5);
         let len = vocabulary * width;
         let (mut fused, mut reference) = (gradients(len), gradients(len));
@@ -32,6 +39,7 @@ fn log_probs_and_gradients_agree_with_composition_and_autodiff() {
             &hidden,
             &weight,
             &targets,
+            soft_cap,
             &saved,
             &mut fused,
             &whole(len),
@@ -41,6 +49,7 @@ fn log_probs_and_gradients_agree_with_composition_and_autodiff() {
             &hidden,
             &weight,
             &targets,
+            soft_cap,
             &lse,
             &mut reference,
             &whole(len),
@@ -48,7 +57,7 @@ fn log_probs_and_gradients_agree_with_composition_and_autodiff() {
         let (hidden, weight) = (leaf(&hidden), leaf(&weight));
         let dlogp =
             Tensor::<1>::from_data(TensorData::new(dlogps, [rows]), &Device::flex().autodiff());
-        let grads = (composition::token_logprobs(&hidden, &weight, &targets).0 * dlogp)
+        let grads = (composition::token_logprobs(&hidden, &weight, &targets, soft_cap).0 * dlogp)
             .sum()
             .backward();
         let (dh, dw) = (
@@ -70,7 +79,7 @@ fn log_probs_agree_with_f64_even_for_large_logits() {
         matrix(vocabulary, width, 5),
     );
     let targets = targets(rows, vocabulary);
-    let (logps, _) = logprob_head(&hidden, &weight, &targets);
+    let (logps, _) = logprob_head(&hidden, &weight, &targets, None);
     let (hidden, weight) = (host(&hidden), host(&weight));
     for row in 0..rows {
         let logits: Vec<f64> = (0..vocabulary)
@@ -99,7 +108,7 @@ fn gradients_agree_with_finite_differences() {
     let (hidden, weight) = (values(rows * width, 6), matrix(vocabulary, width, 7));
     let (targets, dlogps) = (targets(rows, vocabulary), values(rows, 8));
     let tensor = |values: &[f32]| support::on(&Device::flex(), rows, width, values);
-    let (_, saved) = logprob_head(&tensor(&hidden), &weight, &targets);
+    let (_, saved) = logprob_head(&tensor(&hidden), &weight, &targets, None);
     let mut sums = gradients(vocabulary * width);
     let slot = whole(vocabulary * width);
     let dhidden = logprob_head_backward(
@@ -107,6 +116,7 @@ fn gradients_agree_with_finite_differences() {
         &tensor(&hidden),
         &weight,
         &targets,
+        None,
         &saved,
         &mut sums,
         &slot,
@@ -115,7 +125,7 @@ fn gradients_agree_with_finite_differences() {
         let loss = |step: f32| {
             let mut moved = hidden.clone();
             moved[i] += step;
-            let (logps, _) = logprob_head(&tensor(&moved), &weight, &targets);
+            let (logps, _) = logprob_head(&tensor(&moved), &weight, &targets, None);
             logps
                 .iter()
                 .zip(&dlogps)
@@ -136,10 +146,19 @@ fn a_head_without_rows_gives_nothing() {
         Tensor::<2>::zeros([0, 4], &Device::flex()),
         matrix(10, 4, 1),
     );
-    let (logps, saved) = logprob_head(&hidden, &weight, &[]);
+    let (logps, saved) = logprob_head(&hidden, &weight, &[], None);
     assert!(logps.is_empty());
     let mut sums = gradients(40);
-    let dhidden = logprob_head_backward(&[], &hidden, &weight, &[], &saved, &mut sums, &whole(40));
+    let dhidden = logprob_head_backward(
+        &[],
+        &hidden,
+        &weight,
+        &[],
+        None,
+        &saved,
+        &mut sums,
+        &whole(40),
+    );
     assert_eq!(dhidden.dims(), [0, 4]);
     assert_eq!(sums.take_host()[0], vec![0.0; 40]);
 }
@@ -150,12 +169,12 @@ fn a_hidden_state_that_is_not_a_number_is_not_hidden() {
         Tensor::<2>::full([2, 4], f32::NAN, &Device::flex()),
         matrix(10, 4, 1),
     );
-    let (logps, _) = logprob_head(&hidden, &weight, &[1, 2]);
+    let (logps, _) = logprob_head(&hidden, &weight, &[1, 2], None);
     assert!(logps.iter().all(|logp| logp.is_nan()), "{logps:?}");
 }
 
 #[test]
 #[should_panic(expected = "target 10 in a vocabulary of 10")]
 fn a_target_beyond_the_vocabulary_is_refused() {
-    logprob_head(&matrix(1, 4, 1), &matrix(10, 4, 2), &[10]);
+    logprob_head(&matrix(1, 4, 1), &matrix(10, 4, 2), &[10], None);
 }

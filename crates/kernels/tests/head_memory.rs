@@ -52,12 +52,13 @@ fn the_head_never_holds_rows_times_vocabulary() {
     let mut gradients = Gradients::zeros(&[slot.len], &device);
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
-    let (_, saved) = logprob_head(&hidden, &weight, &targets);
+    let (_, saved) = logprob_head(&hidden, &weight, &targets, None);
     logprob_head_backward(
         &vec![1.0; rows],
         &hidden,
         &weight,
         &targets,
+        None,
         &saved,
         &mut gradients,
         &slot,

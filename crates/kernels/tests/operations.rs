@@ -6,7 +6,7 @@
 mod support;
 
 use burn::tensor::{Device, Tensor};
-use kernels::{RotaryTable, composition};
+use kernels::{Activation, RotaryTable, Slot, composition};
 use support::{close, gradients, host, leaf, matrix, on, values, vector, whole};
 
 #[test]
@@ -164,52 +164,152 @@ fn rotary_turns_halves_and_not_neighbours() {
     close("quarter turn", &host(&y), &[-3.0, 2.0, 1.0, 4.0], 1e-6);
 }
 
+/// Values in the order of [`ACTIVATIONS`].
+#[allow(clippy::excessive_precision)]
+const GOLDEN_ACTIVATIONS: [[f32; 5]; 3] = [
+    [
+        -0.142277620,
+        -0.188770334,
+        0.000000000,
+        0.052497919,
+        1.761594156,
+    ],
+    [
+        -0.003637392,
+        -0.154285990,
+        0.000000000,
+        0.053982751,
+        1.954597694,
+    ],
+    [
+        -0.004049694,
+        -0.154268769,
+        0.000000000,
+        0.053982784,
+        1.954499736,
+    ],
+];
+const ACTIVATIONS: [Activation; 3] = [Activation::Silu, Activation::GeluTanh, Activation::Gelu];
+
 #[test]
-fn swiglu_agrees_with_its_composition_and_autodiff() {
-    let scaled = |seed| matrix(9, 33, seed).mul_scalar(8.0);
-    let (gate, up, dy) = (scaled(12), scaled(13), matrix(9, 33, 14));
-    let y = kernels::swiglu(&gate, &up);
-    close(
-        "swiglu",
-        &host(&y),
-        &host(&composition::swiglu(&gate, &up)),
-        1e-5,
-    );
-    let (dgate, dup) = kernels::swiglu_backward(&dy, &gate, &up);
-    let (gate, up) = (leaf(&gate), leaf(&up));
-    let grads = (composition::swiglu(&gate, &up) * on_autodiff(&dy))
-        .sum()
-        .backward();
-    close(
-        "dgate",
-        &host(&dgate),
-        &host(&gate.grad(&grads).unwrap()),
-        1e-5,
-    );
-    close("dup", &host(&dup), &host(&up.grad(&grads).unwrap()), 1e-5);
+fn activations_agree_with_their_composition_and_autodiff() {
+    for activation in ACTIVATIONS {
+        let scaled = |seed| matrix(9, 33, seed).mul_scalar(8.0);
+        let (gate, up, dy) = (scaled(12), scaled(13), matrix(9, 33, 14));
+        let near = |what: &str, found: &Tensor<2>, expected: &Tensor<2>| {
+            close(
+                &format!("{activation:?} {what}"),
+                &host(found),
+                &host(expected),
+                1e-5,
+            );
+        };
+        let y = kernels::gated(&gate, &up, activation);
+        near("gated", &y, &composition::gated(&gate, &up, activation));
+        let y = kernels::activate(&gate, activation);
+        near("alone", &y, &composition::activate(&gate, activation));
+        let (dgate, dup) = kernels::gated_backward(&dy, &gate, &up, activation);
+        let composed = composition::gated_backward(&dy, &gate, &up, activation);
+        near("dgate composed", &composed.0, &dgate);
+        near("dup composed", &composed.1, &dup);
+        let alone = kernels::activate_backward(&dy, &gate, activation);
+        near(
+            "dx composed",
+            &composition::activate_backward(&dy, &gate, activation),
+            &alone,
+        );
+        let (gate, up) = (leaf(&gate), leaf(&up));
+        let grads = (composition::gated(&gate, &up, activation) * on_autodiff(&dy))
+            .sum()
+            .backward();
+        near("dgate", &dgate, &gate.grad(&grads).unwrap());
+        near("dup", &dup, &up.grad(&grads).unwrap());
+        let grads = (composition::activate(&gate, activation) * on_autodiff(&dy))
+            .sum()
+            .backward();
+        near("dx", &alone, &gate.grad(&grads).unwrap());
+    }
 }
 
 #[test]
-fn swiglu_agrees_with_finite_differences() {
-    let (gate, up, dy) = (values(6, 15), values(6, 16), values(6, 17));
-    let loss = |gate: &[f32]| -> f64 {
-        let silu = |g: f64| g / (1.0 + (-g).exp());
-        (0..6)
-            .map(|i| f64::from(dy[i]) * silu(f64::from(gate[i])) * f64::from(up[i]))
-            .sum()
-    };
-    let row = |values: &[f32]| on(&Device::flex(), 1, 6, values);
-    let (dgate, _) = kernels::swiglu_backward(&row(&dy), &row(&gate), &row(&up));
-    for (i, &got) in host(&dgate).iter().enumerate() {
-        let (mut more, mut less) = (gate.clone(), gate.clone());
-        more[i] += 1e-3;
-        less[i] -= 1e-3;
-        let slope = (loss(&more) - loss(&less)) / f64::from(more[i] - less[i]);
-        assert!(
-            (f64::from(got) - slope).abs() < 1e-5,
-            "{i}: {got}, expected {slope}"
+fn activations_agree_with_values_of_torch() {
+    // torch 2.15 in f64: silu, gelu(approximate="tanh"), gelu at −3, −0.5, 0, 0.1, 2.
+    for (activation, expected) in ACTIVATIONS.into_iter().zip(GOLDEN_ACTIVATIONS) {
+        let x = on(&Device::flex(), 1, 5, &[-3.0, -0.5, 0.0, 0.1, 2.0]);
+        close(
+            &format!("{activation:?}"),
+            &host(&kernels::activate(&x, activation)),
+            &expected,
+            5e-7,
         );
     }
+}
+
+#[test]
+fn layer_norm_agrees_with_its_composition_and_autodiff() {
+    for (rows, width) in [(1, 8), (7, 33), (40, 64)] {
+        let (x, weight, bias, dy) = (
+            matrix(rows, width, 1).mul_scalar(3.0).add_scalar(1.0),
+            vector(width, 2),
+            vector(width, 3),
+            matrix(rows, width, 4),
+        );
+        let (y, saved) = kernels::layer_norm(&x, &weight, &bias, 1e-5);
+        let (composed, mean, inverse) = composition::layer_norm(&x, &weight, &bias, 1e-5);
+        close("layer norm", &host(&y), &host(&composed), 1e-5);
+        let (mut fused, mut reference) = (gradients(2 * width), gradients(2 * width));
+        let slot = |offset| Slot {
+            bucket: 0,
+            offset,
+            len: width,
+        };
+        let slots = [&slot(0), &slot(width)];
+        let dx = kernels::layer_norm_backward(&dy, &x, &weight, &saved, &mut fused, slots);
+        let composed = composition::layer_norm_backward(
+            &dy,
+            &x,
+            &weight,
+            &mean,
+            &inverse,
+            &mut reference,
+            slots,
+        );
+        let (x, weight, bias) = (leaf(&x), leaf(&weight), leaf(&bias));
+        let grads = (composition::layer_norm(&x, &weight, &bias, 1e-5).0 * on_autodiff(&dy))
+            .sum()
+            .backward();
+        let oracle = host(&x.grad(&grads).unwrap());
+        close("dx", &host(&dx), &oracle, 2e-5);
+        close("dx composed", &host(&composed), &oracle, 2e-5);
+        let oracle = [
+            host(&weight.grad(&grads).unwrap()),
+            host(&bias.grad(&grads).unwrap()),
+        ];
+        close("weights", &fused.take_host()[0], &oracle.concat(), 2e-5);
+        close(
+            "weights composed",
+            &reference.take_host()[0],
+            &oracle.concat(),
+            2e-5,
+        );
+    }
+}
+
+#[test]
+fn heads_come_apart_and_together() {
+    // Two heads of two columns: q₀ q₀ k₀ k₀ v₀ v₀ q₁ q₁ …
+    let row: Vec<f32> = (0..12).map(|column| column as f32).collect();
+    let [queries, keys, values] = kernels::split_heads(&on(&Device::flex(), 1, 12, &row), 2);
+    assert_eq!(host(&queries), [0.0, 1.0, 6.0, 7.0]);
+    assert_eq!(host(&keys), [2.0, 3.0, 8.0, 9.0]);
+    assert_eq!(host(&values), [4.0, 5.0, 10.0, 11.0]);
+    let x = matrix(9, 3 * 4 * 5, 1);
+    let parts = kernels::split_heads(&x, 4);
+    for (fused, composed) in parts.iter().zip(composition::split_heads(&x, 4)) {
+        assert_eq!(host(fused), host(&composed));
+    }
+    assert_eq!(host(&kernels::join_heads(&parts, 4)), host(&x));
+    assert_eq!(host(&composition::join_heads(&parts, 4)), host(&x));
 }
 
 #[test]

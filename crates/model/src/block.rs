@@ -1,61 +1,89 @@
-//! One decoder block, forward and backward by hand: norm → attention → residual, norm → SwiGLU → residual.
+//! One decoder block, forward and backward by hand: norm → attention → residual, norm → MLP → residual, in the order and
+//! with the further norms that [`Residual`] names.
 //!
-//! Kept for the backward are the operands that cost a matrix product or attention to make again; norms and the gated
+//! Kept for the backward are the operands that cost a matrix product or attention to make again; norms, turns and the gated
 //! product are recomputed, which costs a percent of the time and saves a third of the memory.
 
 use burn::tensor::Tensor;
 use kernels::{
-    AttentionPlan, AttentionSaved, Flat, Gradients, RotaryTable, Slot, add, linear,
-    linear_backward, rms_norm, rms_norm_backward, rotary, rotary_backward, segment_attention,
-    segment_attention_backward, swiglu, swiglu_backward,
+    AttentionPlan, AttentionSaved, Flat, Gradients, RotaryTable, activate, activate_backward, add,
+    gated, gated_backward, join_heads, rotary, rotary_backward, segment_attention,
+    segment_attention_backward, split_heads,
 };
 
+use crate::ModelConfig;
+use crate::config::Residual;
+use crate::operations::Norm;
 use crate::pack::Segment;
-use crate::slots::BlockSlots;
+use crate::slots::{Affine, BlockSlots, ProjectionSlots};
 
 /// A block at its place in the model.
 pub(crate) struct Block<'a> {
     pub weights: &'a Flat,
     pub slots: &'a BlockSlots,
     pub plan: &'a AttentionPlan,
-    pub norm_epsilon: f64,
-    pub hidden: usize,
-    pub intermediate: usize,
+    pub config: &'a ModelConfig,
 }
 
 /// What the rows of a pack share in all blocks.
 pub(crate) struct Rows<'a> {
-    pub table: &'a RotaryTable,
+    pub tables: &'a Tables,
     pub segments: &'a [Segment],
+}
+
+/// Turns of all rows; those of blocks with a window apart where they differ.
+pub(crate) struct Tables {
+    pub usual: RotaryTable,
+    pub window: Option<RotaryTable>,
 }
 
 /// What a block's backward needs; all `[n, …]`.
 pub(crate) struct BlockSaved {
     /// The block's input.
     x: Tensor<2>,
+    /// Turned to their positions; where heads are normalised, as they were before that.
     queries: Tensor<2>,
-    pub keys: Tensor<2>,
-    pub values: Tensor<2>,
+    keys: Tensor<2>,
+    values: Tensor<2>,
     attended: Tensor<2>,
     attention: AttentionSaved,
-    /// The residual stream between attention and MLP.
-    middle: Tensor<2>,
-    gate: Tensor<2>,
+    mlp: MlpSaved,
+}
+
+/// The part after attention.
+struct MlpSaved {
+    /// Attention's projection, where a norm follows it.
+    projected: Option<Tensor<2>>,
+    /// The residual stream between attention and MLP, unless the MLP reads the block's input.
+    middle: Option<Tensor<2>>,
+    gate: Option<Tensor<2>>,
     up: Tensor<2>,
+    /// The MLP's output, where a norm follows it.
+    down: Option<Tensor<2>>,
+}
+
+/// Queries and keys ready for attention, and values.
+pub(crate) struct Projected {
+    pub queries: Tensor<2>,
+    pub keys: Tensor<2>,
+    pub values: Tensor<2>,
+    /// Queries and keys before the norm of their heads.
+    raw: Option<[Tensor<2>; 2]>,
 }
 
 impl Block<'_> {
     /// The block's output, `[n, hidden]`, and what its backward needs.
     pub fn forward(&self, x: Tensor<2>, rows: &Rows<'_>) -> (Tensor<2>, BlockSaved) {
-        let [queries, keys, values] = self.project(&x, rows.table);
+        let Projected {
+            queries,
+            keys,
+            values,
+            raw,
+        } = self.project(&x, rows.tables);
         let (attended, attention) =
             segment_attention(&queries, &keys, &values, rows.segments, self.plan);
-        let Finished {
-            middle,
-            gate,
-            up,
-            y,
-        } = self.finish(x.clone(), &attended);
+        let [queries, keys] = raw.unwrap_or([queries, keys]);
+        let (y, mlp) = self.finish(&x, &attended);
         (
             y,
             BlockSaved {
@@ -65,60 +93,92 @@ impl Block<'_> {
                 values,
                 attended,
                 attention,
-                middle,
-                gate,
-                up,
+                mlp,
             },
         )
     }
 
-    /// Queries and keys, turned to their positions, and values.
-    pub fn project(&self, x: &Tensor<2>, table: &RotaryTable) -> [Tensor<2>; 3] {
-        let (normed, _) = rms_norm(
-            x,
-            &self.vector(&self.slots.attention_norm),
-            self.norm_epsilon,
-        );
-        let queries = linear(
-            &normed,
-            &self.matrix(&self.slots.queries, self.query_columns()),
-        );
-        let keys = linear(&normed, &self.matrix(&self.slots.keys, self.key_columns()));
-        let values = linear(
-            &normed,
-            &self.matrix(&self.slots.values, self.key_columns()),
-        );
-        [
-            rotary(queries, table, self.plan.heads),
-            rotary(keys, table, self.plan.kv_heads),
+    /// Everything before attention.
+    pub fn project(&self, x: &Tensor<2>, tables: &Tables) -> Projected {
+        let slots = self.slots;
+        let (normed, _) = slots.attention_norm.norm(self.weights, x, self.norm());
+        let [queries, keys, values] = match &slots.projections {
+            ProjectionSlots::Apart(maps) => {
+                maps.each_ref().map(|map| map.linear(self.weights, &normed))
+            }
+            ProjectionSlots::HeadByHead(map) => {
+                split_heads(&map.linear(self.weights, &normed), self.plan.heads)
+            }
+        };
+        drop(normed);
+        let (raw, [queries, keys]) = match &slots.head_norms {
+            Some(norms) => {
+                let raw = [queries, keys];
+                let turned = [0, 1].map(|side| {
+                    let (normed, _) = self.norm_heads(&norms[side], &raw[side]);
+                    normed
+                });
+                (Some(raw), turned)
+            }
+            None => (None, [queries, keys]),
+        };
+        let table = self.table(tables);
+        Projected {
+            queries: rotary(queries, table, self.plan.heads),
+            keys: rotary(keys, table, self.plan.kv_heads),
             values,
-        ]
+            raw,
+        }
     }
 
     /// Everything after attention.
-    pub fn finish(&self, x: Tensor<2>, attended: &Tensor<2>) -> Finished {
-        let middle = add(
-            x,
-            &linear(attended, &self.matrix(&self.slots.output, self.hidden)),
-        );
-        let (normed, _) = rms_norm(
-            &middle,
-            &self.vector(&self.slots.mlp_norm),
-            self.norm_epsilon,
-        );
-        let gate = linear(&normed, &self.matrix(&self.slots.gate, self.intermediate));
-        let up = linear(&normed, &self.matrix(&self.slots.up, self.intermediate));
-        let down = linear(
-            &swiglu(&gate, &up),
-            &self.matrix(&self.slots.down, self.hidden),
-        );
-        // The sum goes into the product's memory: `middle` is still needed.
-        let y = add(down, &middle);
-        Finished {
-            middle,
+    pub fn finish_alone(&self, x: &Tensor<2>, attended: &Tensor<2>) -> Tensor<2> {
+        self.finish(x, attended).0
+    }
+
+    fn finish(&self, x: &Tensor<2>, attended: &Tensor<2>) -> (Tensor<2>, MlpSaved) {
+        let slots = self.slots;
+        let projected = slots.output.linear(self.weights, attended);
+        let (joined, projected) = self.join(projected, slots.attention_output_norm.as_ref());
+        // The sum goes into the product's memory: `x` is still needed.
+        let middle = add(joined, x);
+        let parallel = self.config.residual == Residual::Parallel;
+        let input = if parallel { x } else { &middle };
+        let (normed, _) = slots.mlp_norm.norm(self.weights, input, self.norm());
+        let gate = slots.gate.as_ref();
+        let gate = gate.map(|gate| gate.linear(self.weights, &normed));
+        let up = slots.up.linear(self.weights, &normed);
+        let inner = self.inner(gate.as_ref(), &up);
+        let down = slots.down.linear(self.weights, &inner);
+        let (joined, down) = self.join(down, slots.mlp_output_norm.as_ref());
+        let y = add(joined, &middle);
+        let saved = MlpSaved {
+            projected,
+            middle: (!parallel).then_some(middle),
             gate,
             up,
-            y,
+            down,
+        };
+        (y, saved)
+    }
+
+    /// What joins the residual stream, and what was before the norm if there is one.
+    fn join(&self, y: Tensor<2>, norm: Option<&Affine>) -> (Tensor<2>, Option<Tensor<2>>) {
+        match norm {
+            Some(norm) => {
+                let (normed, _) = norm.norm(self.weights, &y, self.norm());
+                (normed, Some(y))
+            }
+            None => (y, None),
+        }
+    }
+
+    /// The MLP between its products.
+    fn inner(&self, gate: Option<&Tensor<2>>, up: &Tensor<2>) -> Tensor<2> {
+        let activation = self.config.mlp.activation;
+        match gate {
+            Some(gate) => gated(gate, up, activation),
+            None => activate(up, activation),
         }
     }
 
@@ -137,109 +197,219 @@ impl Block<'_> {
             values,
             attended,
             attention,
-            middle,
-            gate,
-            up,
+            mlp,
         } = saved;
-        let dmiddle = self.mlp_backward(dy, &middle, &gate, &up, gradients);
-        let dattended = self.linear_backward(&dmiddle, &attended, &self.slots.output, gradients);
-        let (dqueries, dkeys, dvalues) = segment_attention_backward(
-            &dattended,
-            &queries,
-            &keys,
-            &values,
-            &attended,
-            &attention,
-            rows.segments,
-            self.plan,
+        let slots = self.slots;
+        let dinput = self.mlp_backward(dy, &x, &mlp, gradients);
+        let projected = mlp.projected;
+        drop((mlp.middle, mlp.gate, mlp.up, mlp.down));
+        // Where the MLP reads the block's input, its gradient joins at the end; else it is the stream's in the middle.
+        let (dmiddle, dparallel) = match self.config.residual {
+            Residual::Parallel => (dy.clone(), Some(dinput)),
+            Residual::Sequential | Residual::Sandwich => (add(dinput, dy), None),
+        };
+        let dprojected = self.join_backward(
+            &dmiddle,
+            projected,
+            slots.attention_output_norm.as_ref(),
+            gradients,
         );
-        let dqueries = rotary_backward(dqueries, rows.table, self.plan.heads);
-        let dkeys = rotary_backward(dkeys, rows.table, self.plan.kv_heads);
-        let norm = self.vector(&self.slots.attention_norm);
-        let (normed, norm_saved) = rms_norm(&x, &norm, self.norm_epsilon);
-        let dnormed = self.linear_backward(&dqueries, &normed, &self.slots.queries, gradients);
-        let dnormed = add(
-            dnormed,
-            &self.linear_backward(&dkeys, &normed, &self.slots.keys, gradients),
-        );
-        let dnormed = add(
-            dnormed,
-            &self.linear_backward(&dvalues, &normed, &self.slots.values, gradients),
-        );
-        let dx = rms_norm_backward(
+        let dattended =
+            slots
+                .output
+                .linear_backward(self.weights, &dprojected, &attended, gradients);
+        drop(dprojected);
+        let (dqueries, dkeys, dvalues) = {
+            let turned = self.turned(&queries, &keys, rows.tables);
+            let [queries, keys] = turned
+                .as_ref()
+                .map_or([&queries, &keys], |it| it.each_ref());
+            segment_attention_backward(
+                &dattended,
+                queries,
+                keys,
+                &values,
+                &attended,
+                &attention,
+                rows.segments,
+                self.plan,
+            )
+        };
+        let table = self.table(rows.tables);
+        let mut dqueries = rotary_backward(dqueries, table, self.plan.heads);
+        let mut dkeys = rotary_backward(dkeys, table, self.plan.kv_heads);
+        if let Some([query_norm, key_norm]) = &slots.head_norms {
+            dqueries = self.norm_heads_backward(query_norm, &dqueries, &queries, gradients);
+            dkeys = self.norm_heads_backward(key_norm, &dkeys, &keys, gradients);
+        }
+        let (normed, norm_saved) = slots.attention_norm.norm(self.weights, &x, self.norm());
+        let dnormed = self.projections_backward([dqueries, dkeys, dvalues], &normed, gradients);
+        drop(normed);
+        let dx = slots.attention_norm.norm_backward(
+            self.weights,
             &dnormed,
             &x,
-            &norm,
             &norm_saved,
+            self.config.norm,
             gradients,
-            &self.slots.attention_norm,
         );
-        add(dx, &dmiddle)
+        let dx = add(dx, &dmiddle);
+        match dparallel {
+            Some(dparallel) => add(dx, &dparallel),
+            None => dx,
+        }
     }
 
+    /// The gradient of the norm's output for those of queries, keys and values.
+    fn projections_backward(
+        &self,
+        outs: [Tensor<2>; 3],
+        normed: &Tensor<2>,
+        gradients: &mut Gradients,
+    ) -> Tensor<2> {
+        match &self.slots.projections {
+            ProjectionSlots::Apart(maps) => {
+                let mut back = |side: usize| {
+                    maps[side].linear_backward(self.weights, &outs[side], normed, gradients)
+                };
+                let dnormed = back(0);
+                let dnormed = add(dnormed, &back(1));
+                add(dnormed, &back(2))
+            }
+            ProjectionSlots::HeadByHead(map) => {
+                let together = join_heads(&outs, self.plan.heads);
+                drop(outs);
+                map.linear_backward(self.weights, &together, normed, gradients)
+            }
+        }
+    }
+
+    /// The gradient of the MLP's input, before its residual.
     fn mlp_backward(
         &self,
         dy: &Tensor<2>,
-        middle: &Tensor<2>,
-        gate: &Tensor<2>,
-        up: &Tensor<2>,
+        x: &Tensor<2>,
+        saved: &MlpSaved,
         gradients: &mut Gradients,
     ) -> Tensor<2> {
-        let gated = swiglu(gate, up);
-        let dgated = self.linear_backward(dy, &gated, &self.slots.down, gradients);
-        let (dgate, dup) = swiglu_backward(&dgated, gate, up);
-        let norm = self.vector(&self.slots.mlp_norm);
-        let (normed, norm_saved) = rms_norm(middle, &norm, self.norm_epsilon);
-        let dnormed = self.linear_backward(&dgate, &normed, &self.slots.gate, gradients);
-        let dnormed = add(
-            dnormed,
-            &self.linear_backward(&dup, &normed, &self.slots.up, gradients),
-        );
-        let dmiddle = rms_norm_backward(
-            &dnormed,
-            middle,
-            &norm,
-            &norm_saved,
+        let (slots, activation) = (self.slots, self.config.mlp.activation);
+        let (gate, up) = (saved.gate.as_ref(), &saved.up);
+        let ddown = self.join_backward(
+            dy,
+            saved.down.clone(),
+            slots.mlp_output_norm.as_ref(),
             gradients,
-            &self.slots.mlp_norm,
         );
-        add(dmiddle, dy)
+        let inner = self.inner(gate, up);
+        let dinner = slots
+            .down
+            .linear_backward(self.weights, &ddown, &inner, gradients);
+        let (dgate, dup) = match gate {
+            Some(gate) => {
+                let (dgate, dup) = gated_backward(&dinner, gate, up, activation);
+                (Some(dgate), dup)
+            }
+            None => (None, activate_backward(&dinner, up, activation)),
+        };
+        let input = saved.middle.as_ref().unwrap_or(x);
+        let (normed, norm_saved) = slots.mlp_norm.norm(self.weights, input, self.norm());
+        let dnormed = match (&slots.gate, dgate) {
+            (Some(map), Some(dgate)) => {
+                let dnormed = map.linear_backward(self.weights, &dgate, &normed, gradients);
+                let of_up = slots
+                    .up
+                    .linear_backward(self.weights, &dup, &normed, gradients);
+                add(dnormed, &of_up)
+            }
+            _ => slots
+                .up
+                .linear_backward(self.weights, &dup, &normed, gradients),
+        };
+        slots.mlp_norm.norm_backward(
+            self.weights,
+            &dnormed,
+            input,
+            &norm_saved,
+            self.config.norm,
+            gradients,
+        )
     }
 
-    fn linear_backward(
+    /// The gradient of what [`Block::join`] was given.
+    fn join_backward(
         &self,
         dy: &Tensor<2>,
-        x: &Tensor<2>,
-        slot: &Slot,
+        before: Option<Tensor<2>>,
+        norm: Option<&Affine>,
         gradients: &mut Gradients,
     ) -> Tensor<2> {
-        let [_, out] = dy.dims();
-        linear_backward(dy, x, &self.matrix(slot, out), gradients, slot)
+        let (Some(before), Some(norm)) = (before, norm) else {
+            return dy.clone();
+        };
+        let (_, saved) = norm.norm(self.weights, &before, self.norm());
+        let kind = self.config.norm;
+        norm.norm_backward(self.weights, dy, &before, &saved, kind, gradients)
     }
 
-    fn query_columns(&self) -> usize {
-        self.plan.heads * self.plan.head_dim
+    /// Queries and keys turned to their positions, where they were kept as they were before the norm of their heads.
+    fn turned(
+        &self,
+        queries: &Tensor<2>,
+        keys: &Tensor<2>,
+        tables: &Tables,
+    ) -> Option<[Tensor<2>; 2]> {
+        let [query_norm, key_norm] = self.slots.head_norms.as_ref()?;
+        let table = self.table(tables);
+        let (queries, _) = self.norm_heads(query_norm, queries);
+        let (keys, _) = self.norm_heads(key_norm, keys);
+        Some([
+            rotary(queries, table, self.plan.heads),
+            rotary(keys, table, self.plan.kv_heads),
+        ])
     }
 
-    fn key_columns(&self) -> usize {
-        self.plan.kv_heads * self.plan.head_dim
+    /// Every head of every row, normalised on its own.
+    fn norm_heads(
+        &self,
+        norm: &Affine,
+        x: &Tensor<2>,
+    ) -> (Tensor<2>, crate::operations::NormSaved) {
+        let shape = x.dims();
+        let (y, saved) = norm.norm(self.weights, &self.head_rows(x), self.norm());
+        (y.reshape(shape), saved)
     }
 
-    /// The weight at `slot` with `out` rows; the columns follow.
-    fn matrix(&self, slot: &Slot, out: usize) -> Tensor<2> {
-        self.weights.view(slot, [out, slot.len / out])
+    fn norm_heads_backward(
+        &self,
+        norm: &Affine,
+        dy: &Tensor<2>,
+        x: &Tensor<2>,
+        gradients: &mut Gradients,
+    ) -> Tensor<2> {
+        let (_, saved) = self.norm_heads(norm, x);
+        let (x_rows, dy_rows) = (self.head_rows(x), self.head_rows(dy));
+        let kind = self.config.norm;
+        norm.norm_backward(self.weights, &dy_rows, &x_rows, &saved, kind, gradients)
+            .reshape(x.dims())
     }
 
-    fn vector(&self, slot: &Slot) -> Tensor<1> {
-        self.weights.view(slot, [slot.len])
+    /// `[n, heads · head_dim]` as `[n · heads, head_dim]`, the same memory.
+    fn head_rows(&self, x: &Tensor<2>) -> Tensor<2> {
+        let ([rows, width], head_dim) = (x.dims(), self.plan.head_dim);
+        x.clone().reshape([rows * width / head_dim, head_dim])
     }
-}
 
-/// The second half of a block's forward.
-pub(crate) struct Finished {
-    middle: Tensor<2>,
-    gate: Tensor<2>,
-    up: Tensor<2>,
-    /// The block's output.
-    pub y: Tensor<2>,
+    fn table<'t>(&self, tables: &'t Tables) -> &'t RotaryTable {
+        match (&tables.window, self.plan.window) {
+            (Some(table), Some(_)) => table,
+            _ => &tables.usual,
+        }
+    }
+
+    fn norm(&self) -> Norm {
+        Norm {
+            kind: self.config.norm,
+            epsilon: self.config.norm_epsilon,
+        }
+    }
 }

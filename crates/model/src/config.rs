@@ -1,17 +1,39 @@
 //! config.json as a decoder described by data. A family is a reading of that file, not a type: everything below works
 //! from the fields of [`ModelConfig`]. Whatever this program would compute wrongly is refused by name.
+//!
+//! | family | norm | residual | q, k, v | biases | attention | MLP | head |
+//! |---|---|---|---|---|---|---|---|
+//! | Llama | RMS | sequential | separate | `attention_bias`, `mlp_bias` | full | SwiGLU | |
+//! | Mistral | RMS | sequential | separate | | window | SwiGLU | |
+//! | Qwen2 | RMS | sequential | separate | q, k, v | full, window from a layer on | SwiGLU | |
+//! | Qwen3 | RMS, also of q and k heads | sequential | separate | `attention_bias` | as Qwen2 | SwiGLU | |
+//! | Gemma | RMS with 1 + w | sequential | separate | `attention_bias` | full | GeGLU (tanh) | tied; embeddings × √hidden |
+//! | Gemma 2 | RMS with 1 + w | norms on both sides | separate | `attention_bias` | window in every other layer, soft-capped | GeGLU (tanh) | as Gemma, soft-capped |
+//! | Gemma 3 | RMS with 1 + w, also of q and k heads | norms on both sides | separate | `attention_bias` | window but in every sixth layer; RoPE bases differ | GeGLU (tanh) | as Gemma |
+//! | Phi-3 | RMS | sequential | stacked in one tensor | | full or window | SwiGLU, stacked | |
+//! | GPT-NeoX | layer norm | parallel | one tensor, head by head | all | full, part of each head turns | GELU | |
 
 use std::fs;
 use std::path::Path;
 
-use kernels::AttentionPlan;
-use serde_json::{Map, Value, json};
+use kernels::{Activation, AttentionPlan};
+use serde_json::{Map, Value};
 
 use crate::ModelError;
-use crate::rotary::RotaryPlan;
+use crate::rotary::{self, RotaryPlan};
 
 /// Values of `model_type` that can be read.
-const FAMILIES: [(&str, Family); 2] = [("llama", Family::Llama), ("mistral", Family::Mistral)];
+const FAMILIES: [(&str, Family); 9] = [
+    ("llama", Family::Llama),
+    ("mistral", Family::Mistral),
+    ("qwen2", Family::Qwen2),
+    ("qwen3", Family::Qwen3),
+    ("gemma", Family::Gemma),
+    ("gemma2", Family::Gemma2),
+    ("gemma3_text", Family::Gemma3),
+    ("phi3", Family::Phi3),
+    ("gpt_neox", Family::GptNeox),
+];
 
 /// The architecture that config.json names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,9 +42,23 @@ pub enum Family {
     Llama,
     /// Mistral: Llama with a sliding window.
     Mistral,
+    /// Qwen2 and 2.5.
+    Qwen2,
+    /// Qwen3, dense.
+    Qwen3,
+    /// Gemma 1.
+    Gemma,
+    /// Gemma 2.
+    Gemma2,
+    /// The text model of Gemma 3.
+    Gemma3,
+    /// Phi-3, 3.5 and 4-mini.
+    Phi3,
+    /// GPT-NeoX and Pythia.
+    GptNeox,
 }
 
-/// A decoder as data: RMS norm before attention and MLP, rotary grouped-query attention, SwiGLU.
+/// A decoder as data: token embedding, blocks of rotary grouped-query attention and an MLP, norm, log-prob head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
     /// Which reading of config.json it came from.
@@ -31,14 +67,30 @@ pub struct ModelConfig {
     pub vocabulary: usize,
     /// Columns of the residual stream.
     pub hidden: usize,
-    /// Columns of the MLP.
-    pub intermediate: usize,
+    /// What norms compute.
+    pub norm: NormKind,
     /// ε of the norms.
     pub norm_epsilon: f64,
+    /// How attention and MLP join the residual stream.
+    pub residual: Residual,
+    /// How the weights of queries, keys and values are stored.
+    pub projections: Projections,
+    /// Which linear maps add a bias.
+    pub biases: Biases,
+    /// Queries and keys are normalised head by head before they turn.
+    pub head_norms: bool,
     /// One attention plan per block, in order; its length is the number of blocks.
     pub attention: Vec<AttentionPlan>,
-    /// Rotary frequencies, the same in all blocks.
+    /// Rotary frequencies.
     pub rotary: RotaryPlan,
+    /// Rotary frequencies of the blocks that have a window, where they differ.
+    pub window_rotary: Option<RotaryPlan>,
+    /// The MLP of every block.
+    pub mlp: MlpPlan,
+    /// Factor on embeddings.
+    pub embedding_scale: Option<f32>,
+    /// Logits l become cap · tanh(l / cap).
+    pub logit_cap: Option<f64>,
     /// The log-prob head shares the embedding's weight.
     pub tied: bool,
     /// Positions the model was made for; not enforced here.
@@ -47,6 +99,74 @@ pub struct ModelConfig {
     pub eos_ids: Vec<u32>,
     /// Id before a text, if the model has one.
     pub bos_id: Option<u32>,
+    /// What config.json asks for and training does otherwise, in words.
+    pub notes: Vec<String>,
+}
+
+/// What norms compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// w · x / √(mean(x²) + ε).
+    Rms,
+    /// The same with 1 + w for w.
+    RmsPlusOne,
+    /// w · (x − mean(x)) / √(variance(x) + ε) + b.
+    Layer,
+}
+
+/// How attention A and MLP M join the residual stream x.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Residual {
+    /// m = x + A(norm x); y = m + M(norm m).
+    Sequential,
+    /// m = x + norm A(norm x); y = m + norm M(norm m).
+    Sandwich,
+    /// y = x + A(norm x) + M(norm′ x).
+    Parallel,
+}
+
+/// How the weights of queries, keys and values are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Projections {
+    /// Three tensors.
+    Separate,
+    /// One tensor: rows of all queries, then keys, then values.
+    Stacked,
+    /// One tensor: rows of a head's query, key and value, then the next head's.
+    HeadByHead,
+}
+
+/// Which linear maps add a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Biases {
+    /// Queries, keys and values.
+    pub projections: bool,
+    /// Attention's output.
+    pub output: bool,
+    /// All of the MLP.
+    pub mlp: bool,
+}
+
+/// An MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MlpPlan {
+    /// Its columns.
+    pub intermediate: usize,
+    /// Its function.
+    pub activation: Activation,
+    /// Whether and how it is gated.
+    pub gate: Gate,
+}
+
+/// Whether an MLP is gated, and how its weights are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gate {
+    /// down(f(gate x) · up x), three tensors.
+    Separate,
+    /// The same with gate and up as one tensor, gate's rows first.
+    Stacked,
+    /// down(f(up x)).
+    None,
 }
 
 impl ModelConfig {
@@ -68,7 +188,7 @@ impl ModelConfig {
             Err(error) => Err(Bad::new("config.json", format!("not JSON: {error}"))),
         };
         config
-            .and_then(|config| read(&config))
+            .and_then(|config| Reader::new(&config)?.read())
             .map_err(|Bad { key, reason }| ModelError::Config {
                 path: path.to_owned(),
                 key,
@@ -84,46 +204,6 @@ impl ModelConfig {
     /// Columns of one attention head.
     pub fn head_dim(&self) -> usize {
         self.attention[0].head_dim
-    }
-
-    /// A config.json that transformers and [`ModelConfig::load`] read back as this decoder with f32 weights.
-    pub fn to_json(&self) -> String {
-        let plan = self.attention[0];
-        let (kind, class) = match self.family {
-            Family::Llama => ("llama", "LlamaForCausalLM"),
-            Family::Mistral => ("mistral", "MistralForCausalLM"),
-        };
-        let mut config = json!({
-            "architectures": [class],
-            "model_type": kind,
-            "dtype": "float32",
-            "vocab_size": self.vocabulary,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "hidden_act": "silu",
-            "num_hidden_layers": self.blocks(),
-            "num_attention_heads": plan.heads,
-            "num_key_value_heads": plan.kv_heads,
-            "head_dim": plan.head_dim,
-            "rms_norm_eps": self.norm_epsilon,
-            "rope_parameters": self.rotary.to_json(),
-            "tie_word_embeddings": self.tied,
-        });
-        if let Some(positions) = self.positions_max {
-            config["max_position_embeddings"] = json!(positions);
-        }
-        if self.family == Family::Mistral {
-            config["sliding_window"] = json!(plan.window);
-        }
-        if let Some(bos) = self.bos_id {
-            config["bos_token_id"] = json!(bos);
-        }
-        match self.eos_ids[..] {
-            [] => {}
-            [eos] => config["eos_token_id"] = json!(eos),
-            _ => config["eos_token_id"] = json!(self.eos_ids),
-        }
-        serde_json::to_string_pretty(&config).expect("a JSON value has a text")
     }
 }
 
@@ -147,76 +227,438 @@ impl Bad {
             ..self
         }
     }
+
+    pub(crate) fn because(self, reason: String) -> Self {
+        Self { reason, ..self }
+    }
 }
 
-fn read(config: &Map<String, Value>) -> Result<ModelConfig, Bad> {
-    let family = family(config)?;
-    refuse_what_is_computed_differently(config)?;
-    let (hidden, heads) = (
-        needed(config, "hidden_size")?,
-        needed(config, "num_attention_heads")?,
-    );
-    // Absent keys mean the defaults of transformers' configuration classes.
-    let kv_heads = count(config, "num_key_value_heads")?.unwrap_or(match family {
-        Family::Llama => heads,
-        Family::Mistral => 8,
-    });
-    if !heads.is_multiple_of(kv_heads) {
-        let reason = format!(
-            "{kv_heads} key heads cannot be shared evenly by num_attention_heads = {heads}"
-        );
-        return Err(Bad::new("num_key_value_heads", reason));
+/// Reads one config.json. Absent keys mean the defaults of transformers' configuration classes.
+struct Reader<'a> {
+    config: &'a Map<String, Value>,
+    family: Family,
+}
+
+impl<'a> Reader<'a> {
+    fn new(config: &'a Map<String, Value>) -> Result<Self, Bad> {
+        let family = family(config)?;
+        Ok(Self { config, family })
     }
-    let head_dim = match count(config, "head_dim")? {
-        Some(head_dim) => head_dim,
-        None if hidden.is_multiple_of(heads) => hidden / heads,
-        None => {
-            return Err(Bad::new(
-                "hidden_size",
-                format!("{hidden} is no multiple of num_attention_heads = {heads}"),
-            ));
+
+    fn is_gemma(&self) -> bool {
+        matches!(self.family, Family::Gemma | Family::Gemma2 | Family::Gemma3)
+    }
+
+    fn read(&self) -> Result<ModelConfig, Bad> {
+        self.refuse_what_is_computed_differently()?;
+        let hidden = self.needed("hidden_size")?;
+        let attention = self.attention(hidden)?;
+        let head_dim = attention[0].head_dim;
+        let (rotary, window_rotary) = self.rotary(head_dim)?;
+        let neox = self.family == Family::GptNeox;
+        let norm = match self.family {
+            Family::GptNeox => NormKind::Layer,
+            _ if self.is_gemma() => NormKind::RmsPlusOne,
+            _ => NormKind::Rms,
+        };
+        let residual = match self.family {
+            Family::Gemma2 | Family::Gemma3 => Residual::Sandwich,
+            Family::GptNeox if self.flag_or("use_parallel_residual", true)? => Residual::Parallel,
+            _ => Residual::Sequential,
+        };
+        let projections = match self.family {
+            Family::Phi3 => Projections::Stacked,
+            Family::GptNeox => Projections::HeadByHead,
+            _ => Projections::Separate,
+        };
+        Ok(ModelConfig {
+            family: self.family,
+            vocabulary: self.needed("vocab_size")?,
+            hidden,
+            norm,
+            norm_epsilon: self.norm_epsilon()?,
+            residual,
+            projections,
+            biases: self.biases()?,
+            head_norms: matches!(self.family, Family::Qwen3 | Family::Gemma3),
+            attention,
+            rotary,
+            window_rotary,
+            mlp: MlpPlan {
+                intermediate: self.needed("intermediate_size")?,
+                activation: self.activation()?,
+                gate: match self.family {
+                    Family::Phi3 => Gate::Stacked,
+                    Family::GptNeox => Gate::None,
+                    _ => Gate::Separate,
+                },
+            },
+            embedding_scale: self.is_gemma().then(|| (hidden as f64).sqrt() as f32),
+            logit_cap: self.cap("final_logit_softcapping", 30.0)?,
+            tied: self.flag_or("tie_word_embeddings", self.is_gemma())?,
+            positions_max: count(self.config, "max_position_embeddings")?,
+            eos_ids: ids(self.config, "eos_token_id")?,
+            bos_id: ids(self.config, "bos_token_id")?.first().copied(),
+            notes: self.notes(neox)?,
+        })
+    }
+
+    fn attention(&self, hidden: usize) -> Result<Vec<AttentionPlan>, Bad> {
+        let heads = self.needed("num_attention_heads")?;
+        let kv_heads = self.kv_heads(heads)?;
+        if !heads.is_multiple_of(kv_heads) {
+            let reason = format!(
+                "{kv_heads} key heads cannot be shared evenly by num_attention_heads = {heads}"
+            );
+            return Err(Bad::new("num_key_value_heads", reason));
         }
-    };
-    if !head_dim.is_multiple_of(2) {
-        return Err(Bad::new(
+        let head_dim = self.head_dim(hidden, heads)?;
+        let squared_scale = match self.family {
+            Family::Gemma2 | Family::Gemma3 => {
+                let scalar = number(self.config, "query_pre_attn_scalar")?.unwrap_or(256.0);
+                positive("query_pre_attn_scalar", scalar)?
+            }
+            _ => head_dim as f64,
+        };
+        let plan = AttentionPlan {
+            heads,
+            kv_heads,
+            head_dim,
+            scale: 1.0 / squared_scale.sqrt(),
+            window: None,
+            soft_cap: self.cap("attn_logit_softcapping", 50.0)?,
+        };
+        let blocks = self.needed("num_hidden_layers")?;
+        let windows = self.windows(blocks)?.into_iter();
+        Ok(windows
+            .map(|window| AttentionPlan { window, ..plan })
+            .collect())
+    }
+
+    fn kv_heads(&self, heads: usize) -> Result<usize, Bad> {
+        const KEY: &str = "num_key_value_heads";
+        if self.family == Family::GptNeox {
+            return Ok(heads);
+        }
+        let absent = match self.family {
+            Family::Mistral => 8,
+            Family::Qwen2 | Family::Qwen3 if !self.config.contains_key(KEY) => 32,
+            Family::Gemma => 16,
+            Family::Gemma2 | Family::Gemma3 => 4,
+            _ => heads,
+        };
+        Ok(count(self.config, KEY)?.unwrap_or(absent))
+    }
+
+    fn head_dim(&self, hidden: usize, heads: usize) -> Result<usize, Bad> {
+        let head_dim = match (count(self.config, "head_dim")?, self.family) {
+            (Some(head_dim), Family::GptNeox) if head_dim * heads != hidden => {
+                let reason = format!(
+                    "{head_dim} is not supported; supported: hidden_size / num_attention_heads"
+                );
+                return Err(Bad::new("head_dim", reason));
+            }
+            (Some(head_dim), _) => head_dim,
+            (None, Family::Qwen3) if !self.config.contains_key("head_dim") => 128,
+            (None, _) if self.is_gemma() => 256,
+            (None, _) if hidden.is_multiple_of(heads) => hidden / heads,
+            (None, _) => {
+                return Err(Bad::new(
+                    "hidden_size",
+                    format!("{hidden} is no multiple of num_attention_heads = {heads}"),
+                ));
+            }
+        };
+        if head_dim.is_multiple_of(2) {
+            return Ok(head_dim);
+        }
+        Err(Bad::new(
             "head_dim",
             format!("{head_dim} is odd; rotary embedding turns pairs of columns"),
-        ));
+        ))
     }
-    let window = match family {
-        Family::Llama => None,
-        Family::Mistral if config.contains_key("sliding_window") => {
-            count(config, "sliding_window")?
+
+    /// The window of every block.
+    fn windows(&self, blocks: usize) -> Result<Vec<Option<usize>>, Bad> {
+        const KEY: &str = "sliding_window";
+        let size = match self.family {
+            Family::Llama | Family::Gemma | Family::GptNeox => None,
+            Family::Qwen2 | Family::Qwen3 if !flag(self.config, "use_sliding_window")? => None,
+            Family::Phi3 => count(self.config, KEY)?,
+            _ if self.config.contains_key(KEY) => count(self.config, KEY)?,
+            _ => Some(4096),
+        };
+        let usual = |block: usize| -> Result<bool, Bad> {
+            Ok(match self.family {
+                Family::Llama | Family::Gemma | Family::GptNeox => false,
+                Family::Mistral | Family::Phi3 => size.is_some(),
+                Family::Qwen2 | Family::Qwen3 => {
+                    let full = number(self.config, "max_window_layers")?.unwrap_or(28.0);
+                    size.is_some() && block as f64 >= full
+                }
+                Family::Gemma2 => block.is_multiple_of(2),
+                Family::Gemma3 => {
+                    let pattern = match count(self.config, "sliding_window_pattern")? {
+                        Some(pattern) => pattern,
+                        None => count(self.config, "_sliding_window_pattern")?.unwrap_or(6),
+                    };
+                    !(block + 1).is_multiple_of(pattern)
+                }
+            })
+        };
+        let patterned = matches!(
+            self.family,
+            Family::Qwen2 | Family::Qwen3 | Family::Gemma2 | Family::Gemma3
+        );
+        let named = self.layer_types(blocks)?;
+        let mut windows = Vec::with_capacity(blocks);
+        for block in 0..blocks {
+            let sliding = match &named {
+                Some(named) if patterned => named[block],
+                Some(named) if named[block] != usual(block)? => {
+                    let reason =
+                        "a mix of window and full attention is not supported for this family";
+                    return Err(Bad::new("layer_types", reason));
+                }
+                _ => usual(block)?,
+            };
+            if sliding && size.is_none() {
+                let reason = "missing, but layers of sliding attention need it";
+                return Err(Bad::new(KEY, reason));
+            }
+            windows.push(if sliding { size } else { None });
         }
-        Family::Mistral => Some(4096),
-    };
-    let plan = AttentionPlan {
-        heads,
-        kv_heads,
-        head_dim,
-        scale: 1.0 / (head_dim as f64).sqrt(),
-        window,
-    };
-    let norm_epsilon = number(config, "rms_norm_eps")?.unwrap_or(1e-6);
-    if !(norm_epsilon.is_finite() && norm_epsilon > 0.0) {
-        return Err(Bad::new(
-            "rms_norm_eps",
-            format!("{norm_epsilon} is not a positive number"),
-        ));
+        Ok(windows)
     }
-    Ok(ModelConfig {
-        family,
-        vocabulary: needed(config, "vocab_size")?,
-        hidden,
-        intermediate: needed(config, "intermediate_size")?,
-        norm_epsilon,
-        attention: vec![plan; needed(config, "num_hidden_layers")?],
-        rotary: RotaryPlan::parse(config)?,
-        tied: flag(config, "tie_word_embeddings")?,
-        positions_max: count(config, "max_position_embeddings")?,
-        eos_ids: ids(config, "eos_token_id")?,
-        bos_id: ids(config, "bos_token_id")?.first().copied(),
-    })
+
+    /// Which blocks have a window, where config.json says so block by block.
+    fn layer_types(&self, blocks: usize) -> Result<Option<Vec<bool>>, Bad> {
+        const KEY: &str = "layer_types";
+        let types = match self.config.get(KEY) {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::Array(types)) if types.len() == blocks => types,
+            Some(Value::Array(types)) => {
+                let reason = format!("{} entries for num_hidden_layers = {blocks}", types.len());
+                return Err(Bad::new(KEY, reason));
+            }
+            Some(other) => {
+                return Err(Bad::new(KEY, format!("a list is needed, found {other}")));
+            }
+        };
+        let kinds = types.iter().map(|kind| match kind.as_str() {
+            Some("full_attention") => Ok(false),
+            Some("sliding_attention") => Ok(true),
+            _ => Err(Bad::new(
+                KEY,
+                format!("{kind} is not supported; supported: full_attention, sliding_attention"),
+            )),
+        });
+        kinds.collect::<Result<_, _>>().map(Some)
+    }
+
+    /// Rotary frequencies, and those of blocks with a window where they differ.
+    fn rotary(&self, head_dim: usize) -> Result<(RotaryPlan, Option<RotaryPlan>), Bad> {
+        let mut expected = rotary::Expected {
+            head_dim,
+            theta: rotary::THETA,
+            theta_key: "rope_theta",
+            part_key: "partial_rotary_factor",
+            part: 1.0,
+            yarn_is_longrope: false,
+            original_positions: None,
+        };
+        match self.family {
+            Family::GptNeox => {
+                expected.theta_key = "rotary_emb_base";
+                expected.part_key = "rotary_pct";
+                expected.part = 0.25;
+            }
+            Family::Phi3 => {
+                expected.yarn_is_longrope = true;
+                expected.original_positions = Some(4096.0);
+            }
+            Family::Gemma3 => return self.two_rotaries(expected),
+            _ => {}
+        }
+        Ok((rotary::parse(self.config, &expected)?, None))
+    }
+
+    /// Gemma 3: a section for each kind of layer, or θ and scaling of full attention with a base for the windows beside it.
+    fn two_rotaries(
+        &self,
+        expected: rotary::Expected,
+    ) -> Result<(RotaryPlan, Option<RotaryPlan>), Bad> {
+        const FULL: &str = "full_attention";
+        const WINDOW: &str = "sliding_attention";
+        let full = rotary::Expected {
+            theta: 1_000_000.0,
+            ..expected
+        };
+        let window = rotary::Expected {
+            theta_key: "rope_local_base_freq",
+            ..expected
+        };
+        let empty = Map::new();
+        let (name, sections) = match object(self.config, "rope_parameters")? {
+            Some(sections) => {
+                if let Some(key) = sections.keys().find(|&key| key != FULL && key != WINDOW) {
+                    let reason = format!("is not a kind of layer; expected {FULL} and {WINDOW}");
+                    return Err(Bad::new(key, reason).inside("rope_parameters"));
+                }
+                ("rope_parameters", sections)
+            }
+            None => ("rope_scaling", &empty),
+        };
+        let inside = |bad: Bad| bad.inside(name);
+        let of_full = match object(sections, FULL).map_err(inside)? {
+            Some(section) => (format!("{name}.{FULL}"), section),
+            None => match object(self.config, "rope_scaling")? {
+                Some(section) => ("rope_scaling".to_owned(), section),
+                None => (String::new(), &empty),
+            },
+        };
+        let of_window = match object(sections, WINDOW).map_err(inside)? {
+            Some(section) => (format!("{name}.{WINDOW}"), section),
+            None => (String::new(), &empty),
+        };
+        let full = rotary::read(self.config, &full, &of_full.0, of_full.1)?;
+        let window = rotary::read(self.config, &window, &of_window.0, of_window.1)?;
+        Ok((full, Some(window)))
+    }
+
+    fn norm_epsilon(&self) -> Result<f64, Bad> {
+        let (key, absent) = match self.family {
+            Family::GptNeox => ("layer_norm_eps", 1e-5),
+            Family::Phi3 => ("rms_norm_eps", 1e-5),
+            _ => ("rms_norm_eps", 1e-6),
+        };
+        positive(key, number(self.config, key)?.unwrap_or(absent))
+    }
+
+    fn biases(&self) -> Result<Biases, Bad> {
+        let attention = match self.family {
+            Family::GptNeox => self.flag_or("attention_bias", true)?,
+            Family::Mistral | Family::Phi3 | Family::Qwen2 => {
+                self.refuse_flag("attention_bias")?;
+                false
+            }
+            _ => flag(self.config, "attention_bias")?,
+        };
+        let mlp = match self.family {
+            Family::GptNeox => true,
+            Family::Llama => flag(self.config, "mlp_bias")?,
+            _ => {
+                self.refuse_flag("mlp_bias")?;
+                false
+            }
+        };
+        Ok(Biases {
+            projections: attention || self.family == Family::Qwen2,
+            output: attention,
+            mlp,
+        })
+    }
+
+    fn activation(&self) -> Result<Activation, Bad> {
+        let (key, absent) = match self.family {
+            Family::Gemma2 | Family::Gemma3 => ("hidden_activation", "gelu_pytorch_tanh"),
+            Family::Gemma
+                if self
+                    .config
+                    .get("hidden_activation")
+                    .is_some_and(Value::is_string) =>
+            {
+                ("hidden_activation", "gelu_pytorch_tanh")
+            }
+            Family::Gemma => ("hidden_act", "gelu_pytorch_tanh"),
+            Family::GptNeox => ("hidden_act", "gelu"),
+            _ => ("hidden_act", "silu"),
+        };
+        let name = match self.config.get(key) {
+            None | Some(Value::Null) => absent,
+            Some(Value::String(name)) => name,
+            Some(other) => {
+                return Err(Bad::new(key, format!("a string is needed, found {other}")));
+            }
+        };
+        match name {
+            "silu" | "swish" => Ok(Activation::Silu),
+            "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => Ok(Activation::GeluTanh),
+            // The first Gemma files say `gelu` and mean the tanh form.
+            "gelu" if self.family == Family::Gemma => Ok(Activation::GeluTanh),
+            "gelu" => Ok(Activation::Gelu),
+            other => Err(Bad::new(
+                key,
+                format!("`{other}` is not supported; supported: silu, gelu, gelu_pytorch_tanh"),
+            )),
+        }
+    }
+
+    /// A soft cap, which only Gemma 2 and 3 have; `absent` is Gemma 2's.
+    fn cap(&self, key: &str, absent: f64) -> Result<Option<f64>, Bad> {
+        let cap = match self.family {
+            Family::Gemma2 if !self.config.contains_key(key) => Some(absent),
+            _ => number(self.config, key)?,
+        };
+        match (cap, self.family) {
+            (None, _) => Ok(None),
+            (Some(cap), Family::Gemma2 | Family::Gemma3) => positive(key, cap).map(Some),
+            (Some(_), _) => Err(Bad::new(key, "is not supported for this family")),
+        }
+    }
+
+    /// What is switched off in training, because a reward is the difference of two passes over the same tokens.
+    fn notes(&self, neox: bool) -> Result<Vec<String>, Bad> {
+        let mut keys = vec!["attention_dropout"];
+        if neox {
+            keys.push("hidden_dropout");
+        }
+        if self.family == Family::Phi3 {
+            keys.extend(["resid_pdrop", "embd_pdrop"]);
+        }
+        let mut notes = Vec::new();
+        for key in keys {
+            if let Some(share) = number(self.config, key)?.filter(|&share| share != 0.0) {
+                notes.push(format!(
+                    "{key} = {share} of config.json is switched off: policy and reference are compared on the same function"
+                ));
+            }
+        }
+        Ok(notes)
+    }
+
+    fn refuse_what_is_computed_differently(&self) -> Result<(), Bad> {
+        if self
+            .config
+            .get("quantization_config")
+            .is_some_and(|value| !value.is_null())
+        {
+            return Err(Bad::new(
+                "quantization_config",
+                "quantized weights are not supported; use the f32, f16 or bf16 model",
+            ));
+        }
+        self.refuse_flag("use_bidirectional_attention")
+    }
+
+    fn refuse_flag(&self, key: &str) -> Result<(), Bad> {
+        if flag(self.config, key)? {
+            let reason = "true is not supported for this family; supported: false";
+            return Err(Bad::new(key, reason));
+        }
+        Ok(())
+    }
+
+    fn needed(&self, key: &str) -> Result<usize, Bad> {
+        count(self.config, key)?.ok_or_else(|| Bad::new(key, "missing"))
+    }
+
+    fn flag_or(&self, key: &str, absent: bool) -> Result<bool, Bad> {
+        match self.config.get(key) {
+            None | Some(Value::Null) => Ok(absent),
+            Some(_) => flag(self.config, key),
+        }
+    }
 }
 
 fn family(config: &Map<String, Value>) -> Result<Family, Bad> {
@@ -243,38 +685,11 @@ fn family(config: &Map<String, Value>) -> Result<Family, Bad> {
     }
 }
 
-fn refuse_what_is_computed_differently(config: &Map<String, Value>) -> Result<(), Bad> {
-    match config.get("hidden_act") {
-        None | Some(Value::Null) => {}
-        Some(Value::String(name)) if name == "silu" || name == "swish" => {}
-        Some(other) => {
-            return Err(Bad::new(
-                "hidden_act",
-                format!("{other} is not supported; supported: silu"),
-            ));
-        }
+fn positive(key: &str, value: f64) -> Result<f64, Bad> {
+    if value.is_finite() && value > 0.0 {
+        return Ok(value);
     }
-    for key in ["attention_bias", "mlp_bias"] {
-        if flag(config, key)? {
-            return Err(Bad::new(key, "true is not supported; supported: false"));
-        }
-    }
-    if config
-        .get("quantization_config")
-        .is_some_and(|value| !value.is_null())
-    {
-        return Err(Bad::new(
-            "quantization_config",
-            "quantized weights are not supported; use the f32, f16 or bf16 model",
-        ));
-    }
-    if let Some(part) = number(config, "partial_rotary_factor")?.filter(|&part| part != 1.0) {
-        return Err(Bad::new(
-            "partial_rotary_factor",
-            format!("{part} is not supported; supported: 1.0"),
-        ));
-    }
-    Ok(())
+    Err(Bad::new(key, format!("{value} is not a positive number")))
 }
 
 /// A number, or `None` when the key is absent or null.
@@ -285,6 +700,18 @@ pub(crate) fn number(config: &Map<String, Value>, key: &str) -> Result<Option<f6
             Some(number) => Ok(Some(number)),
             None => Err(Bad::new(key, format!("a number is needed, found {value}"))),
         },
+    }
+}
+
+/// An object, or `None` when the key is absent or null.
+pub(crate) fn object<'a>(
+    config: &'a Map<String, Value>,
+    key: &str,
+) -> Result<Option<&'a Map<String, Value>>, Bad> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Object(object)) => Ok(Some(object)),
+        Some(other) => Err(Bad::new(key, format!("an object is needed, found {other}"))),
     }
 }
 
@@ -300,10 +727,6 @@ fn count(config: &Map<String, Value>, key: &str) -> Result<Option<usize>, Bad> {
             )),
         },
     }
-}
-
-fn needed(config: &Map<String, Value>, key: &str) -> Result<usize, Bad> {
-    count(config, key)?.ok_or_else(|| Bad::new(key, "missing"))
 }
 
 fn flag(config: &Map<String, Value>, key: &str) -> Result<bool, Bad> {

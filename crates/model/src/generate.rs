@@ -2,10 +2,10 @@
 //! attention of the one new token is a plain loop; training and scoring never come through here.
 
 use burn::tensor::Tensor;
-use kernels::{AttentionPlan, gather_rows, linear};
+use kernels::{AttentionPlan, gather_rows, segment_attention};
 
 use crate::Model;
-use crate::block::Rows;
+use crate::block::Projected;
 use crate::model::text;
 use crate::random::Random;
 
@@ -91,44 +91,44 @@ impl Model {
     /// Keys and values of all blocks over `prompt`, and the logits after it.
     fn read(&self, prompt: &[u32]) -> (Vec<Past>, Vec<f32>) {
         let pack = text(prompt);
-        let table = self.rotary_table(&pack.positions);
-        let rows = Rows {
-            table: &table,
-            segments: &pack.segments,
-        };
+        let tables = self.tables(&pack);
         let mut x = self.embed(prompt);
         let mut past = Vec::new();
         for index in 0..self.config().blocks() {
-            let (y, saved) = self.block(index).forward(x, &rows);
+            let block = self.block(index);
+            let Projected {
+                queries,
+                keys,
+                values,
+                ..
+            } = block.project(&x, &tables);
+            let (attended, _) =
+                segment_attention(&queries, &keys, &values, &pack.segments, block.plan);
+            x = block.finish_alone(&x, &attended);
             past.push(Past {
-                keys: host(saved.keys),
-                values: host(saved.values),
+                keys: host(keys),
+                values: host(values),
             });
-            x = y;
         }
-        (past, self.logits(&gather_rows(&x, &[prompt.len() - 1])))
+        let last = gather_rows(&x, &[prompt.len() - 1]);
+        (past, host(self.predict(&last)))
     }
 
     /// Logits after one more token, which stands at `position`.
     fn advance(&self, past: &mut [Past], token: u32, position: usize) -> Vec<f32> {
-        let table = self.rotary_table(&[position as u32]);
+        let tables = self.turns(&[position as u32], &[position + 1]);
         let mut x = self.embed(&[token]);
         for (index, past) in past.iter_mut().enumerate() {
             let block = self.block(index);
-            let [queries, keys, values] = block.project(&x, &table);
-            past.keys.extend(host(keys));
-            past.values.extend(host(values));
-            let attended = past.attend(&host(queries), block.plan);
+            let projected = block.project(&x, &tables);
+            past.keys.extend(host(projected.keys));
+            past.values.extend(host(projected.values));
+            let attended = past.attend(&host(projected.queries), block.plan);
             let attended =
                 Tensor::<1>::from_floats(attended.as_slice(), self.device()).unsqueeze::<2>();
-            x = block.finish(x, &attended).y;
+            x = block.finish_alone(&x, &attended);
         }
-        self.logits(&x)
-    }
-
-    /// Logits of the only row of `x`.
-    fn logits(&self, x: &Tensor<2>) -> Vec<f32> {
-        host(linear(&self.final_norm(x).0, &self.head()))
+        host(self.predict(&x))
     }
 }
 
@@ -147,6 +147,7 @@ impl Past {
             head_dim,
             scale,
             window,
+            soft_cap,
         } = *plan;
         let columns = kv_heads * head_dim;
         let tokens = self.keys.len() / columns;
@@ -159,12 +160,12 @@ impl Past {
             };
             let score = |token| {
                 let key = row(&self.keys, token);
-                query
-                    .iter()
-                    .zip(key)
+                let products = query.iter().zip(key);
+                let score = products
                     .map(|(q, k)| f64::from(*q) * f64::from(k))
                     .sum::<f64>()
-                    * scale
+                    * scale;
+                soft_cap.map_or(score, |cap| cap * (score / cap).tanh())
             };
             let scores: Vec<f64> = (first..tokens).map(score).collect();
             let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);

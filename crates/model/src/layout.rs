@@ -3,9 +3,10 @@
 
 use std::ops::Range;
 
-use kernels::Slot;
+use kernels::{AttentionPlan, Slot};
 
-use crate::ModelConfig;
+use crate::config::{Biases, Gate, NormKind, Projections, Residual};
+use crate::{Family, ModelConfig};
 
 /// Most elements of a bucket, unless one parameter alone is larger: 64 MiB of f32, large enough that a collective is
 /// bound by bandwidth, small enough that several overlap with the backward.
@@ -40,7 +41,7 @@ pub struct Parameter {
     pub bucket: usize,
     /// First element within the bucket.
     pub offset: usize,
-    /// Whether weight decay applies: false for norms.
+    /// Whether weight decay applies: false for norms and biases.
     pub decay: bool,
 }
 
@@ -127,47 +128,199 @@ impl Parameter {
     }
 }
 
-/// Names of a block's tensors after `model.layers.N.`, in module order; `slots` relies on it.
-pub(crate) const BLOCK: [&str; 9] = [
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.o_proj.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    "mlp.down_proj.weight",
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
-];
+/// What a tensor of a block is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    Queries,
+    Keys,
+    Values,
+    /// Queries, keys and values in one tensor.
+    Projections,
+    Output,
+    QueryNorm,
+    KeyNorm,
+    Gate,
+    Up,
+    /// Gate and up in one tensor.
+    GateUp,
+    Down,
+    AttentionNorm,
+    AttentionOutputNorm,
+    MlpNorm,
+    MlpOutputNorm,
+}
 
-/// Name of the embedding, which is also the head when tied.
-pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
-/// Name of the head.
-pub(crate) const HEAD: &str = "lm_head.weight";
+/// One module of a block: a weight, and perhaps a bias.
+pub(crate) struct Module {
+    pub part: Part,
+    name: &'static str,
+    /// Length of its output, and of its bias.
+    out: usize,
+    /// Columns of a matrix; norms have none.
+    columns: Option<usize>,
+    pub bias: bool,
+}
+
+/// Names outside the blocks, and what the names of a block begin with.
+pub(crate) struct Names {
+    /// The embedding, which is also the head when tied.
+    pub embedding: &'static str,
+    block: &'static str,
+    norm: &'static str,
+    pub head: &'static str,
+}
+
+impl Names {
+    pub fn of(family: Family) -> Self {
+        match family {
+            Family::GptNeox => Self {
+                embedding: "gpt_neox.embed_in.weight",
+                block: "gpt_neox.layers",
+                norm: "gpt_neox.final_layer_norm",
+                head: "embed_out.weight",
+            },
+            _ => Self {
+                embedding: "model.embed_tokens.weight",
+                block: "model.layers",
+                norm: "model.norm",
+                head: "lm_head.weight",
+            },
+        }
+    }
+}
+
+/// Modules of the block that `plan` belongs to, in order; `slots` takes them apart again.
+pub(crate) fn modules(config: &ModelConfig, plan: &AttentionPlan) -> Vec<Module> {
+    let (hidden, intermediate) = (config.hidden, config.mlp.intermediate);
+    let (queries, keys) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
+    let Biases {
+        projections,
+        output,
+        mlp,
+    } = config.biases;
+    let neox = config.family == Family::GptNeox;
+    let linear = |part, name, out, columns, bias| Module {
+        part,
+        name,
+        out,
+        columns: Some(columns),
+        bias,
+    };
+    let norm = |part, name, out| Module {
+        part,
+        name,
+        out,
+        columns: None,
+        bias: config.norm == NormKind::Layer,
+    };
+    let mut modules = match config.projections {
+        Projections::Separate => vec![
+            linear(
+                Part::Queries,
+                "self_attn.q_proj",
+                queries,
+                hidden,
+                projections,
+            ),
+            linear(Part::Keys, "self_attn.k_proj", keys, hidden, projections),
+            linear(Part::Values, "self_attn.v_proj", keys, hidden, projections),
+        ],
+        Projections::Stacked | Projections::HeadByHead => {
+            let name = if neox {
+                "attention.query_key_value"
+            } else {
+                "self_attn.qkv_proj"
+            };
+            let out = queries + 2 * keys;
+            vec![linear(Part::Projections, name, out, hidden, projections)]
+        }
+    };
+    let name = if neox {
+        "attention.dense"
+    } else {
+        "self_attn.o_proj"
+    };
+    modules.push(linear(Part::Output, name, hidden, queries, output));
+    if config.head_norms {
+        modules.push(norm(Part::QueryNorm, "self_attn.q_norm", plan.head_dim));
+        modules.push(norm(Part::KeyNorm, "self_attn.k_norm", plan.head_dim));
+    }
+    match config.mlp.gate {
+        Gate::Separate => {
+            modules.push(linear(
+                Part::Gate,
+                "mlp.gate_proj",
+                intermediate,
+                hidden,
+                mlp,
+            ));
+            modules.push(linear(Part::Up, "mlp.up_proj", intermediate, hidden, mlp));
+        }
+        Gate::Stacked => {
+            modules.push(linear(
+                Part::GateUp,
+                "mlp.gate_up_proj",
+                2 * intermediate,
+                hidden,
+                mlp,
+            ));
+        }
+        Gate::None => modules.push(linear(
+            Part::Up,
+            "mlp.dense_h_to_4h",
+            intermediate,
+            hidden,
+            mlp,
+        )),
+    }
+    let name = if neox {
+        "mlp.dense_4h_to_h"
+    } else {
+        "mlp.down_proj"
+    };
+    modules.push(linear(Part::Down, name, hidden, intermediate, mlp));
+    modules.push(norm(Part::AttentionNorm, "input_layernorm", hidden));
+    if config.residual == Residual::Sandwich {
+        modules.push(norm(
+            Part::AttentionOutputNorm,
+            "post_attention_layernorm",
+            hidden,
+        ));
+        modules.push(norm(Part::MlpNorm, "pre_feedforward_layernorm", hidden));
+        modules.push(norm(
+            Part::MlpOutputNorm,
+            "post_feedforward_layernorm",
+            hidden,
+        ));
+    } else {
+        modules.push(norm(Part::MlpNorm, "post_attention_layernorm", hidden));
+    }
+    modules
+}
 
 /// Names and shapes in module order.
 fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let (hidden, intermediate) = (config.hidden, config.intermediate);
-    let mut tensors = vec![(EMBEDDING.to_owned(), vec![config.vocabulary, hidden])];
+    let (names, hidden) = (Names::of(config.family), config.hidden);
+    let mut tensors = vec![(names.embedding.to_owned(), vec![config.vocabulary, hidden])];
     for (index, plan) in config.attention.iter().enumerate() {
-        let (queries, keys) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
-        let shapes = [
-            vec![queries, hidden],
-            vec![keys, hidden],
-            vec![keys, hidden],
-            vec![hidden, queries],
-            vec![intermediate, hidden],
-            vec![intermediate, hidden],
-            vec![hidden, intermediate],
-            vec![hidden],
-            vec![hidden],
-        ];
-        let names = BLOCK.map(|name| format!("model.layers.{index}.{name}"));
-        tensors.extend(names.into_iter().zip(shapes));
+        for module in modules(config, plan) {
+            let name = format!("{}.{index}.{}", names.block, module.name);
+            let shape = match module.columns {
+                Some(columns) => vec![module.out, columns],
+                None => vec![module.out],
+            };
+            tensors.push((format!("{name}.weight"), shape));
+            if module.bias {
+                tensors.push((format!("{name}.bias"), vec![module.out]));
+            }
+        }
     }
-    tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
+    tensors.push((format!("{}.weight", names.norm), vec![hidden]));
+    if config.norm == NormKind::Layer {
+        tensors.push((format!("{}.bias", names.norm), vec![hidden]));
+    }
     if !config.tied {
-        tensors.push((HEAD.to_owned(), vec![config.vocabulary, hidden]));
+        tensors.push((names.head.to_owned(), vec![config.vocabulary, hidden]));
     }
     tensors
 }

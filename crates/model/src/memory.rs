@@ -5,6 +5,7 @@
 
 use kernels::{AttentionBytes, AttentionPlan, logprob_head_bytes};
 
+use crate::config::{Gate, Projections, Residual};
 use crate::{ModelConfig, Saving};
 
 /// As much of a pack as its memory depends on.
@@ -107,9 +108,11 @@ impl PackBytes {
 
 const FLOAT: usize = size_of::<f32>();
 
-/// Tokens, positions, rotary table and targets of a pack: what a forward needs beside the residual stream.
+/// Tokens, positions, rotary tables and targets of a pack: what a forward needs beside the residual stream.
 fn rows(config: &ModelConfig, shape: &PackShape) -> usize {
-    let table = shape.tokens * config.head_dim() * FLOAT;
+    let plans = std::iter::once(&config.rotary).chain(&config.window_rotary);
+    let columns: usize = plans.map(|plan| plan.columns(config.head_dim())).sum();
+    let table = shape.tokens * columns * FLOAT;
     // Ids and positions, once in the caller's pack and once in the tape's.
     let ids = shape.tokens * 4 * size_of::<u32>();
     table + ids + shape.predictions * (size_of::<usize>() + size_of::<u32>())
@@ -123,46 +126,103 @@ struct Widths {
     heads: usize,
     queries: usize,
     keys: usize,
+    /// Columns of gate and up, or of up alone.
+    inner: usize,
+    residual: Residual,
+    head_norms: bool,
+    projections: Projections,
     attention: AttentionBytes,
 }
 
 impl Widths {
     /// Of all blocks, last to first.
     fn of(config: &ModelConfig, shape: &PackShape, threads: usize) -> Vec<Self> {
+        let intermediate = config.mlp.intermediate;
         let block = |plan: &AttentionPlan| Self {
             tokens: shape.tokens,
             hidden: config.hidden,
-            intermediate: config.intermediate,
+            intermediate,
             heads: plan.heads,
             queries: plan.heads * plan.head_dim,
             keys: plan.kv_heads * plan.head_dim,
+            inner: match config.mlp.gate {
+                Gate::None => intermediate,
+                Gate::Separate | Gate::Stacked => 2 * intermediate,
+            },
+            residual: config.residual,
+            head_norms: config.head_norms,
+            projections: config.projections,
             attention: AttentionBytes::new(shape.tokens, shape.longest, threads, plan),
         };
         config.attention.iter().rev().map(block).collect()
     }
 
-    /// A row of `BlockSaved`: input, queries, keys, values, attended, log-sum-exps, middle, gate, up.
+    /// A row of `BlockSaved`: input, queries, keys, values, attended, log-sum-exps, and the MLP's part.
     fn kept(&self) -> usize {
-        2 * self.hidden + 2 * self.queries + 2 * self.keys + self.heads + 2 * self.intermediate
+        self.hidden + 2 * self.queries + 2 * self.keys + self.heads + self.kept_of_mlp()
+    }
+
+    /// A row of `MlpSaved`: middle, gate and up; what is before the output norms.
+    fn kept_of_mlp(&self) -> usize {
+        self.inner
+            + match self.residual {
+                Residual::Sequential => self.hidden,
+                Residual::Sandwich => 3 * self.hidden,
+                Residual::Parallel => 0,
+            }
+    }
+
+    /// Queries and keys once more, where they are kept as they were before the norm of their heads.
+    fn turned(&self) -> usize {
+        if self.head_norms {
+            self.queries + self.keys
+        } else {
+            0
+        }
     }
 
     /// What a forward holds at most beside what it keeps.
     fn forward(&self) -> usize {
-        // Attention makes `attended`, before the MLP's part of what is kept is there.
-        let later = self.hidden + 2 * self.intermediate + self.queries + self.heads;
-        let attention = (self.attention.forward / FLOAT).saturating_sub(self.tokens * later);
+        // Attention makes `attended` and its log-sum-exps, before the MLP's part of what is kept is there.
+        let later = self.kept_of_mlp() + self.queries + self.heads;
+        let attention = self.tokens * self.turned() + self.attention.forward / FLOAT;
+        // One product for all of queries, keys and values lies beside them.
+        let projections = match self.projections {
+            Projections::HeadByHead => self.hidden + 3 * self.queries,
+            Projections::Separate | Projections::Stacked => 0,
+        };
+        let early = attention.max(self.tokens * projections);
         // Norm and its inverse, the gated product, its projection.
-        let mlp = self.tokens * (2 * self.hidden + 1 + self.intermediate);
-        attention.max(mlp)
+        let stream = match self.residual {
+            Residual::Sequential => 2 * self.hidden,
+            Residual::Sandwich | Residual::Parallel => 3 * self.hidden,
+        };
+        let mlp = self.tokens * (stream + 1 + self.intermediate);
+        early.saturating_sub(self.tokens * later).max(mlp)
     }
 
     /// What a backward holds at most beside what was kept and the output's gradient.
     fn backward(&self) -> usize {
         // Gated product, its gradient, gradients of gate and up; norm, its gradient, and one more product to add to it.
-        let mlp = self.tokens * (4 * self.intermediate + 3 * self.hidden + 1);
+        let outer = match self.residual {
+            Residual::Sandwich => self.hidden,
+            Residual::Sequential | Residual::Parallel => 0,
+        };
+        let mlp = self.tokens * (2 * self.intermediate + self.inner + 3 * self.hidden + 1 + outer);
+        // From here on the MLP's part of what was kept is gone.
+        let stream = match self.residual {
+            Residual::Sequential => self.hidden,
+            Residual::Sandwich | Residual::Parallel => 2 * self.hidden,
+        };
         let attention =
-            self.tokens * (self.hidden + self.queries) + self.attention.backward / FLOAT;
-        let projections = self.queries + 2 * self.keys + self.queries + 4 * self.hidden + 1;
-        mlp.max(attention).max(self.tokens * projections)
+            self.tokens * (stream + self.queries + self.turned()) + self.attention.backward / FLOAT;
+        let together = match self.projections {
+            Projections::HeadByHead => 3 * self.queries,
+            Projections::Separate | Projections::Stacked => 0,
+        };
+        let projections =
+            stream + 2 * self.queries + 2 * self.keys + 3 * self.hidden + 1 + together;
+        let late = attention.max(self.tokens * projections);
+        mlp.max(late.saturating_sub(self.tokens * self.kept_of_mlp()))
     }
 }

@@ -7,12 +7,14 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
 use kernels::{
-    Flat, Gradients, HeadSaved, RmsSaved, RotaryTable, embedding, embedding_backward, gather_rows,
-    linear, logprob_head, logprob_head_backward, rms_norm, rms_norm_backward, scatter_add_rows,
+    Flat, Gradients, HeadSaved, RotaryTable, composition::soft_cap, embedding, embedding_backward,
+    gather_rows, linear, logprob_head, logprob_head_backward, scatter_add_rows,
 };
 
-use crate::block::{Block, BlockSaved, Rows};
+use crate::block::{Block, BlockSaved, Rows, Tables};
+use crate::operations::{Norm, NormSaved};
 use crate::pack::{Pack, Predictions};
+use crate::rotary::Frequencies;
 use crate::slots::Slots;
 use crate::write::little_endian;
 use crate::{Layout, ModelConfig, ModelError, weights};
@@ -23,7 +25,8 @@ pub struct Model {
     layout: Layout,
     slots: Slots,
     weights: Flat,
-    inverse_frequencies: Vec<f32>,
+    frequencies: Frequencies,
+    window_frequencies: Option<Frequencies>,
     saving: Saving,
 }
 
@@ -56,12 +59,12 @@ pub struct Saved {
 
 struct Tape {
     pack: Pack,
-    table: RotaryTable,
+    tables: Tables,
     blocks: Vec<Kept>,
     predictions: Predictions,
     /// Rows of the last block's output that predict, `[p, h]`.
     picked: Tensor<2>,
-    norm: RmsSaved,
+    norm: NormSaved,
     normed: Tensor<2>,
     head: HeadSaved,
 }
@@ -84,7 +87,7 @@ impl Model {
     /// Reads config.json and the safetensors files of a Hugging Face directory; every weight becomes f32.
     pub fn load(dir: &Path, device: &Device) -> Result<Self, ModelError> {
         let config = ModelConfig::load(dir)?;
-        let weights = weights::load(dir, &Layout::new(&config), config.tied)?;
+        let weights = weights::load(dir, &Layout::new(&config), &config)?;
         Self::from_parts(config, weights, device)
     }
 
@@ -100,18 +103,22 @@ impl Model {
             return Err(ModelError::Buckets { expected, found });
         }
         Ok(Self {
-            slots: Slots::new(&layout, config.blocks(), config.tied),
+            slots: Slots::new(&layout, &config),
             weights: Flat::from_host(weights, device),
-            inverse_frequencies: config.rotary.inverse_frequencies(config.head_dim()),
+            frequencies: config.rotary.frequencies(config.head_dim()),
+            window_frequencies: config
+                .window_rotary
+                .as_ref()
+                .map(|plan| plan.frequencies(config.head_dim())),
             saving: Saving::default(),
             config,
             layout,
         })
     }
 
-    /// A fresh model: weights normal with deviation 0.02, norms 1, the same for the same seed.
+    /// A fresh model with [`random_weights`](crate::random_weights), the same for the same seed.
     pub fn random(config: ModelConfig, seed: u64, device: &Device) -> Self {
-        let weights = crate::random_weights(&Layout::new(&config), seed);
+        let weights = crate::random_weights(&config, seed);
         Self::from_parts(config, weights, device).expect("random weights follow the layout")
     }
 
@@ -196,7 +203,7 @@ impl Model {
         };
         let dx = self.head_backward(&tape, dlogps, gradients);
         let rows = Rows {
-            table: &tape.table,
+            tables: &tape.tables,
             segments: &tape.pack.segments,
         };
         let blocks = tape.blocks.into_iter().enumerate().rev();
@@ -208,6 +215,10 @@ impl Model {
             };
             block.backward(&dx, saved, &rows, gradients)
         });
+        let dx = match self.config.embedding_scale {
+            Some(scale) => dx.mul_scalar(scale),
+            None => dx,
+        };
         embedding_backward(&dx, &tape.pack.tokens, gradients, &self.slots.embedding);
     }
 
@@ -239,9 +250,9 @@ impl Model {
     /// All hidden states and logits of one text.
     pub fn trace(&self, tokens: &[u32]) -> Trace {
         let pack = text(tokens);
-        let table = self.rotary_table(&pack.positions);
+        let tables = self.tables(&pack);
         let rows = Rows {
-            table: &table,
+            tables: &tables,
             segments: &pack.segments,
         };
         let mut x = self.embed(tokens);
@@ -251,7 +262,7 @@ impl Model {
             x = self.block(index).forward(x, &rows).0;
         }
         let (normed, _) = self.final_norm(&x);
-        let logits = linear(&normed, &self.head());
+        let logits = self.logits(&normed);
         hidden.push(normed);
         Trace { hidden, logits }
     }
@@ -266,9 +277,9 @@ impl Model {
         if predictions.rows.is_empty() {
             return (Vec::new(), predictions, None);
         }
-        let table = self.rotary_table(&pack.positions);
+        let tables = self.tables(pack);
         let rows = Rows {
-            table: &table,
+            tables: &tables,
             segments: &pack.segments,
         };
         let mut x = self.embed(&pack.tokens);
@@ -286,9 +297,14 @@ impl Model {
         }
         let picked = gather_rows(&x, &predictions.rows);
         let (normed, norm) = self.final_norm(&picked);
-        let (tokens, head) = logprob_head(&normed, &self.head(), &predictions.targets);
+        let (tokens, head) = logprob_head(
+            &normed,
+            &self.head(),
+            &predictions.targets,
+            self.config.logit_cap,
+        );
         let tape = saving.map(|_| OpenTape {
-            table,
+            tables,
             blocks,
             picked,
             norm,
@@ -311,18 +327,18 @@ impl Model {
             &tape.normed,
             &self.head(),
             targets,
+            self.config.logit_cap,
             &tape.head,
             gradients,
             &self.slots.head,
         );
-        let norm = self.weights.view(&self.slots.norm, [self.config.hidden]);
-        let dpicked = rms_norm_backward(
+        let dpicked = self.slots.norm.norm_backward(
+            &self.weights,
             &dnormed,
             &tape.picked,
-            &norm,
             &tape.norm,
+            self.config.norm,
             gradients,
-            &self.slots.norm,
         );
         scatter_add_rows(&dpicked, rows, tape.pack.len())
     }
@@ -332,35 +348,74 @@ impl Model {
             weights: &self.weights,
             slots: &self.slots.blocks[index],
             plan: &self.config.attention[index],
-            norm_epsilon: self.config.norm_epsilon,
-            hidden: self.config.hidden,
-            intermediate: self.config.intermediate,
+            config: &self.config,
         }
     }
 
     pub(crate) fn embed(&self, tokens: &[u32]) -> Tensor<2> {
-        embedding(
-            &self.weights.view(
-                &self.slots.embedding,
-                [self.config.vocabulary, self.config.hidden],
-            ),
-            tokens,
-        )
+        let shape = [self.config.vocabulary, self.config.hidden];
+        let x = embedding(&self.weights.view(&self.slots.embedding, shape), tokens);
+        match self.config.embedding_scale {
+            Some(scale) => x.mul_scalar(scale),
+            None => x,
+        }
     }
 
-    pub(crate) fn rotary_table(&self, positions: &[u32]) -> RotaryTable {
-        RotaryTable::new(positions, &self.inverse_frequencies, self.device())
+    /// The turns of a pack's rows. A row turns as in its longer sequence: the prompt is shared, and where the frequencies
+    /// depend on the length (longrope) a pair has one length.
+    pub(crate) fn tables(&self, pack: &Pack) -> Tables {
+        let mut lengths = vec![0; pack.len()];
+        for segment in &pack.segments {
+            let [chosen, rejected] = segment.completions.each_ref().map(ExactSizeIterator::len);
+            let length = segment.prompt.len() + chosen.max(rejected);
+            let parts = segment.completions.iter().chain([&segment.prompt]);
+            for row in parts.cloned().flatten() {
+                lengths[row] = length;
+            }
+        }
+        self.turns(&pack.positions, &lengths)
     }
 
-    pub(crate) fn final_norm(&self, x: &Tensor<2>) -> (Tensor<2>, RmsSaved) {
-        rms_norm(
-            x,
-            &self.weights.view(&self.slots.norm, [self.config.hidden]),
-            self.config.norm_epsilon,
-        )
+    /// The turns of rows at `positions` in sequences of `lengths` tokens.
+    pub(crate) fn turns(&self, positions: &[u32], lengths: &[usize]) -> Tables {
+        let table = |frequencies: &Frequencies| {
+            RotaryTable::by_row(
+                positions,
+                frequencies.len(),
+                |row| frequencies.of(lengths[row]),
+                frequencies.attention,
+                self.device(),
+            )
+        };
+        Tables {
+            usual: table(&self.frequencies),
+            window: self.window_frequencies.as_ref().map(table),
+        }
     }
 
-    pub(crate) fn head(&self) -> Tensor<2> {
+    fn final_norm(&self, x: &Tensor<2>) -> (Tensor<2>, NormSaved) {
+        let norm = Norm {
+            kind: self.config.norm,
+            epsilon: self.config.norm_epsilon,
+        };
+        self.slots.norm.norm(&self.weights, x, norm)
+    }
+
+    /// Logits of rows after the final norm.
+    fn logits(&self, normed: &Tensor<2>) -> Tensor<2> {
+        let logits = linear(normed, &self.head());
+        match self.config.logit_cap {
+            Some(cap) => soft_cap(logits, cap),
+            None => logits,
+        }
+    }
+
+    /// Logits of the last block's output.
+    pub(crate) fn predict(&self, x: &Tensor<2>) -> Tensor<2> {
+        self.logits(&self.final_norm(x).0)
+    }
+
+    fn head(&self) -> Tensor<2> {
         self.weights.view(
             &self.slots.head,
             [self.config.vocabulary, self.config.hidden],
@@ -379,10 +434,10 @@ pub(crate) fn text(tokens: &[u32]) -> Pack {
 
 /// The tape before it owns the pack.
 struct OpenTape {
-    table: RotaryTable,
+    tables: Tables,
     blocks: Vec<Kept>,
     picked: Tensor<2>,
-    norm: RmsSaved,
+    norm: NormSaved,
     normed: Tensor<2>,
     head: HeadSaved,
 }
@@ -390,7 +445,7 @@ struct OpenTape {
 impl OpenTape {
     fn close(self, pack: Pack, predictions: Predictions) -> Tape {
         let Self {
-            table,
+            tables,
             blocks,
             picked,
             norm,
@@ -399,7 +454,7 @@ impl OpenTape {
         } = self;
         Tape {
             pack,
-            table,
+            tables,
             blocks,
             predictions,
             picked,

@@ -2,23 +2,25 @@
 
 use std::f64::consts::TAU;
 
-use crate::Layout;
+use crate::{Layout, ModelConfig, NormKind};
 
-/// Weights for a new model: normal with deviation 0.02, one-dimensional parameters (norms) 1; flat as in `layout`.
-pub fn random_weights(layout: &Layout, seed: u64) -> Vec<Vec<f32>> {
+/// Weights for a new model, flat as in its layout: matrices normal with deviation 0.02, norms the identity, biases 0.
+pub fn random_weights(config: &ModelConfig, seed: u64) -> Vec<Vec<f32>> {
+    let layout = Layout::new(config);
     let mut random = Random::new(seed);
     let mut buckets: Vec<Vec<f32>> = layout
         .bucket_lens()
         .into_iter()
-        .map(|len| vec![1.0; len])
+        .map(|len| vec![0.0; len])
         .collect();
-    for parameter in layout
-        .parameters
-        .iter()
-        .filter(|parameter| parameter.shape.len() > 1)
-    {
-        for value in &mut buckets[parameter.bucket][parameter.range()] {
-            *value = (0.02 * random.normal()) as f32;
+    for parameter in &layout.parameters {
+        let values = &mut buckets[parameter.bucket][parameter.range()];
+        if parameter.shape.len() > 1 {
+            for value in values {
+                *value = (0.02 * random.normal()) as f32;
+            }
+        } else if config.norm != NormKind::RmsPlusOne && !parameter.name.ends_with(".bias") {
+            values.fill(1.0);
         }
     }
     buckets

@@ -1,63 +1,139 @@
 //! The layout seen from the decoder: which slot each operation reads its weight from and adds its gradient to.
 
-use kernels::Slot;
+use kernels::{AttentionPlan, Slot};
 
-use crate::Layout;
-use crate::layout::BLOCK;
+use crate::config::{NormKind, Projections};
+use crate::layout::{Part, modules};
+use crate::{Layout, ModelConfig};
 
 /// Slots of the whole model.
 pub(crate) struct Slots {
     pub embedding: Slot,
     pub blocks: Vec<BlockSlots>,
-    pub norm: Slot,
+    pub norm: Affine,
     /// The embedding's slot when tied.
     pub head: Slot,
 }
 
+/// A weight and perhaps a bias: a linear map or a norm.
+#[derive(Clone, Copy)]
+pub(crate) struct Affine {
+    pub weight: Slot,
+    pub bias: Option<Slot>,
+}
+
 /// Slots of one block.
 pub(crate) struct BlockSlots {
-    pub queries: Slot,
-    pub keys: Slot,
-    pub values: Slot,
-    pub output: Slot,
-    pub gate: Slot,
-    pub up: Slot,
-    pub down: Slot,
-    pub attention_norm: Slot,
-    pub mlp_norm: Slot,
+    pub projections: ProjectionSlots,
+    pub head_norms: Option<[Affine; 2]>,
+    pub output: Affine,
+    pub gate: Option<Affine>,
+    pub up: Affine,
+    pub down: Affine,
+    pub attention_norm: Affine,
+    pub attention_output_norm: Option<Affine>,
+    pub mlp_norm: Affine,
+    pub mlp_output_norm: Option<Affine>,
+}
+
+/// Queries, keys and values.
+pub(crate) enum ProjectionSlots {
+    /// A product for each; they may lie in one tensor.
+    Apart([Affine; 3]),
+    /// One product that makes them head by head.
+    HeadByHead(Affine),
 }
 
 impl Slots {
-    /// Reads the module order of `layout::tensors`: embedding, nine tensors a block, norm, head unless tied.
-    pub fn new(layout: &Layout, blocks: usize, tied: bool) -> Self {
+    /// Reads the module order of `layout::tensors`.
+    pub fn new(layout: &Layout, config: &ModelConfig) -> Self {
         let mut slots = layout.parameters.iter().map(crate::Parameter::slot);
-        assert_eq!(
-            slots.len(),
-            2 + BLOCK.len() * blocks + usize::from(!tied),
-            "parameters of {blocks} blocks"
-        );
-        let mut next = || slots.next().expect("the count was checked above");
+        let mut next = || slots.next().expect("a slot for every parameter");
         let embedding = next();
-        let blocks = (0..blocks)
-            .map(|_| BlockSlots {
-                queries: next(),
-                keys: next(),
-                values: next(),
-                output: next(),
-                gate: next(),
-                up: next(),
-                down: next(),
-                attention_norm: next(),
-                mlp_norm: next(),
-            })
+        let blocks = config.attention.iter();
+        let blocks = blocks
+            .map(|plan| BlockSlots::new(config, plan, &mut next))
             .collect();
-        let norm = next();
-        let head = if tied { embedding } else { next() };
+        let norm = Affine {
+            weight: next(),
+            bias: (config.norm == NormKind::Layer).then(&mut next),
+        };
+        let head = if config.tied { embedding } else { next() };
+        assert!(slots.next().is_none(), "a parameter for every slot");
         Self {
             embedding,
             blocks,
             norm,
             head,
         }
+    }
+}
+
+impl BlockSlots {
+    fn new(config: &ModelConfig, plan: &AttentionPlan, next: &mut impl FnMut() -> Slot) -> Self {
+        let mut found = Vec::new();
+        for module in modules(config, plan) {
+            let affine = Affine {
+                weight: next(),
+                bias: module.bias.then(&mut *next),
+            };
+            found.push((module.part, affine));
+        }
+        let find = |part| {
+            let place = found.iter().find(|(found, _)| *found == part);
+            place.map(|(_, affine)| *affine)
+        };
+        let needed = |part| find(part).expect("every block has it");
+        let (queries, keys) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
+        let projections = match config.projections {
+            Projections::Separate => {
+                ProjectionSlots::Apart([Part::Queries, Part::Keys, Part::Values].map(needed))
+            }
+            Projections::Stacked => ProjectionSlots::Apart(
+                needed(Part::Projections).cut([queries, keys, keys], config.hidden),
+            ),
+            Projections::HeadByHead => ProjectionSlots::HeadByHead(needed(Part::Projections)),
+        };
+        let (gate, up) = match find(Part::GateUp) {
+            Some(both) => {
+                let [gate, up] = both.cut([config.mlp.intermediate; 2], config.hidden);
+                (Some(gate), up)
+            }
+            None => (find(Part::Gate), needed(Part::Up)),
+        };
+        Self {
+            projections,
+            head_norms: config
+                .head_norms
+                .then(|| [Part::QueryNorm, Part::KeyNorm].map(needed)),
+            output: needed(Part::Output),
+            gate,
+            up,
+            down: needed(Part::Down),
+            attention_norm: needed(Part::AttentionNorm),
+            attention_output_norm: find(Part::AttentionOutputNorm),
+            mlp_norm: needed(Part::MlpNorm),
+            mlp_output_norm: find(Part::MlpOutputNorm),
+        }
+    }
+}
+
+impl Affine {
+    /// Linear maps whose rows lie one after another in this one's.
+    fn cut<const PARTS: usize>(&self, outs: [usize; PARTS], columns: usize) -> [Self; PARTS] {
+        let mut row = 0;
+        outs.map(|out| {
+            let part = |slot: Slot, columns: usize| Slot {
+                offset: slot.offset + row * columns,
+                len: out * columns,
+                ..slot
+            };
+            let affine = Self {
+                weight: part(self.weight, columns),
+                bias: self.bias.map(|bias| part(bias, 1)),
+            };
+            row += out;
+            affine
+        })
     }
 }

@@ -10,14 +10,18 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use crate::layout::{EMBEDDING, HEAD};
-use crate::{Layout, ModelError};
+use crate::layout::Names;
+use crate::{Layout, ModelConfig, ModelError};
 use file::WeightFile;
 
 /// All weights of the model in `dir`, bucket by bucket.
-pub(crate) fn load(dir: &Path, layout: &Layout, tied: bool) -> Result<Vec<Vec<f32>>, ModelError> {
+pub(crate) fn load(
+    dir: &Path,
+    layout: &Layout,
+    config: &ModelConfig,
+) -> Result<Vec<Vec<f32>>, ModelError> {
     let source = Source::open(dir)?;
-    source.check(layout, tied)?;
+    source.check(layout, config)?;
     let mut buckets: Vec<Vec<f32>> = layout
         .bucket_lens()
         .into_iter()
@@ -30,8 +34,8 @@ pub(crate) fn load(dir: &Path, layout: &Layout, tied: bool) -> Result<Vec<Vec<f3
             &mut buckets[parameter.bucket][parameter.range()],
         )?;
     }
-    if tied {
-        source.check_tie(layout, &buckets)?;
+    if config.tied {
+        source.check_tie(layout, &Names::of(config.family), &buckets)?;
     }
     Ok(buckets)
 }
@@ -121,7 +125,7 @@ impl Source {
     }
 
     /// The names and shapes of the files are those of the layout.
-    fn check(&self, layout: &Layout, tied: bool) -> Result<(), ModelError> {
+    fn check(&self, layout: &Layout, config: &ModelConfig) -> Result<(), ModelError> {
         for parameter in &layout.parameters {
             self.file(&parameter.name)?
                 .check(&parameter.name, &parameter.shape)?;
@@ -132,8 +136,15 @@ impl Source {
             .map(|parameter| parameter.name.as_str())
             .collect();
         for (name, &number) in &self.holders {
-            // Old Llama files carry the rotary frequencies as buffers; transformers ignores them too.
-            let derived = name.ends_with(".rotary_emb.inv_freq") || (tied && name == HEAD);
+            // Old files carry rotary frequencies and GPT-NeoX's masks as buffers; transformers ignores them too.
+            let derived = [
+                ".rotary_emb.inv_freq",
+                ".attention.bias",
+                ".attention.masked_bias",
+            ]
+            .iter()
+            .any(|buffer| name.ends_with(buffer))
+                || (config.tied && name == Names::of(config.family).head);
             if !derived && !known.contains(name.as_str()) {
                 return Err(ModelError::Extra {
                     path: self.files[number].path().to_owned(),
@@ -145,17 +156,22 @@ impl Source {
     }
 
     /// A head stored beside a tied embedding must be its copy.
-    fn check_tie(&self, layout: &Layout, buckets: &[Vec<f32>]) -> Result<(), ModelError> {
-        let Some(&number) = self.holders.get(HEAD) else {
+    fn check_tie(
+        &self,
+        layout: &Layout,
+        names: &Names,
+        buckets: &[Vec<f32>],
+    ) -> Result<(), ModelError> {
+        let Some(&number) = self.holders.get(names.head) else {
             return Ok(());
         };
         let file = &self.files[number];
         let embedding = layout
-            .find(EMBEDDING)
+            .find(names.embedding)
             .expect("every layout has an embedding");
-        file.check(HEAD, &embedding.shape)?;
+        file.check(names.head, &embedding.shape)?;
         let mut head = vec![0.0; embedding.elements()];
-        file.read(HEAD, &mut head)?;
+        file.read(names.head, &mut head)?;
         let equal = buckets[embedding.bucket][embedding.range()]
             .iter()
             .zip(&head)

@@ -13,14 +13,14 @@ use model::{Device, Family, Layout, Model, ModelConfig, random_weights, write_sa
 use safetensors::Dtype;
 use safetensors::tensor::{TensorView, serialize};
 use serde_json::json;
-use support::tiny;
+use support::{tiny, tiny_json};
 
 /// Tensors by name: element type, shape, bytes.
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
 fn tensors(config: &ModelConfig, dtype: Dtype) -> Tensors {
     let layout = Layout::new(config);
-    let weights = random_weights(&layout, 3);
+    let weights = random_weights(config, 3);
     let entry = |parameter: &model::Parameter| {
         let values = &weights[parameter.bucket][parameter.range()];
         let bytes = match dtype {
@@ -64,10 +64,15 @@ fn write(path: &Path, tensors: &Tensors) {
     fs::write(path, serialize(views, None).unwrap()).unwrap();
 }
 
+fn write_config(dir: &Path, config: &ModelConfig) {
+    let json = tiny_json(config.family, config.tied, config.attention[0].window);
+    fs::write(dir.join("config.json"), json.to_string()).unwrap();
+}
+
 /// A directory with a config and one weight file.
 fn directory(config: &ModelConfig, tensors: &Tensors) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("config.json"), config.to_json()).unwrap();
+    write_config(dir.path(), config);
     write(&dir.path().join("model.safetensors"), tensors);
     dir
 }
@@ -92,7 +97,7 @@ fn untied() -> ModelConfig {
 #[test]
 fn three_element_types_become_the_f32_they_stand_for() {
     let config = untied();
-    let weights = random_weights(&Layout::new(&config), 3);
+    let weights = random_weights(&config, 3);
     let check = |dtype, rounded: fn(f32) -> f32| {
         let found = load(directory(&config, &tensors(&config, dtype)).path()).unwrap();
         let expected: Vec<Vec<f32>> = weights
@@ -111,9 +116,9 @@ fn written_weights_are_read_back_to_the_bit() {
     let config = untied();
     let model = Model::random(config.clone(), 3, &Device::flex());
     let layout = Layout::new(&config);
-    let weights = random_weights(&layout, 3);
+    let weights = random_weights(&config, 3);
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("config.json"), config.to_json()).unwrap();
+    write_config(dir.path(), config);
     let mut file = fs::File::create(dir.path().join("model.safetensors")).unwrap();
     write_safetensors(&weights, &layout, &mut file).unwrap();
     let read = Model::load(dir.path(), &Device::flex()).unwrap();
@@ -129,7 +134,7 @@ fn written_weights_are_read_back_to_the_bit() {
 /// The tensors in two shards with an index.
 fn sharded(config: &ModelConfig) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("config.json"), config.to_json()).unwrap();
+    write_config(dir.path(), config);
     let all = tensors(config, Dtype::F32);
     let mut shards = [Tensors::new(), Tensors::new()];
     let mut map = serde_json::Map::new();
@@ -277,7 +282,7 @@ fn every_truncation_is_noticed() {
 fn a_directory_without_weights_or_config_says_what_is_missing() {
     let dir = tempfile::tempdir().unwrap();
     refused(dir.path(), &["read", "config.json"]);
-    fs::write(dir.path().join("config.json"), untied().to_json()).unwrap();
+    write_config(dir.path(), &untied());
     refused(
         dir.path(),
         &["model.safetensors.index.json", "save_pretrained"],

@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use crate::gemm::{DEPTH, Matrix, Threads, Write, multiply};
-use crate::math::{dot, exp, exp_shifted, max, simd};
+use crate::math::{dot, exp, exp_shifted, max, simd, tanh};
 use crate::parallel;
 
 use super::{AttentionBytes, AttentionPlan, AttentionSegment};
@@ -325,7 +325,11 @@ fn forward_task(task: &Task<'_>, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, 
                 #[inline(always)]
                 || {
                     for (row, scores) in scores.chunks_exact_mut(block.keys).enumerate() {
-                        (lse[row], inverse[row]) = softmax(scores, block.visible(row, group, plan));
+                        let visible = block.visible(row, group, plan);
+                        if let Some(cap) = plan.soft_cap {
+                            soft_cap(&mut scores[visible.clone()], cap as f32);
+                        }
+                        (lse[row], inverse[row]) = softmax(scores, visible);
                     }
                 },
             );
@@ -349,6 +353,14 @@ fn forward_task(task: &Task<'_>, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, 
         }
     }
     (out, lse)
+}
+
+/// Replaces every score s by cap · tanh(s / cap).
+#[inline(always)]
+fn soft_cap(scores: &mut [f32], cap: f32) {
+    for score in scores {
+        *score = cap * tanh(*score / cap);
+    }
 }
 
 /// Replaces the visible scores by e^(score − max) and all others by 0. Returns the log-sum-exp and 1 / sum.
@@ -423,14 +435,20 @@ fn backward_task(task: &Task<'_>, operands: &Operands<'_>) -> (Vec<f32>, Vec<f32
                         grids.zip(operands).enumerate()
                     {
                         let shift = dot(out, dy);
-                        differentiate(
-                            scores,
-                            dscores,
-                            block.visible(row, group, plan),
-                            lse,
-                            shift,
-                            scale,
-                        );
+                        let visible = block.visible(row, group, plan);
+                        let mut shift = shift;
+                        if let Some(cap) = plan.soft_cap {
+                            let scores = &mut scores[visible.clone()];
+                            soft_cap(scores, cap as f32);
+                            // The cap's slope, 1 − tanh², lies between p·(dy·v − shift) and the raw score.
+                            let capped = scores.iter().zip(&mut dscores[visible.clone()]);
+                            for (score, dscore) in capped {
+                                let tanh = score / cap as f32;
+                                *dscore = (*dscore - shift) * (1.0 - tanh * tanh);
+                            }
+                            shift = 0.0;
+                        }
+                        differentiate(scores, dscores, visible, lse, shift, scale);
                     }
                 },
             );

@@ -51,11 +51,16 @@ pub fn segment_attention_backward(
             keys,
             values,
             probabilities,
+            slopes,
         } = part.heads(q, k, v, plan);
         let dy = to_heads(&super::gather_rows(dy, &part.queries), plan.heads);
         let dprobabilities = dy.clone().matmul(values.swap_dims(1, 2));
         let shared = (dprobabilities.clone() * probabilities.clone()).sum_dim(2);
         let dscores = probabilities.clone() * (dprobabilities - shared).mul_scalar(plan.scale);
+        let dscores = match slopes {
+            Some(slopes) => dscores * slopes,
+            None => dscores,
+        };
         let dqueries = dscores.clone().matmul(keys);
         let dkeys = sum_groups(dscores.swap_dims(1, 2).matmul(queries), plan);
         let dvalues = sum_groups(probabilities.swap_dims(1, 2).matmul(dy), plan);
@@ -78,6 +83,8 @@ struct Heads {
     keys: Tensor<3>,
     values: Tensor<3>,
     probabilities: Tensor<3>,
+    /// What soft-capping leaves of a score's derivative, where it is capped.
+    slopes: Option<Tensor<3>>,
 }
 
 fn parts(segments: &[AttentionSegment]) -> Vec<Part> {
@@ -115,8 +122,16 @@ impl Part {
         let scores = queries
             .clone()
             .matmul(keys.clone().swap_dims(1, 2))
-            .mul_scalar(plan.scale)
-            + mask;
+            .mul_scalar(plan.scale);
+        let (scores, slopes) = match plan.soft_cap {
+            Some(cap) => {
+                let tanh = scores.div_scalar(cap).tanh();
+                let slopes = (-(tanh.clone() * tanh.clone())).add_scalar(1.0);
+                (tanh.mul_scalar(cap), Some(slopes))
+            }
+            None => (scores, None),
+        };
+        let scores = scores + mask;
         let shifted = scores.clone() - scores.max_dim(2).detach();
         let weights = shifted.exp() * seen;
         // The tiny addend only keeps 0 / 0 away from a fully masked row: a real row sums to at least 1.
@@ -126,6 +141,7 @@ impl Part {
             keys,
             values,
             probabilities: weights / sum,
+            slopes,
         }
     }
 

@@ -12,8 +12,9 @@ pub fn token_logprobs(
     hidden: &Tensor<2>,
     weight: &Tensor<2>,
     targets: &[u32],
+    soft_cap: Option<f64>,
 ) -> (Tensor<1>, Tensor<2>) {
-    let logits = hidden.clone().matmul(weight.clone().transpose());
+    let logits = logits(hidden, weight, soft_cap);
     let max = logits.clone().max_dim(1).detach();
     let lse = (logits.clone() - max.clone()).exp().sum_dim(1).log() + max;
     let ids = ids(targets, hidden);
@@ -28,11 +29,12 @@ pub fn logprob_head(
     hidden: &Tensor<2>,
     weight: &Tensor<2>,
     targets: &[u32],
+    soft_cap: Option<f64>,
 ) -> (Vec<f32>, Vec<f32>) {
     let (mut logps, mut lses) = (Vec::new(), Vec::new());
     for (index, targets) in targets.chunks(CHUNK).enumerate() {
         let hidden = hidden.clone().narrow(0, index * CHUNK, targets.len());
-        let (logp, lse) = token_logprobs(&hidden, weight, targets);
+        let (logp, lse) = token_logprobs(&hidden, weight, targets, soft_cap);
         logps.extend(host::into_vec(logp));
         lses.extend(host::into_vec(lse));
     }
@@ -45,6 +47,7 @@ pub fn logprob_head_backward(
     hidden: &Tensor<2>,
     weight: &Tensor<2>,
     targets: &[u32],
+    soft_cap: Option<f64>,
     lse: &[f32],
     gradients: &mut Gradients,
     slot: &Slot,
@@ -61,8 +64,8 @@ pub fn logprob_head_backward(
         };
         let hidden = hidden.clone().narrow(0, start, rows);
         let (dlogp, lse) = (column(dlogps), column(lse));
-        let logits = hidden.clone().matmul(weight.clone().transpose());
-        let softmax = (logits - lse).exp();
+        let logits = logits(&hidden, weight, soft_cap);
+        let softmax = (logits.clone() - lse).exp();
         let dlogits = (softmax * dlogp.clone()).neg();
         let dlogits = dlogits.scatter(
             1,
@@ -70,6 +73,13 @@ pub fn logprob_head_backward(
             dlogp,
             burn::tensor::IndexingUpdateOp::Add,
         );
+        let dlogits = match soft_cap {
+            Some(cap) => {
+                let tanh = logits.div_scalar(cap);
+                dlogits * (-(tanh.clone() * tanh)).add_scalar(1.0)
+            }
+            None => dlogits,
+        };
         gradients.accumulate(
             slot,
             dlogits
@@ -84,6 +94,14 @@ pub fn logprob_head_backward(
         hidden.zeros_like()
     } else {
         Tensor::cat(parts, 0)
+    }
+}
+
+fn logits(hidden: &Tensor<2>, weight: &Tensor<2>, soft_cap: Option<f64>) -> Tensor<2> {
+    let logits = hidden.clone().matmul(weight.clone().transpose());
+    match soft_cap {
+        Some(cap) => super::soft_cap(logits, cap),
+        None => logits,
     }
 }
 

@@ -99,5 +99,6 @@ pub fn plan(
         head_dim,
         scale: 1.0 / (head_dim as f64).sqrt(),
         window,
+        soft_cap: None,
     }
 }

@@ -66,8 +66,9 @@ fn write_model(dir: &Path, change: impl Fn(&str, &mut [f32])) {
         "attention_bias": false, "mlp_bias": false, "eos_token_id": 1,
     });
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
-    let layout = Layout::new(&ModelConfig::load(dir).unwrap());
-    let mut weights = random_weights(&layout, 7);
+    let config = ModelConfig::load(dir).unwrap();
+    let layout = Layout::new(&config);
+    let mut weights = random_weights(&config, 7);
     for parameter in &layout.parameters {
         let values = &mut weights[parameter.bucket][parameter.range()];
         // Deviation 0.02 makes all tokens equally likely; a trained model's are not.
