@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let config = ModelConfig::load(&initial)?;
     let layout = Layout::new(&config);
     let mut out = BufWriter::new(File::create(initial.join("model.safetensors"))?);
-    write_safetensors(&random_weights(&layout, WEIGHT_SEED), &layout, &mut out)?;
+    write_safetensors(&random_weights(&config, WEIGHT_SEED), &layout, &mut out)?;
     out.flush()?;
     println!(
         "{}: {} ids, {} parameters",

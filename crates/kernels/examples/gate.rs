@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use kernels::{
-    AttentionPlan, AttentionSegment, Flat, Gradients, RotaryTable, Slot, add, linear,
-    linear_backward, logprob_head, logprob_head_backward, rms_norm, rms_norm_backward, rotary,
-    rotary_backward, segment_attention, segment_attention_backward, swiglu, swiglu_backward,
+    Activation, AttentionPlan, AttentionSegment, Flat, Gradients, RotaryTable, Slot, add, gated,
+    gated_backward, linear, linear_backward, logprob_head, logprob_head_backward, rms_norm,
+    rms_norm_backward, rotary, rotary_backward, segment_attention, segment_attention_backward,
 };
 
 const TOKENS: usize = 300;
@@ -170,6 +170,7 @@ fn block() {
         head_dim: HEAD_DIM,
         scale: 0.125,
         window: None,
+        soft_cap: None,
     };
     // Five pairs of 60 tokens: prompt 20, completions 20 each.
     let segments: Vec<_> = (0..TOKENS / 60)
@@ -204,13 +205,13 @@ fn block() {
             block.linear(&middle_normed, 4),
             block.linear(&middle_normed, 5),
         );
-        let inner = swiglu(&gate, &up);
+        let inner = gated(&gate, &up, Activation::Silu);
         let out = add(block.linear(&inner, 6), &middle);
         forward_s = forward_s.min(start.elapsed().as_secs_f64());
         drop(out);
 
         let dinner = block.back(&dy, &inner, 6, &mut gradients);
-        let (dgate, dup) = swiglu_backward(&dinner, &gate, &up);
+        let (dgate, dup) = gated_backward(&dinner, &gate, &up, Activation::Silu);
         let dnormed = block.back(&dgate, &middle_normed, 4, &mut gradients);
         let dnormed = add(
             dnormed,
@@ -279,9 +280,9 @@ fn head() {
     };
     let mut gradients = Gradients::zeros(&[slot.len], &Device::flex());
     let operations = 2.0 * (rows * VOCABULARY * HIDDEN) as f64;
-    let forward = best(3, || drop(logprob_head(&hidden, &weight, &targets)));
+    let forward = best(3, || drop(logprob_head(&hidden, &weight, &targets, None)));
     report(&format!("head over {rows} rows"), forward, operations);
-    let (_, saved) = logprob_head(&hidden, &weight, &targets);
+    let (_, saved) = logprob_head(&hidden, &weight, &targets, None);
     let dlogps = vec![1.0; rows];
     let backward = best(3, || {
         drop(logprob_head_backward(
@@ -289,6 +290,7 @@ fn head() {
             &hidden,
             &weight,
             &targets,
+            None,
             &saved,
             &mut gradients,
             &slot,

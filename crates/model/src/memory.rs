@@ -194,8 +194,8 @@ impl Widths {
         let early = attention.max(self.tokens * projections);
         // Norm and its inverse, the gated product, its projection.
         let stream = match self.residual {
-            Residual::Sequential => 2 * self.hidden,
-            Residual::Sandwich | Residual::Parallel => 3 * self.hidden,
+            Residual::Sequential | Residual::Sandwich => 2 * self.hidden,
+            Residual::Parallel => 3 * self.hidden,
         };
         let mlp = self.tokens * (stream + 1 + self.intermediate);
         early.saturating_sub(self.tokens * later).max(mlp)

@@ -91,32 +91,114 @@ fn what_cannot_be_computed_is_refused_by_name() {
             vec!["`model_type`", "missing", "llama, mistral"],
         ),
         (
-            vec![("hidden_act", json!("gelu"))],
-            vec!["`hidden_act`", "gelu", "silu"],
+            vec![("hidden_act", json!("relu2"))],
+            vec!["`hidden_act`", "relu2", "silu"],
         ),
         (
-            vec![("attention_bias", json!(true))],
+            vec![
+                ("model_type", json!("qwen2")),
+                ("attention_bias", json!(true)),
+            ],
             vec!["`attention_bias`", "false"],
         ),
-        (vec![("mlp_bias", json!(true))], vec!["`mlp_bias`"]),
+        (
+            vec![("model_type", json!("phi3")), ("mlp_bias", json!(true))],
+            vec!["`mlp_bias`"],
+        ),
+        (
+            vec![("use_bidirectional_attention", json!(true))],
+            vec!["`use_bidirectional_attention`"],
+        ),
+        (
+            vec![("attn_logit_softcapping", json!(50.0))],
+            vec!["`attn_logit_softcapping`", "not supported for this family"],
+        ),
+        (
+            vec![(
+                "layer_types",
+                json!(["full_attention", "sliding_attention"]),
+            )],
+            vec!["`layer_types`", "mix"],
+        ),
+        (
+            vec![("layer_types", json!(["full_attention"]))],
+            vec!["`layer_types`", "1 entries for num_hidden_layers = 2"],
+        ),
+        (
+            vec![
+                ("model_type", json!("qwen3")),
+                (
+                    "layer_types",
+                    json!(["full_attention", "sliding_attention"]),
+                ),
+            ],
+            vec!["`sliding_window`", "missing"],
+        ),
+        (
+            vec![
+                ("model_type", json!("gemma2")),
+                ("query_pre_attn_scalar", json!(0)),
+            ],
+            vec!["`query_pre_attn_scalar`", "positive"],
+        ),
+        (
+            vec![
+                ("model_type", json!("gemma3_text")),
+                ("rope_parameters", json!({ "chunked_attention": {} })),
+            ],
+            vec!["`rope_parameters.chunked_attention`", "full_attention"],
+        ),
+        (
+            vec![
+                ("model_type", json!("phi3")),
+                (
+                    "rope_scaling",
+                    json!({ "type": "longrope", "short_factor": [1.0], "long_factor": [1.0] }),
+                ),
+                ("max_position_embeddings", json!(8192)),
+            ],
+            vec!["`rope_scaling.short_factor`", "8 are needed"],
+        ),
+        (
+            vec![("model_type", json!("gpt_neox")), ("head_dim", json!(8))],
+            vec!["`head_dim`", "hidden_size / num_attention_heads"],
+        ),
         (
             vec![("quantization_config", json!({ "bits": 4 }))],
             vec!["`quantization_config`", "bf16"],
         ),
         (
-            vec![("partial_rotary_factor", json!(0.5))],
-            vec!["`partial_rotary_factor`", "0.5"],
+            vec![("partial_rotary_factor", json!(1.5))],
+            vec!["`partial_rotary_factor`", "1.5"],
+        ),
+        (
+            vec![("partial_rotary_factor", json!(0.2))],
+            vec!["`partial_rotary_factor`", "pairs of columns"],
         ),
         (
             vec![(
                 "rope_scaling",
                 json!({ "rope_type": "yarn", "factor": 2.0 }),
             )],
-            vec!["rope_scaling.rope_type", "yarn", "default, linear, llama3"],
+            vec!["rope_scaling.original_max_position_embeddings", "missing"],
+        ),
+        (
+            vec![(
+                "rope_scaling",
+                json!({ "rope_type": "dynamic", "factor": 2.0 }),
+            )],
+            vec![
+                "rope_scaling.rope_type",
+                "dynamic",
+                "default, linear, llama3, yarn, longrope",
+            ],
         ),
         (
             vec![("rope_parameters", json!({ "rope_type": "longrope" }))],
-            vec!["rope_parameters.rope_type", "longrope"],
+            vec![
+                "rope_parameters.original_max_position_embeddings",
+                "missing",
+            ],
         ),
         (
             vec![("rope_parameters", json!({ "rope_type": "linear" }))],
@@ -179,6 +261,26 @@ fn what_cannot_be_computed_is_refused_by_name() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("not JSON"), "{error}");
+}
+
+#[test]
+fn dropout_is_switched_off_and_said() {
+    assert_eq!(
+        config(&[("attention_dropout", json!(0.0))]).unwrap().notes,
+        [""; 0]
+    );
+    let notes = config(&[("attention_dropout", json!(0.1))]).unwrap().notes;
+    assert_eq!(notes.len(), 1);
+    assert!(
+        notes[0].contains("attention_dropout = 0.1 of config.json is switched off"),
+        "{notes:?}"
+    );
+    let phi = [
+        ("model_type", json!("phi3")),
+        ("resid_pdrop", json!(0.2)),
+        ("embd_pdrop", json!(0.3)),
+    ];
+    assert_eq!(config(&phi).unwrap().notes.len(), 2);
 }
 
 #[test]

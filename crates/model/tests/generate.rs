@@ -5,13 +5,11 @@
 mod support;
 
 use model::{Family, Model, Sampler};
-use support::{ids, lively, tiny};
+use support::{every_family, ids, lively, tiny};
 
-fn models() -> [Model; 2] {
-    [
-        lively(tiny(Family::Llama, true, None)),
-        lively(tiny(Family::Mistral, false, Some(5))),
-    ]
+fn models() -> Vec<Model> {
+    let families = every_family().into_iter();
+    families.map(|(_, config)| lively(config)).collect()
 }
 
 #[test]
@@ -48,7 +46,7 @@ fn a_seed_repeats_and_another_differs() {
 
 #[test]
 fn a_stop_token_ends_the_text() {
-    let [model, _] = models();
+    let model = lively(tiny(Family::Llama, true, None));
     let free = model.generate(&ids(4, 1), 20, &mut Sampler::greedy(), &[]);
     let stop = free[3];
     let first = free.iter().position(|&token| token == stop).unwrap();
@@ -65,7 +63,7 @@ fn a_stop_token_ends_the_text() {
 
 #[test]
 fn sampling_follows_the_distribution() {
-    let [model, _] = models();
+    let model = lively(tiny(Family::Llama, true, None));
     let prompt = ids(4, 1);
     let logits: Vec<f32> = model
         .trace(&prompt)

@@ -56,6 +56,16 @@ fn config(hidden: usize, intermediate: usize, blocks: usize, vocabulary: usize) 
     ModelConfig::parse(&text, Path::new("config.json")).unwrap()
 }
 
+/// A decoder of a family with what the common one lacks: kinds of residual, norms of heads, fused products.
+fn family(kind: &str) -> ModelConfig {
+    let text = format!(
+        r#"{{"model_type": "{kind}", "hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 4,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 700, "tie_word_embeddings": true,
+             "head_dim": 24, "sliding_window": 64, "max_position_embeddings": 2048}}"#
+    );
+    ModelConfig::parse(&text, Path::new("config.json")).unwrap()
+}
+
 /// Pairs of so many tokens of prompt, chosen and rejected.
 fn check(name: &str, config: &ModelConfig, lengths: &[[usize; 3]], threads: usize) {
     let ids: Vec<u32> = (0..4096).map(|id| id % config.vocabulary as u32).collect();
@@ -124,6 +134,28 @@ fn a_pack_holds_as_many_bytes_as_its_shape_says() {
         check("wide, short pairs", &wide, &short, threads);
         check("thin, short pairs", &thin, &short, threads);
         check("deep, short pairs", &deep, &short, threads);
+        for kind in [
+            "qwen2",
+            "qwen3",
+            "gemma2",
+            "gemma3_text",
+            "phi3",
+            "gpt_neox",
+        ] {
+            check(
+                &format!("{kind}, short pairs"),
+                &family(kind),
+                &short,
+                threads,
+            );
+            let long = [[300, 500, 400]];
+            check(
+                &format!("{kind}, one long pair"),
+                &family(kind),
+                &long,
+                threads,
+            );
+        }
         check("wide, one long pair", &wide, &[[300, 500, 400]], threads);
         check("thin, one long pair", &thin, &[[300, 500, 400]], threads);
         check(

@@ -6,14 +6,11 @@
 mod support;
 
 use model::{Family, Model, Pack, PairTokens, Saving};
-use support::{Pair, lively, pack, tiny};
+use support::{Pair, every_family, lively, pack, tiny};
 
-fn models() -> [Model; 3] {
-    [
-        lively(tiny(Family::Llama, false, None)),
-        lively(tiny(Family::Llama, true, None)),
-        lively(tiny(Family::Mistral, false, Some(5))),
-    ]
+fn models() -> Vec<Model> {
+    let families = every_family().into_iter();
+    families.map(|(_, config)| lively(config)).collect()
 }
 
 fn pairs() -> Vec<Pair> {
@@ -119,7 +116,12 @@ fn log_probs_are_log_softmax_of_the_traced_logits() {
 fn gradients_are_those_of_finite_differences() {
     let pack = pack(&[Pair::new(5, 7, 4, 1), Pair::new(2, 3, 6, 2)]);
     let dlogps = [[0.7f32, -0.4], [-1.1, 0.3]];
+    // Others bend too much for differences in f32 with weights like these; `variants` has their gradients by torch.
+    let gentle = [Family::Llama, Family::Mistral];
     for mut model in models() {
+        if !gentle.contains(&model.config().family) || model.config().biases.output {
+            continue;
+        }
         let (_, saved) = model.forward_train(&pack);
         let mut gradients = model.zero_gradients();
         model.backward(saved, &dlogps, &mut gradients);

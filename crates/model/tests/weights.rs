@@ -118,7 +118,7 @@ fn written_weights_are_read_back_to_the_bit() {
     let layout = Layout::new(&config);
     let weights = random_weights(&config, 3);
     let dir = tempfile::tempdir().unwrap();
-    write_config(dir.path(), config);
+    write_config(dir.path(), &config);
     let mut file = fs::File::create(dir.path().join("model.safetensors")).unwrap();
     write_safetensors(&weights, &layout, &mut file).unwrap();
     let read = Model::load(dir.path(), &Device::flex()).unwrap();

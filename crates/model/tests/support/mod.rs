@@ -101,7 +101,7 @@ pub fn every_family() -> Vec<(String, ModelConfig)> {
         Some(5),
         json!({ "sliding_window_pattern": 2 }),
     );
-    let longrope = json!({ "original_max_position_embeddings": 16, "rope_scaling": { "type": "longrope",
+    let longrope = json!({ "original_max_position_embeddings": 2, "rope_scaling": { "type": "longrope",
         "short_factor": [1.0, 1.1], "long_factor": [1.5, 3.0] }, "partial_rotary_factor": 0.7 });
     add("phi3, longrope", Family::Phi3, false, Some(30), longrope);
     add("gpt_neox", Family::GptNeox, false, None, json!({}));

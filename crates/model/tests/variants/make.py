@@ -111,14 +111,19 @@ VARIANTS = {
 }
 
 
-def golden(name, config):
+def on_disk(key, config):
+    """The name that `save_pretrained` writes."""
+    return "embed_out.weight" if config["model_type"] == "gpt_neox" and key == "lm_head.weight" else key
+
+
+def golden(config):
     arguments = {key: value for key, value in config.items() if key != "model_type"}
     made = AutoConfig.for_model(config["model_type"], **arguments)
     made._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(made, dtype=torch.float64, attn_implementation="eager").double().eval()
     with torch.no_grad():
         for key, tensor in model.named_parameters():
-            tensor.copy_(weight(key, tensor, config["model_type"]))
+            tensor.copy_(weight(on_disk(key, config), tensor, config["model_type"]))
     ids = (stream("ids", PROMPT + CHOSEN + REJECTED) * config["vocab_size"]).to(torch.int64)
     prompt, chosen, rejected = ids.split([PROMPT, CHOSEN, REJECTED])
     result = {"config": config, "token_logps": [], "gradients": {}}
@@ -131,6 +136,7 @@ def golden(name, config):
         total = total + slope * logps.sum()
     total.backward()
     for key, tensor in model.named_parameters():
+        key = on_disk(key, config)
         probe = stream(key + "#", tensor.numel()).reshape(tensor.shape) - 0.5
         result["gradients"][key] = [tensor.grad.norm().item(), (tensor.grad * probe).sum().item()]
     return result
@@ -141,7 +147,7 @@ json.dump(
         "made_by": f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, f64",
         "lengths": [PROMPT, CHOSEN, REJECTED],
         "slopes": SLOPES,
-        "variants": {name: golden(name, config) for name, config in VARIANTS.items()},
+        "variants": {name: golden(config) for name, config in VARIANTS.items()},
     },
     sys.stdout,
     indent=1,
