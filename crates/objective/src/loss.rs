@@ -152,7 +152,7 @@ impl PairLoss {
 /// The share of `pair` in the mean over `counts`.
 ///
 /// # Panics
-/// If the global batch is empty: a caller that scores a pair has counted it.
+/// If the global batch is empty: a caller that scores a pair has counted it, and its tokens.
 pub fn pair_loss(config: &ObjectiveConfig, pair: &PairLogps, counts: GlobalCounts) -> PairLoss {
     assert!(
         counts.pairs > 0,
