@@ -812,3 +812,37 @@ fn defaults_are_what_parameters_call_usual() {
         }
     );
 }
+
+/// Editors and `coordinator config --schema` read it without references, so that a mix has its parts' keys in itself.
+#[test]
+fn the_schema_has_every_kind_and_the_parts_of_a_mix_have_weights() {
+    let settings = schemars::generate::SchemaSettings::draft2020_12();
+    let settings = settings.with(|settings| settings.inline_subschemas = true);
+    let schema = settings
+        .into_generator()
+        .into_root_schema_for::<ObjectiveConfig>()
+        .to_value();
+    assert!(!schema.to_string().contains("$ref"), "{schema}");
+    let kinds = schema["oneOf"].as_array().unwrap();
+    let find = |kind: &str| {
+        let is_it = |it: &&Value| it["properties"]["kind"]["const"] == kind;
+        kinds.iter().find(is_it).unwrap()
+    };
+    for text in KINDS {
+        let written = serde_json::to_value(objective(text)).unwrap();
+        let properties = &find(written["kind"].as_str().unwrap())["properties"];
+        for key in written.as_object().unwrap().keys() {
+            assert!(properties[key].is_object(), "{text}: {key}");
+            let described = properties[key]["description"].is_string();
+            assert!(described || key == "kind", "{text}: {key}");
+        }
+    }
+    let parts = &find("mix")["properties"]["parts"];
+    assert_eq!(parts["minItems"], 1);
+    let parts = parts["items"]["oneOf"].as_array().unwrap();
+    assert_eq!(parts.len(), kinds.len() - 1);
+    for part in parts {
+        assert_ne!(part["properties"]["kind"]["const"], "mix");
+        assert_eq!(part["properties"]["weight"]["type"], "number", "{part}");
+    }
+}
