@@ -393,11 +393,15 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 fn equation(f: &mut fmt::Formatter<'_>, weight: &str, of: &ObjectiveConfig) -> fmt::Result {
     let about = of.about();
     match about.arxiv {
-        Some(paper) => writeln!(
-            f,
-            "{weight}[{}](https://arxiv.org/abs/{paper}):\n",
-            about.name
-        )?,
+        Some(paper) => {
+            let number = about.number.map(|number| format!(", equation {number}"));
+            let number = number.unwrap_or_default();
+            writeln!(
+                f,
+                "{weight}[{}](https://arxiv.org/abs/{paper}){number}:\n",
+                about.name
+            )?;
+        }
         None => writeln!(f, "{weight}{}:\n", about.name)?,
     }
     writeln!(f, "    {}\n", about.equation)

@@ -206,7 +206,7 @@ fn every_objective_has_its_tag_and_its_equation() {
     let text = card(&configured(&["objective.kind=simpo"]), &[]);
     let says = [
         "\n- simpo\n",
-        "arxiv.org/abs/2405.14734",
+        "arxiv.org/abs/2405.14734), equation 6",
         "| γ | 0.5 |",
         "pairs seen",
     ];
