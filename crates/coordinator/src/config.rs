@@ -15,7 +15,7 @@ use std::path::Path;
 
 use protocol::{JobPolicy, Selection};
 use serde::Serialize;
-use spec::JobError;
+use spec::{JobError, ObjectiveConfig, Targets};
 use toml::{Table, Value};
 
 use layers::Merged;
@@ -49,6 +49,8 @@ pub struct Config {
     pub skipped_steps_max: u64,
     /// `job.seed` and the training sections, resolved: what workers are given.
     pub training: Table,
+    /// `[objective]` of these.
+    pub objective_config: ObjectiveConfig,
     /// What makes a run this run and no other.
     pub identity: serde_json::Value,
 }
@@ -127,6 +129,7 @@ impl Config {
             telemetry,
             skipped_steps_max,
             training: resolved.resolved,
+            objective_config: resolved.spec.objective,
             identity: resolved.identity,
         })
     }
@@ -225,13 +228,14 @@ impl Config {
         selection::selection(&self.training, self.checkpoint.keep_best)
     }
 
-    /// t = 1/(2β) in nats where the objective calibrates log-ratios to ±t.
-    pub fn target(&self) -> Option<f64> {
-        if self.objective() != "cal_dpo" {
-            return None;
-        }
-        let beta = self.training_value("objective", "beta")?.as_float()?;
-        Some(0.5 / beta)
+    /// Where the objective calibrates log-ratios to, in nats.
+    pub fn targets(&self) -> Option<Targets> {
+        self.objective_config.targets()
+    }
+
+    /// Whether rows carry log-ratios against a reference.
+    pub fn has_rewards(&self) -> bool {
+        self.objective_config.needs_reference()
     }
 
     /// Digest of what makes this run this run, hexadecimal; checkpoints and exports carry it.
@@ -241,9 +245,8 @@ impl Config {
     }
 
     /// `objective.kind`.
-    pub fn objective(&self) -> &str {
-        let kind = self.training_value("objective", "kind");
-        kind.and_then(Value::as_str).unwrap_or("unknown")
+    pub fn objective(&self) -> &'static str {
+        self.objective_config.kind()
     }
 
     /// A resolved value of a training section.

@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::export::{best_checkpoint, export, exported_step};
 use crate::model_card::ModelCard;
 use crate::monitor::of_the_end;
+use crate::objective::label;
 use crate::plots::{RewardPlot, draw};
 use crate::run_directory::RunDirectory;
 use crate::summary::{Artifacts, Ending, ReferenceCounts, Summary, Totals};
@@ -121,19 +122,17 @@ fn write_card(config: &Config, directory: &RunDirectory, summary: &Summary) -> a
 }
 
 fn plot(config: &Config, directory: &RunDirectory) -> anyhow::Result<Option<PathBuf>> {
-    // Completions without a rejected side have no rewards to show.
-    if directory.metrics().is_empty() || config.objective() == "sft" {
+    // Without a reference there are no log-ratios to show.
+    if directory.metrics().is_empty() || !config.has_rewards() {
         return Ok(None);
     }
-    let mut title = format!("{} · {}", config.job.name, config.objective());
-    if let Some(beta) = config.training_value("objective", "beta") {
-        title = format!("{title}, β = {beta}");
-    }
+    let objective = label(&config.objective_config, " = ");
+    let title = format!("{} · {objective}", config.job.name);
     let drawing = draw(&RewardPlot {
         title: &title,
         metrics: directory.metrics(),
         evaluations: directory.evaluations(),
-        target: config.target(),
+        targets: config.targets(),
     })?;
     directory.write_plots(&drawing)?;
     Ok(Some(directory.plot_path()))

@@ -5,11 +5,13 @@
 use std::{fmt, path::Path};
 
 use protocol::{EvaluationRow, Statistics};
+use spec::ObjectiveConfig;
 use toml::Value;
 
 use crate::{
     config::Config,
     numbers::{grouped, plain, signed},
+    objective::{both, symmetric},
     summary::{Summary, Totals},
 };
 
@@ -27,43 +29,15 @@ pub struct ModelCard<'a> {
     pub evaluations: &'a [EvaluationRow],
 }
 
-/// What the card says of an objective.
-struct Described {
-    tag: &'static str,
-    name: &'static str,
-    source: &'static str,
-    equation: &'static str,
-}
-
-const CAL_DPO: Described = Described {
-    tag: "cal-dpo",
-    name: "Cal-DPO",
-    source: "[Cal-DPO](https://arxiv.org/abs/2412.14516), equation 10",
-    equation: "L = −log σ(r_w − r_l) + λ·[(r_w − 1/(2β))² + (r_l + 1/(2β))²]",
-};
-const DPO: Described = Described {
-    tag: "dpo",
-    name: "DPO",
-    source: "[DPO](https://arxiv.org/abs/2305.18290), equation 7, with label smoothing ε",
-    equation: "L = −(1 − ε)·log σ(β·(r_w − r_l)) − ε·log σ(−β·(r_w − r_l))",
-};
-const SFT: Described = Described {
-    tag: "sft",
-    name: "supervised fine-tuning",
-    source: "Cross entropy of the completions, a mean over their tokens",
-    equation: "L = −log π(completion | prompt)",
-};
-
 /// A table's row.
 type Row = (&'static str, String);
 
 impl fmt::Display for ModelCard<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let described = self.described();
-        self.front_matter(f, described.tag)?;
-        self.opening(f, &described)?;
+        self.front_matter(f)?;
+        self.opening(f)?;
         self.data(f)?;
-        self.objective(f, &described)?;
+        self.objective(f)?;
         self.training(f)?;
         if self.has_rewards() {
             self.reward_dynamics(f)?;
@@ -76,19 +50,21 @@ impl fmt::Display for ModelCard<'_> {
 }
 
 impl ModelCard<'_> {
-    fn described(&self) -> Described {
-        match self.config.objective() {
-            "cal_dpo" => CAL_DPO,
-            "dpo" => DPO,
-            _ => SFT,
-        }
+    fn trained(&self) -> &ObjectiveConfig {
+        &self.config.objective_config
+    }
+
+    /// Whether rows have a rejected side.
+    fn has_pairs(&self) -> bool {
+        self.trained().needs_rejected()
     }
 
     fn has_rewards(&self) -> bool {
-        self.config.objective() != "sft"
+        self.config.has_rewards()
     }
 
-    fn front_matter(&self, f: &mut fmt::Formatter<'_>, tag: &str) -> fmt::Result {
+    fn front_matter(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tag = self.trained().kind().replace('_', "-");
         // A JSON string is a YAML string, whatever is in the name.
         let base = serde_json::to_string(&self.base()).expect("a string is JSON");
         writeln!(f, "---\nlibrary_name: transformers")?;
@@ -96,7 +72,7 @@ impl ModelCard<'_> {
         writeln!(f, "base_model: {base}\ntags:\n- {tag}\n---\n")
     }
 
-    fn opening(&self, f: &mut fmt::Formatter<'_>, described: &Described) -> fmt::Result {
+    fn opening(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Summary { name, facts, .. } = self.summary;
         let parameters = facts.as_ref().map_or_else(String::new, |facts| {
             format!(" ({} parameters)", grouped(facts.parameters))
@@ -107,7 +83,7 @@ impl ModelCard<'_> {
             "`{}`{parameters} after {} steps of {} with caldpo {}. {}; this card was written from the run's records.\n",
             self.base(),
             grouped(self.step),
-            described.name,
+            self.trained().about().name,
             self.summary.tool_version,
             self.which_checkpoint()
         )?;
@@ -165,7 +141,7 @@ impl ModelCard<'_> {
         let facts = self.summary.facts.as_ref();
         let count = |count: Option<u64>| count.map_or_else(|| "–".into(), grouped);
         writeln!(f, "## Data\n")?;
-        let unit = if self.has_rewards() { "pairs" } else { "rows" };
+        let unit = if self.has_pairs() { "pairs" } else { "rows" };
         writeln!(f, "| | files | {unit} |\n|---|---|---|")?;
         let training = count(facts.map(|facts| facts.pairs));
         writeln!(f, "| training | {} | {training} |", self.files("train"))?;
@@ -191,33 +167,34 @@ impl ModelCard<'_> {
         table(f, &rows)
     }
 
-    fn objective(&self, f: &mut fmt::Formatter<'_>, described: &Described) -> fmt::Result {
-        writeln!(f, "## Objective\n\n{}:\n", described.source)?;
-        writeln!(f, "    {}\n", described.equation)?;
-        if !self.has_rewards() {
-            return Ok(());
-        }
-        let reference = self.path("model", "reference");
-        let reference =
-            reference.map_or_else(|| "the starting weights".into(), |name| format!("`{name}`"));
-        writeln!(
-            f,
-            "r = log π(completion | prompt) − log π_ref(completion | prompt), summed over the completion's tokens, in \
-             nats; r_w of the chosen one, r_l of the rejected one. π_ref: {reference}.\n"
-        )?;
-        let mut rows = Vec::new();
-        for (name, key) in [
-            ("β", "beta"),
-            ("λ", "calibration_weight"),
-            ("ε", "label_smoothing"),
-        ] {
-            if self.config.training_value("objective", key).is_some() {
-                rows.push((name, self.value("objective", key)));
+    fn objective(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "## Objective\n")?;
+        if let ObjectiveConfig::Mix { parts } = self.trained() {
+            writeln!(f, "A sum of {}:\n", parts.len())?;
+            for part in parts {
+                equation(f, &format!("{:?} × ", part.weight), &part.objective)?;
+                table(f, &parameters(&part.objective))?;
             }
+        } else {
+            equation(f, "", self.trained())?;
         }
-        if let Some(target) = self.summary.target {
-            let text = format!("±{} nats", plain(target));
-            rows.push(("targets ±1/(2β)", text));
+        let mut rows = parameters(self.trained());
+        if self.has_rewards() {
+            let reference = self.path("model", "reference");
+            let reference =
+                reference.map_or_else(|| "the starting weights".into(), |name| format!("`{name}`"));
+            writeln!(
+                f,
+                "r = log π(completion | prompt) − log π_ref(completion | prompt), summed over the completion's tokens, in \
+                 nats; r_w of the chosen one, r_l of the rejected one. π_ref: {reference}.\n"
+            )?;
+        }
+        if let Some(targets) = self.config.targets() {
+            let name = match symmetric(targets) {
+                Some(_) => "targets ±1/(2β)",
+                None => "targets (1 − s)/β and −s/β",
+            };
+            rows.push((name, format!("{} nats", both(targets))));
         }
         table(f, &rows)
     }
@@ -239,7 +216,7 @@ impl ModelCard<'_> {
             self.value("optimizer", "eps"),
             self.value("optimizer", "weight_decay")
         );
-        let (unit_batch, unit_seen) = if self.has_rewards() {
+        let (unit_batch, unit_seen) = if self.has_pairs() {
             ("pairs a step", "pairs seen")
         } else {
             ("rows a step", "rows seen")
@@ -410,6 +387,31 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
         let value = self.config.training_value(section, key);
         value.map_or_else(|| "–".into(), text)
     }
+}
+
+/// An objective's name, source and equation, `weight` before them.
+fn equation(f: &mut fmt::Formatter<'_>, weight: &str, of: &ObjectiveConfig) -> fmt::Result {
+    let about = of.about();
+    match about.arxiv {
+        Some(paper) => {
+            let number = about.number.map(|number| format!(", equation {number}"));
+            let number = number.unwrap_or_default();
+            writeln!(
+                f,
+                "{weight}[{}](https://arxiv.org/abs/{paper}){number}:\n",
+                about.name
+            )?;
+        }
+        None => writeln!(f, "{weight}{}:\n", about.name)?,
+    }
+    writeln!(f, "    {}\n", about.equation)
+}
+
+fn parameters(of: &ObjectiveConfig) -> Vec<Row> {
+    let parameters = of.parameters().into_iter();
+    parameters
+        .map(|it| (it.symbol, format!("{:?}", it.value)))
+        .collect()
 }
 
 /// Loss and rewards of an evaluation.

@@ -26,6 +26,7 @@ mod window;
 
 use protocol::{EvaluationRow, MetricsRow, Selection};
 use serde::{Deserialize, Serialize};
+use spec::{ObjectiveConfig, Targets};
 
 use crate::config::Config;
 
@@ -52,15 +53,17 @@ pub struct Warning {
 /// What of a configuration the rules read.
 #[derive(Clone, Debug, PartialEq)]
 struct Watched {
-    /// t = 1/(2β) where the objective calibrates.
-    target: Option<f64>,
+    /// What is trained.
+    objective: ObjectiveConfig,
+    /// Where it calibrates to.
+    targets: Option<Targets>,
     /// `optimizer.max_grad_norm`; 0 where nothing is clipped.
     max_grad_norm: f64,
     /// What evaluations are compared by.
     selection: Option<Selection>,
 }
 
-/// The rules with what they have seen. Rows without rewards (`sft`) are watched for clipping alone.
+/// The rules with what they have seen. Rows without log-ratios (no reference) are watched for clipping alone.
 pub struct Monitor {
     watched: Watched,
     has_rewards: bool,
@@ -80,11 +83,12 @@ impl Monitor {
         let norm = config.training_value("optimizer", "max_grad_norm");
         Self {
             watched: Watched {
-                target: config.target(),
+                objective: config.objective_config.clone(),
+                targets: config.targets(),
                 max_grad_norm: norm.and_then(toml::Value::as_float).unwrap_or(0.0),
                 selection: config.selection(),
             },
-            has_rewards: config.objective() != "sft",
+            has_rewards: config.has_rewards(),
             clipping: clipping::Clipping::default(),
             ties: ties::Ties::default(),
             target: target::Target::default(),
@@ -180,7 +184,7 @@ pub fn of_the_end(
     said: &[Warning],
 ) -> Option<Warning> {
     let row = last.filter(|row| row.step > 0 && said.iter().all(|it| it.kind != TARGET))?;
-    let text = target::out_of_reach(config.target()?, &row.statistics, "held-out")?;
+    let text = target::out_of_reach(config.targets()?, &row.statistics, "held-out")?;
     Some(Warning {
         kind: TARGET.into(),
         step: row.step,

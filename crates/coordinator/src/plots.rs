@@ -20,6 +20,7 @@ use plotters::{
     },
 };
 use protocol::{EvaluationRow, MetricsRow, Statistics};
+use spec::Targets;
 
 use parts::{INK, text_style};
 use render::{Picture, render};
@@ -37,8 +38,8 @@ pub struct RewardPlot<'a> {
     pub metrics: &'a [MetricsRow],
     /// Held-out rows.
     pub evaluations: &'a [EvaluationRow],
-    /// t, where the objective has targets ±t.
-    pub target: Option<f64>,
+    /// Where the objective calibrates to.
+    pub targets: Option<Targets>,
 }
 
 /// A picture that could not be made.

@@ -60,7 +60,7 @@ pub fn run(config: &Config, show: &Show) -> anyhow::Result<u8> {
     } else {
         Console::stderr()
     };
-    console.with_rewards(config.objective() != "sft");
+    console.with_rewards(config.has_rewards());
     console.say(&Banner::new(config, attempt.resumed()).to_string());
 
     let (driven, signalled, report) = match attempt.completed() {

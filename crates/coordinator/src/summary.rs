@@ -101,8 +101,10 @@ pub struct Summary {
     pub tool_version: &'static str,
     /// `objective.kind`.
     pub objective: String,
-    /// t = 1/(2β) where the objective calibrates to ±t.
+    /// Where the objective calibrates r_w to: t = 1/(2β) unless it is shifted.
     pub target: Option<f64>,
+    /// Where it calibrates r_l to: −t.
+    pub target_rejected: Option<f64>,
     /// Worker processes.
     pub workers: u32,
     /// What the workers found; absent when they never loaded.
@@ -181,7 +183,8 @@ impl Summary {
             time: rfc3339(now),
             tool_version: env!("CARGO_PKG_VERSION"),
             objective: config.objective().to_owned(),
-            target: config.target(),
+            target: config.targets().map(|targets| targets.chosen),
+            target_rejected: config.targets().map(|targets| targets.rejected),
             workers: config.cluster.workers,
             facts: ending.facts.cloned(),
             totals: Totals::of(ending.metrics),

@@ -191,11 +191,14 @@ fn the_policy_follows_the_sections() {
 #[test]
 fn only_calibrated_objectives_have_targets() {
     assert_eq!(
-        load(&[], &[], &["objective.beta=0.05"]).unwrap().target(),
-        Some(10.0)
+        load(&[], &[], &["objective.beta=0.05"]).unwrap().targets(),
+        Some(spec::Targets {
+            chosen: 10.0,
+            rejected: -10.0
+        })
     );
     assert_eq!(
-        load(&[], &[], &["objective.kind=dpo"]).unwrap().target(),
+        load(&[], &[], &["objective.kind=dpo"]).unwrap().targets(),
         None
     );
 }

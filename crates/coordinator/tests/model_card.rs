@@ -203,6 +203,29 @@ fn every_objective_has_its_tag_and_its_equation() {
     );
     let says = ["\n- sft\n", "| 0 | 12.2 |", "rows seen"];
     check(&text, &says, &["Reward", "π_ref", "accuracy"]);
+    let text = card(&configured(&["objective.kind=simpo"]), &[]);
+    let says = [
+        "\n- simpo\n",
+        "arxiv.org/abs/2405.14734), equation 6",
+        "| γ | 0.5 |",
+        "pairs seen",
+    ];
+    check(&text, &says, &["π_ref", "targets"]);
+    let mix = [
+        "objective.kind=mix",
+        "objective.parts=[{kind=\"ipo\",calibration_weight=2.0},{kind=\"sft\",weight=0.5}]",
+    ];
+    let text = card(&configured(&mix), &[]);
+    let says = [
+        "\n- mix\n",
+        "A sum of 2:",
+        "1.0 × [calibrated IPO](https://arxiv.org/abs/2412.14516)",
+        "| λ | 2.0 |",
+        "0.5 × supervised fine-tuning",
+        "| targets ±1/(2β) | ±5 nats |",
+        "π_ref: ",
+    ];
+    check(&text, &says, &[]);
 }
 
 /// A completed run of one tensor, with everything that its end needs.

@@ -77,6 +77,14 @@ fn check(name: &str, plot: &RewardPlot, says: &[&str], silent: &[&str]) {
     }
 }
 
+/// ±t.
+fn around(t: f64) -> spec::Targets {
+    spec::Targets {
+        chosen: t,
+        rejected: -t,
+    }
+}
+
 #[test]
 fn a_calibrated_run_shows_its_targets() {
     let (metrics, evaluations) = run(2.8, -4.3, true);
@@ -84,7 +92,7 @@ fn a_calibrated_run_shows_its_targets() {
         title: "stories · cal_dpo, β = 0.1",
         metrics: &metrics,
         evaluations: &evaluations,
-        target: Some(5.0),
+        targets: Some(around(5.0)),
     };
     let says = [
         "chosen, held-out",
@@ -104,7 +112,7 @@ fn far_targets_are_told_and_do_not_flatten_the_curves() {
         title: "stories · cal_dpo, β = 0.002",
         metrics: &metrics,
         evaluations: &evaluations,
-        target: Some(250.0),
+        targets: Some(around(250.0)),
     };
     check("far", &plot, &["±250, far outside this scale"], &[]);
 }
@@ -116,7 +124,7 @@ fn an_objective_without_targets_draws_none() {
         title: "stories · dpo, β = 0.1",
         metrics: &metrics,
         evaluations: &evaluations,
-        target: None,
+        targets: None,
     };
     check(
         "dpo",
@@ -133,14 +141,14 @@ fn a_run_with_few_or_strange_rows_is_drawn() {
         title: "empty",
         metrics: &[],
         evaluations: &[],
-        target: Some(5.0),
+        targets: Some(around(5.0)),
     };
     check("empty", &empty, &["±5"], &["held-out", "training"]);
     let first = RewardPlot {
         title: "first",
         metrics: &[],
         evaluations: &evaluations[..1],
-        target: Some(5.0),
+        targets: Some(around(5.0)),
     };
     check(
         "first",
@@ -155,7 +163,7 @@ fn a_run_with_few_or_strange_rows_is_drawn() {
         title: "holes",
         metrics: &metrics,
         evaluations: &[],
-        target: None,
+        targets: None,
     };
     check(
         "holes",

@@ -166,6 +166,13 @@ fn what_loading_prints_is_accepted() {
             "train.epochs=2",
             "schedule.warmup_steps=0",
         ],
+        &[SOME_PARTS, "objective.kind=mix"],
+        &[
+            "objective.kind=dpo",
+            "objective.divergence=alpha_divergence",
+            "objective.alpha=0.25",
+        ],
+        &["objective.kind=simpo"],
         &[
             "cluster.threads=1",
             "evaluate.every_steps=1",
@@ -220,6 +227,27 @@ fn what_loading_refuses_is_refused_with_its_place() {
             "/objective",
         ),
         ("[objective]\nkind = \"sft\"\nbeta = 0.1", "", "/objective"),
+        (
+            "[objective]\nkind = \"exo_pair\"\nlabel_smoothing = 0",
+            "",
+            "/objective",
+        ),
+        (
+            "[objective]\nkind = \"dpo\"\ndivergence = \"kl\"",
+            "",
+            "/objective",
+        ),
+        ("[objective]\nkind = \"mix\"\nparts = []", "", "/objective"),
+        (
+            "[objective]\nkind = \"mix\"\nparts = [{ kind = \"dpo\", betta = 1 }]",
+            "",
+            "/objective",
+        ),
+        (
+            "[objective]\nkind = \"mix\"\nparts = [{ kind = \"mix\", parts = [] }]",
+            "",
+            "/objective",
+        ),
         (
             "[optimizer]\nlearning_rate = 0",
             "optimizer.learning_rate=0",
@@ -297,6 +325,8 @@ fn what_loading_refuses_is_refused_with_its_place() {
     }
 }
 
+const SOME_PARTS: &str = "objective.parts=[{kind = \"dpo\"}, {kind = \"sft\", weight = 0.5}]";
+
 /// What must be said for a key to have a meaning.
 fn context(path: &str) -> Vec<&'static str> {
     let evaluated = ["data.eval=['e.jsonl']", "evaluate.every_steps=1"];
@@ -307,6 +337,7 @@ fn context(path: &str) -> Vec<&'static str> {
             &["evaluate.metric=loss", "evaluate.early_stopping_patience=1"]
         }
         "evaluate.higher_is_better" => &["evaluate.metric=logps/rejected"],
+        "objective.alpha" => return vec!["objective.divergence=alpha_divergence"],
         _ => return Vec::new(),
     };
     evaluated.iter().chain(more).copied().collect()
@@ -327,7 +358,9 @@ fn every_key_that_loading_prints_is_in_the_schema_and_every_key_of_the_schema_lo
         if path == "cluster.state" {
             continue; // the one key that only `--cluster` takes
         }
+        let mixes = kind.as_deref() == Some("mix");
         let value = match path.as_str() {
+            "objective.parts" => SOME_PARTS.trim_start_matches("objective.parts=").into(),
             "telemetry.metrics_listen" => "127.0.0.1:0".into(),
             _ => sample(&schema),
         };
@@ -336,6 +369,7 @@ fn every_key_that_loading_prints_is_in_the_schema_and_every_key_of_the_schema_lo
         let set: Vec<&str> = kind
             .iter()
             .map(String::as_str)
+            .chain(mixes.then_some(&SOME_PARTS).copied())
             .chain(context(&path))
             .chain([key.as_str()])
             .collect();

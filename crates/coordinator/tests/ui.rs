@@ -175,6 +175,26 @@ fn the_banner_says_what_will_run_on_what_and_where() {
         "runs/stories/checkpoints, every 100 steps",
     ];
     check(&text, &says, &["continued"]);
+    for (set, says) in [
+        (
+            &["objective.kind=cal_dpo", "objective.calibration_shift=0.25"][..],
+            "cal_dpo, β = 0.1, s = 0.25: chosen to +7.5, rejected to −2.5 nats",
+        ),
+        (&["objective.kind=simpo"], "simpo, β = 2\n"),
+        (
+            &["objective.kind=slic", "objective.calibration_weight=0.5"],
+            "slic, β = 0.1, λ = 0.5: chosen to +5, rejected to −5 nats",
+        ),
+        (
+            &[
+                "objective.kind=mix",
+                "objective.parts=[{kind=\"dpo\"},{kind=\"sft\",weight=0.5}]",
+            ],
+            "mix of dpo, β = 0.1 + 0.5 · sft\n",
+        ),
+    ] {
+        check(&Banner::new(&config(set), None).to_string(), &[says], &[]);
+    }
     let continued = Banner::new(&calibrated(), Some(40)).to_string();
     check(&continued, &["stories, continued after step 40"], &[]);
     let dpo = config(&[
@@ -495,6 +515,7 @@ fn the_summary_is_for_scripts() {
     assert_eq!(completed["outcome"], "completed");
     assert_eq!(completed["time"], "1970-01-01T00:00:00.000Z");
     assert_eq!(completed["target"], 5.0);
+    assert_eq!(completed["target_rejected"], -5.0);
     assert_eq!(completed["totals"]["steps"], 4);
     assert_eq!(completed["totals"]["skipped_steps"], 1);
     assert_eq!(completed["totals"]["pairs_per_second"], 16.0);

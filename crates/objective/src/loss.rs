@@ -3,7 +3,14 @@
 //! A share depends on its pair and on the global counts alone, so that a rank can run the backward of a pack before it
 //! knows the other ranks' log-probs, and the sum over all pairs is the mean over the global batch however it was packed.
 
-use crate::ObjectiveConfig;
+use crate::{
+    Divergence, ObjectiveConfig,
+    config::Targets,
+    curves::{
+        Curve, blended, hinge, kl_from, log_odds, logistic, smoothed, square, step, unbiased,
+    },
+    divergence,
+};
 
 /// What the loss reads of one pair: log-probs summed over completion tokens, in nats, and the token counts.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,12 +29,49 @@ pub struct PairLogps {
     pub rejected_tokens: u32,
 }
 
+/// A completion's mean log-prob (or log-ratio) per token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct PerToken {
+    pub value: f64,
+    /// Its slope by the sum, 1/n.
+    pub slope: f64,
+}
+
+impl PerToken {
+    /// Without a token there is nothing to train: value and slope are 0.
+    fn new(sum: f64, tokens: u32) -> Self {
+        if tokens == 0 {
+            return Self {
+                value: 0.0,
+                slope: 0.0,
+            };
+        }
+        let count = f64::from(tokens);
+        Self {
+            value: sum / count,
+            slope: 1.0 / count,
+        }
+    }
+}
+
 impl PairLogps {
     /// (r_w, r_l), the log-ratios against the reference.
     pub fn log_ratios(&self) -> (f64, f64) {
         (
             self.chosen - self.reference_chosen,
             self.rejected - self.reference_rejected,
+        )
+    }
+
+    /// Log-probs by token, chosen and rejected.
+    pub(crate) fn per_token(&self) -> (PerToken, PerToken) {
+        self.by_tokens((self.chosen, self.rejected))
+    }
+
+    fn by_tokens(&self, (chosen, rejected): (f64, f64)) -> (PerToken, PerToken) {
+        (
+            PerToken::new(chosen, self.chosen_tokens),
+            PerToken::new(rejected, self.rejected_tokens),
         )
     }
 }
@@ -46,7 +90,7 @@ pub struct GlobalCounts {
 pub struct PairLoss {
     /// Preference (or cross-entropy) term.
     pub pairwise: f64,
-    /// Calibration term, λ included; 0 where the objective has none.
+    /// Calibration term, λ included; 0 where the objective has none. It is all that `sppo_hard` has.
     pub calibration: f64,
     /// ∂L/∂ log π(chosen).
     pub d_chosen: f64,
@@ -59,77 +103,233 @@ impl PairLoss {
     pub fn loss(&self) -> f64 {
         self.pairwise + self.calibration
     }
+
+    /// A preference term with its slopes by r_w and r_l, which are those by the log-probs.
+    fn pairwise(value: f64, d_chosen: f64, d_rejected: f64) -> Self {
+        Self {
+            pairwise: value,
+            calibration: 0.0,
+            d_chosen,
+            d_rejected,
+        }
+    }
+
+    /// A curve at β·(chosen − rejected).
+    fn contrast(beta: f64, curve: Curve) -> Self {
+        let slope = beta * curve.slope;
+        Self::pairwise(curve.value, slope, -slope)
+    }
+
+    /// A curve at β·(chosen/n_w − rejected/n_l).
+    fn contrast_per_token(
+        beta: f64,
+        curve: Curve,
+        (chosen, rejected): (PerToken, PerToken),
+    ) -> Self {
+        let slope = beta * curve.slope;
+        Self::pairwise(curve.value, slope * chosen.slope, -slope * rejected.slope)
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            pairwise: self.pairwise + other.pairwise,
+            calibration: self.calibration + other.calibration,
+            d_chosen: self.d_chosen + other.d_chosen,
+            d_rejected: self.d_rejected + other.d_rejected,
+        }
+    }
+
+    fn times(self, factor: f64) -> Self {
+        Self {
+            pairwise: factor * self.pairwise,
+            calibration: factor * self.calibration,
+            d_chosen: factor * self.d_chosen,
+            d_rejected: factor * self.d_rejected,
+        }
+    }
 }
 
 /// The share of `pair` in the mean over `counts`.
 ///
 /// # Panics
-/// If the global batch is empty: a caller that scores a pair has counted it.
+/// If the global batch is empty: a caller that scores a pair has counted it, and its tokens.
 pub fn pair_loss(config: &ObjectiveConfig, pair: &PairLogps, counts: GlobalCounts) -> PairLoss {
     assert!(
         counts.pairs > 0,
         "a pair was scored in a global batch of 0 pairs"
     );
-    let (chosen, rejected) = pair.log_ratios();
-    let margin = chosen - rejected;
     let share = 1.0 / counts.pairs as f64;
+    match *config {
+        ObjectiveConfig::Sft {} => negative_log_likelihood(pair, counts),
+        ObjectiveConfig::Cpo { nll_weight, .. } if nll_weight > 0.0 => {
+            let likelihood = negative_log_likelihood(pair, counts).times(nll_weight);
+            of_pair(config, pair).times(share).plus(likelihood)
+        }
+        ObjectiveConfig::Orpo { .. } => of_pair(config, pair)
+            .times(share)
+            .plus(negative_log_likelihood(pair, counts)),
+        ObjectiveConfig::Mix { ref parts } => {
+            let parts = parts.iter().map(|part| {
+                let share = pair_loss(&part.objective, pair, counts);
+                share.times(part.weight)
+            });
+            parts.fold(PairLoss::default(), PairLoss::plus)
+        }
+        _ => of_pair(config, pair).times(share),
+    }
+}
+
+/// What is a mean over pairs. Means over tokens and sums of objectives are [`pair_loss`]'s.
+fn of_pair(config: &ObjectiveConfig, pair: &PairLogps) -> PairLoss {
+    let ratios = pair.log_ratios();
+    let (chosen, rejected) = ratios;
+    let margin = chosen - rejected;
     match *config {
         ObjectiveConfig::CalDpo {
             beta,
             calibration_weight,
+            calibration_shift,
         } => {
-            let target = 0.5 / beta;
-            let (above, below) = (chosen - target, rejected + target);
-            let slope = sigmoid(-margin);
-            PairLoss {
-                pairwise: -share * log_sigmoid(margin),
-                calibration: share * calibration_weight * (above * above + below * below),
-                d_chosen: share * (2.0 * calibration_weight * above - slope),
-                d_rejected: share * (2.0 * calibration_weight * below + slope),
-            }
+            let targets = Targets::new(beta, calibration_shift);
+            PairLoss::contrast(1.0, logistic(margin))
+                .plus(calibration(targets, ratios).times(calibration_weight))
         }
         ObjectiveConfig::Dpo {
             beta,
             label_smoothing,
+            divergence: Divergence::ReverseKl,
+            ..
+        } => PairLoss::contrast(beta, smoothed(beta * margin, label_smoothing)),
+        ObjectiveConfig::Dpo {
+            beta,
+            label_smoothing,
+            divergence,
+            alpha,
         } => {
-            let scaled = beta * margin;
-            let kept = 1.0 - label_smoothing;
-            let slope = beta * (label_smoothing * sigmoid(scaled) - kept * sigmoid(-scaled));
-            PairLoss {
-                pairwise: -share
-                    * (kept * log_sigmoid(scaled) + label_smoothing * log_sigmoid(-scaled)),
-                calibration: 0.0,
-                d_chosen: share * slope,
-                d_rejected: -share * slope,
-            }
+            let alpha = alpha.unwrap_or(0.5);
+            let (value, [by_chosen, by_rejected]) =
+                divergence::smoothed(divergence, alpha, beta, label_smoothing, ratios);
+            PairLoss::pairwise(value, by_chosen, by_rejected)
         }
-        ObjectiveConfig::Sft {} => {
-            assert!(
-                counts.chosen_tokens > 0,
-                "a pair was scored in a global batch of 0 tokens"
-            );
-            let share = 1.0 / counts.chosen_tokens as f64;
-            PairLoss {
-                pairwise: -share * pair.chosen,
-                calibration: 0.0,
-                d_chosen: -share,
-                d_rejected: 0.0,
-            }
+        ObjectiveConfig::Robust {
+            beta,
+            label_smoothing,
+        } => PairLoss::contrast(beta, unbiased(beta * margin, label_smoothing)),
+        ObjectiveConfig::ExoPair {
+            beta,
+            label_smoothing,
+        } => PairLoss::contrast(beta, kl_from(beta * margin, label_smoothing)),
+        ObjectiveConfig::Dpop {
+            beta,
+            penalty_weight,
+        } => {
+            let below = (-chosen).max(0.0);
+            let Curve { value, slope } = logistic(beta * (margin - penalty_weight * below));
+            let steeper = if below > 0.0 { penalty_weight } else { 0.0 };
+            let slope = beta * slope;
+            PairLoss::pairwise(value, slope * (1.0 + steeper), -slope)
+        }
+        ObjectiveConfig::Slic {
+            beta,
+            calibration_weight,
+        } => PairLoss::contrast(beta, hinge(beta * margin))
+            .plus(symmetric_calibration(beta, ratios).times(calibration_weight)),
+        ObjectiveConfig::Ipo {
+            beta,
+            length_normalized,
+            calibration_weight,
+        } => {
+            let target = 0.5 / beta;
+            let contrast = if length_normalized {
+                let per_token = pair.by_tokens(ratios);
+                let margin = per_token.0.value - per_token.1.value;
+                PairLoss::contrast_per_token(1.0, square(margin, target), per_token)
+            } else {
+                PairLoss::contrast(1.0, square(margin, target))
+            };
+            contrast.plus(symmetric_calibration(beta, ratios).times(calibration_weight))
+        }
+        ObjectiveConfig::SigmoidNorm { beta } => {
+            let per_token = pair.by_tokens(ratios);
+            let margin = per_token.0.value - per_token.1.value;
+            PairLoss::contrast_per_token(beta, logistic(beta * margin), per_token)
+        }
+        ObjectiveConfig::SppoHard { beta } => symmetric_calibration(beta, ratios),
+        ObjectiveConfig::NcaPair { beta } => {
+            let [up, down, low] = [chosen, -chosen, -rejected].map(|ratio| logistic(beta * ratio));
+            PairLoss::pairwise(
+                up.value + 0.5 * down.value + 0.5 * low.value,
+                beta * (up.slope - 0.5 * down.slope),
+                -0.5 * beta * low.slope,
+            )
+        }
+        ObjectiveConfig::ApoZero { beta } => {
+            let (lost, low) = (step(-beta * chosen), step(beta * rejected));
+            PairLoss::pairwise(lost.value + low.value, -beta * lost.slope, beta * low.slope)
+        }
+        ObjectiveConfig::ApoDown { beta } => {
+            let (low, lost) = (step(beta * chosen), step(-beta * margin));
+            PairLoss::pairwise(
+                low.value + lost.value,
+                beta * (low.slope - lost.slope),
+                beta * lost.slope,
+            )
+        }
+        ObjectiveConfig::Discopop { beta, tau } => {
+            PairLoss::contrast(beta, blended(beta * margin, tau))
+        }
+        ObjectiveConfig::Cpo { beta, .. } => {
+            PairLoss::contrast(beta, logistic(beta * (pair.chosen - pair.rejected)))
+        }
+        ObjectiveConfig::Simpo {
+            beta,
+            target_margin,
+        } => {
+            let per_token = pair.per_token();
+            let margin = beta * (per_token.0.value - per_token.1.value) - target_margin;
+            PairLoss::contrast_per_token(beta, logistic(margin), per_token)
+        }
+        ObjectiveConfig::Orpo { beta } => {
+            let (chosen, rejected) = pair.per_token();
+            let (likely, unlikely) = (log_odds(chosen.value), log_odds(rejected.value));
+            let Curve { value, slope } = logistic(likely.value - unlikely.value);
+            PairLoss::pairwise(
+                beta * value,
+                beta * slope * likely.slope * chosen.slope,
+                -beta * slope * unlikely.slope * rejected.slope,
+            )
+        }
+        ObjectiveConfig::Sft {} | ObjectiveConfig::Mix { .. } => {
+            unreachable!("{} is no mean over pairs", config.kind())
         }
     }
 }
 
-/// σ(x) without overflow.
-fn sigmoid(x: f64) -> f64 {
-    if x >= 0.0 {
-        1.0 / (1.0 + (-x).exp())
-    } else {
-        let e = x.exp();
-        e / (1.0 + e)
+/// (r_w − t_w)² + (r_l − t_l)².
+fn calibration(targets: Targets, (chosen, rejected): (f64, f64)) -> PairLoss {
+    let chosen = square(chosen, targets.chosen);
+    let rejected = square(rejected, targets.rejected);
+    PairLoss {
+        pairwise: 0.0,
+        calibration: chosen.value + rejected.value,
+        d_chosen: chosen.slope,
+        d_rejected: rejected.slope,
     }
 }
 
-/// log σ(x) without overflow or cancellation.
-fn log_sigmoid(x: f64) -> f64 {
-    x.min(0.0) - (-x.abs()).exp().ln_1p()
+fn symmetric_calibration(beta: f64, ratios: (f64, f64)) -> PairLoss {
+    calibration(Targets::new(beta, 0.5), ratios)
+}
+
+/// −log π(chosen) as a share of the mean over the global batch's chosen tokens.
+fn negative_log_likelihood(pair: &PairLogps, counts: GlobalCounts) -> PairLoss {
+    if pair.chosen_tokens == 0 && counts.chosen_tokens == 0 {
+        return PairLoss::default();
+    }
+    assert!(
+        counts.chosen_tokens > 0,
+        "a pair was scored in a global batch of 0 tokens"
+    );
+    let share = 1.0 / counts.chosen_tokens as f64;
+    PairLoss::pairwise(-share * pair.chosen, -share, 0.0)
 }

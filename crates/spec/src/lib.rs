@@ -11,6 +11,8 @@ mod schedule;
 mod sections;
 
 pub use metric::Metric;
+/// What `[objective]` is, for crates that are told of it and compute nothing.
+pub use objective::{Divergence, ObjectiveConfig, Targets};
 pub use optimizer::OptimizerSection;
 pub use resolve::{JobError, Resolved, SECTIONS, parse, resolve};
 pub use schedule::{Schedule, ScheduleKind, ScheduleSection};

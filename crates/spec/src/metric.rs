@@ -83,24 +83,38 @@ impl Metric {
     }
 
     /// Why it says nothing under `objective`.
-    fn silent_under(self, objective: &ObjectiveConfig) -> Option<&'static str> {
-        match (objective, self) {
-            (ObjectiveConfig::Dpo { .. }, Self::LossCalibration) => {
-                Some("dpo has no calibration term, so that it is always 0")
-            }
-            (
-                ObjectiveConfig::Sft {},
+    fn silent_under(self, objective: &ObjectiveConfig) -> Option<String> {
+        let kind = objective.kind();
+        let log_ratio = matches!(self, Self::LogRatiosChosen | Self::LogRatiosRejected);
+        let rejected_side = log_ratio
+            || matches!(
+                self,
                 Self::LossCalibration
-                | Self::RewardsChosen
-                | Self::RewardsRejected
-                | Self::RewardsMargins
-                | Self::RewardsAccuracies
-                | Self::LogRatiosChosen
-                | Self::LogRatiosRejected
-                | Self::LogpsRejected,
-            ) => Some("sft has no reference and no rejected side; take \"loss\""),
-            _ => None,
+                    | Self::RewardsChosen
+                    | Self::RewardsRejected
+                    | Self::RewardsMargins
+                    | Self::RewardsAccuracies
+                    | Self::LogpsRejected
+            );
+        if !objective.needs_rejected() && rejected_side {
+            return Some(format!(
+                "{kind} has no reference and no rejected side; take \"loss\""
+            ));
         }
+        if !objective.needs_reference() && log_ratio {
+            return Some(format!(
+                "{kind} has no reference, so that it is always 0; take \"rewards/margins\" or \"rewards/accuracies\""
+            ));
+        }
+        if !objective.calibrates() && self == Self::LossCalibration {
+            return Some(format!(
+                "{kind} has no calibration term, so that it is always 0"
+            ));
+        }
+        let only_calibrates = matches!(objective, ObjectiveConfig::SppoHard { .. });
+        (only_calibrates && self == Self::LossPairwise).then(|| {
+            format!("{kind} is its calibration term alone, so that it is always 0; take \"loss\"")
+        })
     }
 }
 
@@ -323,6 +337,11 @@ mod tests {
         let calibration = "metric = 'loss/calibration'\nevery_steps = 10";
         refused("dpo", "'e'", calibration, &["no calibration term"]);
         assert!(check("cal_dpo", "'e'", calibration).is_ok());
+        let pairwise = "metric = 'loss/pairwise'\nevery_steps = 10";
+        refused("sppo_hard", "'e'", pairwise, &["calibration term alone"]);
+        let ratio = "metric = 'log_ratios/chosen'\nevery_steps = 10";
+        refused("simpo", "'e'", ratio, &["no reference", "rewards/margins"]);
+        assert!(check("simpo", "'e'", accuracy).is_ok());
         let typo = "metric = 'rewards/accuracy'\nevery_steps = 10";
         refused(
             "dpo",

@@ -148,6 +148,12 @@ fn deserialize<T: for<'de> Deserialize<'de>>(
 fn explain(key: String, message: &str) -> JobError {
     // toml adds lines that repeat the place.
     let message = message.trim().lines().next().unwrap_or_default();
+    // A mix's parts are read behind serde's back, which knows the place no more; they say it themselves.
+    if message.starts_with("parts[")
+        && let Some((part, message)) = message.split_once(": ")
+    {
+        return explain(format!("{key}.{part}"), message);
+    }
     let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
     let Some((field, valid)) = quoted.split_first() else {
         return JobError {
@@ -267,5 +273,43 @@ mod tests {
         assert!(error.starts_with("objective.beta: "), "{error}");
         let error = refused(&SMALL.replace("cal_dpo", "caldpo"));
         assert!(error.contains("did you mean `cal_dpo`"), "{error}");
+    }
+
+    #[test]
+    fn a_mix_resolves_to_itself_and_a_wrong_part_is_named() {
+        let mixed =
+            |parts: &str| SMALL.replace("\"cal_dpo\"", &format!("\"mix\"\nparts = [{parts}]"));
+        let text = mixed("{ kind = \"dpo\", beta = 0.3 }, { kind = \"sft\", weight = 0.5 }");
+        let first = resolve(&table(&text)).unwrap();
+        let again = resolve(&first.resolved).unwrap();
+        assert_eq!(first.resolved, again.resolved);
+        assert_eq!(first.identity["objective"]["parts"][1]["weight"], 0.5);
+        for (parts, says) in [
+            (
+                "{ kind = \"sft\" }, { kind = \"dpo\", betta = 1 }",
+                "objective.parts[1].betta: unknown key; did you mean `beta`",
+            ),
+            (
+                "{ kind = \"dpoo\" }",
+                "objective.parts[0]: `dpoo` is not a choice; did you mean `dpo`",
+            ),
+            ("{ beta = 1 }", "objective.parts[0].kind: is required"),
+            (
+                "{ kind = \"dpo\", beta = 0 }",
+                "objective.parts[0].beta: must be",
+            ),
+            (
+                "{ kind = \"dpo\", weight = -1 }",
+                "objective.parts[0].weight: must be",
+            ),
+            (
+                "{ kind = \"mix\", parts = [] }",
+                "objective.parts[0].kind: a mix is no part",
+            ),
+            ("", "objective.parts: is empty"),
+        ] {
+            let error = refused(&mixed(parts));
+            assert!(error.starts_with(says), "{error}");
+        }
     }
 }

@@ -288,5 +288,6 @@ fn default_objective() -> ObjectiveConfig {
     ObjectiveConfig::CalDpo {
         beta: 0.1,
         calibration_weight: 1.0,
+        calibration_shift: 0.5,
     }
 }

@@ -18,7 +18,8 @@ fn a_model_and_data_are_enough_and_the_rest_has_the_papers_defaults() {
         spec.objective,
         ObjectiveConfig::CalDpo {
             beta: 0.1,
-            calibration_weight: 1.0
+            calibration_weight: 1.0,
+            calibration_shift: 0.5,
         }
     );
     assert_eq!(spec.optimizer.learning_rate, 5e-7);

@@ -88,6 +88,7 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
     let objective = ObjectiveConfig::CalDpo {
         beta: 0.1,
         calibration_weight: 1.0,
+        calibration_shift: 0.5,
     };
 
     let mut start = Instant::now();

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use wire::proto;
 
 use crate::numbers::{duration, grouped, plain, signed};
+use crate::objective::kind_has_rewards;
 use crate::timestamp::rfc3339;
 
 /// Events that a status shows.
@@ -70,7 +71,7 @@ fn job_lines(job: &proto::Job) -> Vec<String> {
     {
         let statistics = row.report.statistics;
         let mut rewards = String::new();
-        if job.objective != "sft" {
+        if kind_has_rewards(&job.objective) {
             rewards = format!(
                 " · chosen {} · rejected {} · accuracy {:.2}",
                 signed(statistics.log_ratios_chosen),

@@ -13,6 +13,7 @@ use wire::proto::JobState;
 use wire::proto::job_event::Event as Kind;
 
 use super::{Client, Refused, print, text};
+use crate::objective::kind_has_rewards;
 use crate::run::{EXIT_CANCELLED, EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY};
 use crate::ui::Console;
 
@@ -103,7 +104,7 @@ impl Screen {
         };
         match event {
             Kind::Job(job) => {
-                console.with_rewards(job.objective != "sft");
+                console.with_rewards(kind_has_rewards(&job.objective));
                 *steps_total = job.steps_total.unwrap_or(*steps_total);
                 let first = state.is_none();
                 if state.replace(job.state()) != Some(job.state()) {

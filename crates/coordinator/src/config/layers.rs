@@ -91,6 +91,8 @@ impl Merged {
             let ValueKind::Table(table) = &value.kind else {
                 break;
             };
+            // A list's values came together, so that the list's origin is that of `name[1]` too.
+            let (name, _) = name.split_once('[').unwrap_or((name, ""));
             value = table.get(name)?;
         }
         first_origin(value)

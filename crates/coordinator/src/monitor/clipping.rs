@@ -4,7 +4,7 @@ use protocol::MetricsRow;
 
 use super::Watched;
 use super::window::Window;
-use crate::numbers::plain;
+use crate::{numbers::plain, objective::both};
 
 /// Long enough that a warm-up and a few hard batches are not taken for the rule.
 const STEPS: usize = 50;
@@ -32,10 +32,11 @@ impl Clipping {
         let mut norms: Vec<f64> = self.norms.iter().copied().collect();
         norms.sort_by(f64::total_cmp);
         let median = norms[STEPS / 2];
-        let meaning = match watched.target {
-            Some(target) => format!(
-                "Usual for Cal-DPO with targets of ±{} nats, and harmless while the loss falls",
-                plain(target)
+        let meaning = match watched.targets {
+            Some(targets) => format!(
+                "Usual for {} with targets of {} nats, and harmless while the loss falls",
+                watched.objective.about().name,
+                both(targets)
             ),
             None => {
                 "Common while training begins; where it stays, the learning rate may be too high"

@@ -1,6 +1,7 @@
 //! Log-ratios that go where they should not.
 
 use protocol::{EvaluationRow, MetricsRow};
+use spec::{ObjectiveConfig, Targets};
 
 use super::Watched;
 use super::target::is_late;
@@ -36,6 +37,10 @@ impl Default for BelowZero {
 
 impl BelowZero {
     pub(super) fn step(&mut self, watched: &Watched, row: &MetricsRow) -> Option<String> {
+        // It lowers chosen on purpose.
+        if matches!(watched.objective, ObjectiveConfig::ApoDown { .. }) {
+            return None;
+        }
         let chosen = row.report.statistics.log_ratios_chosen;
         if chosen >= 0.0 {
             (self.steps, self.sum) = (0, 0.0);
@@ -47,12 +52,14 @@ impl BelowZero {
         if mean > BELOW_ZERO_MEAN || !self.mark.reached(self.steps as f64) {
             return None;
         }
-        let cure = if watched.target.is_some() {
+        let cure = if watched.targets.is_some() {
             "the pull towards the target should lift it: lower optimizer.learning_rate, and see whether the reference was \
              trained on such data"
-        } else {
+        } else if matches!(watched.objective, ObjectiveConfig::Dpo { .. }) {
             "DPO only asks that rejected falls further; objective.kind = \"cal_dpo\" gives chosen a target above zero, a \
              higher objective.beta holds both back"
+        } else {
+            "this objective has no target for it; objective.kind = \"cal_dpo\" gives chosen one above zero"
         };
         Some(format!(
             "the chosen log-ratio has been below zero for {} steps, {} nats on average: the policy gives chosen completions \
@@ -83,21 +90,24 @@ impl NoRoom {
         row: &EvaluationRow,
         steps_total: u64,
     ) -> Option<String> {
-        let target = watched.target?;
+        // A shift may put one of them at zero, where there is no way to go.
+        let on_both_sides = |it: &Targets| it.chosen > 0.0 && it.rejected < 0.0;
+        let targets = watched.targets.filter(on_both_sides)?;
         let of = &row.statistics;
         let (chosen, rejected) = (of.log_ratios_chosen, of.log_ratios_rejected);
-        let arrived = rejected <= -ARRIVED * target && chosen <= NOT_LEFT * target;
+        let arrived = rejected <= ARRIVED * targets.rejected && chosen <= NOT_LEFT * targets.chosen;
         if self.said || !is_late(row.step, steps_total) || !arrived {
             return None;
         }
         self.said = true;
         Some(format!(
-            "held-out rejected is at {} of −{t} nats, chosen at {} of +{t}: its mean cannot exceed \
+            "held-out rejected is at {} of {} nats, chosen at {} of {}: its mean cannot exceed \
              KL(chosen data ‖ reference), so the reference seems to write like the chosen completions already; take one that \
              was not trained on such data (model.reference), or expect no more of this one",
             signed(rejected),
+            signed(targets.rejected),
             signed(chosen),
-            t = plain(target),
+            signed(targets.chosen),
         ))
     }
 }
@@ -142,7 +152,7 @@ impl Margin {
         if !full {
             return None;
         }
-        let why = self.explodes(watched.target, margin)?;
+        let why = self.explodes(watched, margin)?;
         self.mark.reached(margin).then(|| {
             format!(
                 "the margin is {} nats (mean of {MEAN_STEPS} steps): {why}",
@@ -152,9 +162,9 @@ impl Margin {
     }
 
     /// What is wrong with a margin, if something is.
-    fn explodes(&self, target: Option<f64>, margin: f64) -> Option<String> {
-        if let Some(target) = target {
-            let distance = 2.0 * target;
+    fn explodes(&self, watched: &Watched, margin: f64) -> Option<String> {
+        if let Some(targets) = watched.targets {
+            let distance = targets.chosen - targets.rejected;
             return (margin > TARGET_MARGIN_TIMES_MAX * distance).then(|| {
                 format!(
                     "{:.1} times the {} nats that lie between the targets; lower optimizer.learning_rate",
@@ -173,8 +183,15 @@ impl Margin {
                 plain(surprise)
             ));
         }
+        // Of other losses the gradient is another, and β may be one per token.
+        let logistic = matches!(
+            watched.objective,
+            ObjectiveConfig::Dpo { .. }
+                | ObjectiveConfig::Robust { .. }
+                | ObjectiveConfig::Dpop { .. }
+        );
         let scaled = self.scaled.mean();
-        (scaled > SCALED_MARGIN_MAX).then(|| {
+        (logistic && scaled > SCALED_MARGIN_MAX).then(|| {
             format!(
                 "scaled by β it is {}, where pairs weigh less than 5e-5 in the gradient and what still grows is not \
                  preference; {cure}",

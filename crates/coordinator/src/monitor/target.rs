@@ -1,10 +1,11 @@
 //! Calibration targets that the log-ratios never come near: their gradient is a constant push, and nothing is calibrated.
 
 use protocol::{EvaluationRow, MetricsRow, Statistics};
+use spec::Targets;
 
 use super::Watched;
 use super::window::Window;
-use crate::numbers::plain;
+use crate::{numbers::plain, objective::both};
 
 /// Times the largest log-ratio. At ten times, the calibration's gradient 2λ(t − r) is within a tenth of the constant 2λt
 /// (Cal-DPO, equation 10), and reported runs at such β lose the method's effect.
@@ -33,7 +34,7 @@ impl Target {
         let of = &row.report.statistics;
         self.chosen.push(of.log_ratios_chosen);
         let full = self.rejected.push(of.log_ratios_rejected);
-        let target = watched.target?;
+        let targets = watched.targets?;
         if self.said || self.evaluated || !full || !is_late(row.report.step, steps_total) {
             return None;
         }
@@ -42,7 +43,7 @@ impl Target {
             log_ratios_rejected: self.rejected.mean(),
             ..Statistics::default()
         };
-        let text = out_of_reach(target, &means, "training");
+        let text = out_of_reach(targets, &means, "training");
         self.said = text.is_some();
         text
     }
@@ -54,11 +55,11 @@ impl Target {
         steps_total: u64,
     ) -> Option<String> {
         self.evaluated = true;
-        let target = watched.target?;
+        let targets = watched.targets?;
         if self.said || row.step == 0 || !is_late(row.step, steps_total) {
             return None;
         }
-        let text = out_of_reach(target, &row.statistics, "held-out");
+        let text = out_of_reach(targets, &row.statistics, "held-out");
         self.said = text.is_some();
         text
     }
@@ -70,20 +71,22 @@ pub(super) fn is_late(step: u64, steps_total: u64) -> bool {
 }
 
 /// What to say of targets that are too far for `means`.
-pub(super) fn out_of_reach(target: f64, means: &Statistics, which: &str) -> Option<String> {
+pub(super) fn out_of_reach(targets: Targets, means: &Statistics, which: &str) -> Option<String> {
+    let farthest = targets.chosen.max(-targets.rejected);
     let reach = means
         .log_ratios_chosen
         .abs()
         .max(means.log_ratios_rejected.abs());
-    let times = target / reach;
+    let times = farthest / reach;
     if reach == 0.0 || times.is_nan() || times <= TARGET_TIMES_MAX {
         return None;
     }
     Some(format!(
-        "the targets ±{} are {times:.0} times the largest {which} log-ratio, {} nats, so that calibration only pushes; \
+        "the targets {} are {times:.0} times the largest {which} log-ratio, {} nats, so that calibration only pushes; \
          objective.beta = {} would put them within reach",
-        plain(target),
+        both(targets),
         plain(reach),
-        plain(0.5 / reach)
+        // The targets are 1/β apart, wherever they lie.
+        plain(farthest / (targets.chosen - targets.rejected) / reach)
     ))
 }

@@ -12,13 +12,17 @@ use plotters::{
     },
 };
 use protocol::Statistics;
+use spec::Targets;
 
 use super::{
     PlotError, RewardPlot,
     parts::{GRID, INK, Key, SOFT, axis_number, axis_step, legend, text_style},
-    scale::{log_range, reward_range, target_fits},
+    scale::{log_range, reward_range, targets_fit},
 };
-use crate::numbers::{plain, signed};
+use crate::{
+    numbers::{plain, signed},
+    objective::{both, symmetric},
+};
 
 const CHOSEN: RGBColor = RGBColor(0, 128, 96);
 const REJECTED: RGBColor = RGBColor(200, 60, 48);
@@ -46,7 +50,7 @@ impl RewardPlot<'_> {
                 .flat_map(|(_, _, of)| self.training(*of).chain(self.held_out(*of)))
         };
         let values = || all().map(|(_, value)| value);
-        let range = reward_range(values(), self.target);
+        let range = reward_range(values(), self.targets);
         let steps = 0.0..self.last_step();
         let mut chart = ChartBuilder::on(area)
             .margin_left(36)
@@ -79,8 +83,12 @@ impl RewardPlot<'_> {
         let mut keys = Vec::new();
         let observed = values().filter(|value| value.is_finite());
         let (low, high) = observed.fold((0.0_f64, 0.0_f64), |(l, h), v| (l.min(v), h.max(v)));
-        if let Some(target) = self.target.filter(|target| target_fits(low, high, *target)) {
-            for (value, color, above) in [(target, CHOSEN, -24), (-target, REJECTED, 24)] {
+        let near = |targets: &Targets| targets_fit(low, high, *targets);
+        if let Some(targets) = self.targets.filter(near) {
+            for (value, color, above) in [
+                (targets.chosen, CHOSEN, -24),
+                (targets.rejected, REJECTED, 24),
+            ] {
                 let line = [(0.0, value), (steps.end, value)];
                 chart
                     .draw_series(DashedLineSeries::new(line, 14, 10, color.stroke_width(3)))
@@ -131,13 +139,13 @@ impl RewardPlot<'_> {
                 .draw(&label)
                 .map_err(PlotError::drawing)?;
         }
-        if let Some(target) = self.target {
-            let shown = plain(target);
-            let inside = target_fits(low, high, target);
-            let text = if inside {
-                format!("targets ±1/(2β) = ±{shown}")
+        if let Some(targets) = self.targets {
+            let text = if !targets_fit(low, high, targets) {
+                format!("targets {}, far outside this scale", both(targets))
+            } else if let Some(target) = symmetric(targets) {
+                format!("targets ±1/(2β) = ±{}", plain(target))
             } else {
-                format!("targets ±{shown}, far outside this scale")
+                format!("targets (1−s)/β and −s/β = {}", both(targets))
             };
             keys.push(Key {
                 text,

@@ -4,7 +4,7 @@ use std::{fmt, fs};
 
 use toml::Value;
 
-use crate::{config::Config, numbers::plain, trackers};
+use crate::{config::Config, numbers::signed, objective::label, trackers};
 
 /// The banner of a run. Displays as lines, the last one without its end.
 pub struct Banner {
@@ -61,17 +61,15 @@ fn run(config: &Config, resumed: Option<u64>) -> String {
 }
 
 fn objective(config: &Config) -> String {
-    let mut text = config.objective().to_owned();
-    if let Some(beta) = config.training_value("objective", "beta").and_then(number) {
-        text = format!("{text}, β = {beta}");
-    }
-    if let Some(target) = config.target() {
-        text = format!(
-            "{text}: chosen to +{0}, rejected to −{0} nats",
-            plain(target)
-        );
-    }
-    text
+    let text = label(&config.objective_config, " = ");
+    let Some(targets) = config.targets() else {
+        return text;
+    };
+    format!(
+        "{text}: chosen to {}, rejected to {} nats",
+        signed(targets.chosen),
+        signed(targets.rejected)
+    )
 }
 
 fn data(config: &Config) -> String {
@@ -152,12 +150,6 @@ fn memory_gib() -> Option<f64> {
 fn text(config: &Config, section: &str, key: &str) -> String {
     let value = config.training_value(section, key);
     value.and_then(Value::as_str).unwrap_or_default().to_owned()
-}
-
-fn number(value: &Value) -> Option<f64> {
-    value
-        .as_float()
-        .or(value.as_integer().map(|whole| whole as f64))
 }
 
 fn plural(count: usize) -> &'static str {

@@ -9,6 +9,7 @@ use protocol::{EvaluationRow, Sample};
 use super::{WIDTH, wrap};
 use crate::{
     numbers::{duration, grouped, plain, signed},
+    objective::kind_has_rewards,
     run_directory::SampleRow,
     summary::Summary,
 };
@@ -43,7 +44,7 @@ impl fmt::Display for Report<'_> {
         } = self.summary;
         if let Some(before) = before {
             let later = [exported.as_ref(), after.as_ref()];
-            writeln!(f, "{}\n", table(before, later))?;
+            writeln!(f, "{}\n", table(&self.summary.objective, before, later))?;
         }
         if let Some(text) = self.exported() {
             writeln!(f, "{}\n", wrap(&text, WIDTH).join("\n"))?;
@@ -151,7 +152,8 @@ fn shown(sample: &Sample) -> &str {
 /// How a table's row is read from an evaluation.
 type Show = fn(&EvaluationRow) -> String;
 
-fn table(before: &EvaluationRow, later: [Option<&EvaluationRow>; 2]) -> Table {
+/// `kind` is the objective's: without a reference there are no log-ratios, without pairs there is no accuracy.
+fn table(kind: &str, before: &EvaluationRow, later: [Option<&EvaluationRow>; 2]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
     let title = format!("held-out, {} pairs", grouped(before.pairs));
@@ -174,7 +176,12 @@ fn table(before: &EvaluationRow, later: [Option<&EvaluationRow>; 2]) -> Table {
         }),
         ("loss", |row| plain(row.statistics.loss)),
     ];
-    for (name, show) in rows {
+    let first = match kind {
+        "sft" => 4,
+        _ if !kind_has_rewards(kind) => 3,
+        _ => 0,
+    };
+    for &(name, show) in &rows[first..] {
         let mut cells = vec![name.to_owned(), show(before)];
         cells.extend(later.into_iter().flatten().map(show));
         table.add_row(cells);
