@@ -59,11 +59,11 @@ fn bytes_that_are_not_utf8_name_line_and_column() {
 fn other_containers_are_named() {
     refused(
         b"PAR1\x15\x04",
-        "pairs.jsonl: this is a Parquet file, not text; convert it to .jsonl, one row a line",
+        "pairs.jsonl: this is a Parquet file, not JSON; name it .parquet",
     );
     refused(
         [0x1f, 0x8b, 8],
-        "pairs.jsonl: this is a gzip file, not text; convert it to .jsonl, one row a line",
+        "pairs.jsonl: this is a gzip file, not JSON; name it .jsonl.gz",
     );
 }
 
