@@ -58,11 +58,12 @@ pub enum Format {
     Completion,
 }
 
-/// Names of the columns, for files that call them otherwise.
+/// Names of the columns, for files that call them otherwise. A name with dots that is no column leads into objects and lists:
+/// `answers.0.text` is the `text` of the first of `answers`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Columns {
-    /// The prompt. Default `prompt`.
+    /// The prompt. Default `prompt`; in rows without one, `conversations`, if the completions are answers to it.
     #[serde(default = "default_prompt")]
     #[schemars(length(min = 1))]
     pub prompt: String,
@@ -74,7 +75,7 @@ pub struct Columns {
     #[serde(default = "default_rejected")]
     #[schemars(length(min = 1))]
     pub rejected: String,
-    /// The completion of completion rows. Default `completion`.
+    /// The completion of completion rows. Default `completion`; in rows without one, the last answer of `messages` or `conversations`.
     #[serde(default = "default_completion")]
     #[schemars(length(min = 1))]
     pub completion: String,

@@ -115,11 +115,13 @@ pub fn load(
     }
     let truncated = kept.iter().filter(|row| row.truncated).count();
     let border_moved = kept.iter().filter(|row| row.border_moved).count();
+    let layouts = report::layouts(kept.iter().map(|row| row.layout));
     let pairs: Vec<Pair> = kept.into_iter().map(|row| row.pair).collect();
     let lengths: Vec<usize> = pairs.iter().flat_map(Pair::sequence_lengths).collect();
     let report = Report {
         rows,
         pairs: pairs.len(),
+        layouts,
         dropped,
         truncated,
         identical: pairs

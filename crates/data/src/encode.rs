@@ -5,13 +5,14 @@ use serde_json::Value;
 use crate::config::{DataConfig, Format, Truncation};
 use crate::dataset::Pair;
 use crate::error::{DataError, Place};
-use crate::layout::{self, Parts};
+use crate::layout::{self, Layout, Parts};
 use crate::rows::Row;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// A pair before it is known whether it stays.
 pub(crate) struct Tokenized {
     pub pair: Pair,
+    pub layout: Layout,
     /// Tokens of the prompt before the cut.
     pub prompt_tokens: usize,
     pub truncated: bool,
@@ -27,7 +28,8 @@ pub(crate) fn tokenize(
     needs_rejected: bool,
 ) -> Result<Tokenized, DataError> {
     let place = &row.place;
-    let (prompt, chosen, rejected) = match layout::parts(row, format, &config.columns)? {
+    let (layout, parts) = layout::parts(row, format, &config.columns)?;
+    let (prompt, chosen, rejected) = match parts {
         Parts::Plain {
             prompt,
             chosen,
@@ -56,7 +58,8 @@ pub(crate) fn tokenize(
             )
         }
     };
-    Ok(cut(place, &prompt, &chosen, rejected.as_deref(), config))
+    let rejected = rejected.as_deref();
+    Ok(cut(place, layout, &prompt, &chosen, rejected, config))
 }
 
 /// Prompt + completion + EOS of plain text.
@@ -140,6 +143,7 @@ fn encoded(place: &Place, ids: Result<Vec<u32>, TokenizerError>) -> Result<Vec<u
 /// is scored. TRL cuts at the prompt's own length instead, and trains on a completion that lacks its start.
 fn cut(
     place: &Place,
+    layout: Layout,
     prompt: &[u32],
     chosen: &[u32],
     rejected: Option<&[u32]>,
@@ -161,6 +165,7 @@ fn cut(
             chosen: kept(chosen),
             rejected: rejected.map_or_else(Vec::new, kept),
         },
+        layout,
         prompt_tokens: border,
         truncated: longest > config.max_length,
         border_moved: border < prompt.len(),

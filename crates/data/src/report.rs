@@ -1,10 +1,12 @@
 //! What became of the rows of a dataset: for a person as text, for a program as JSON.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
 
 use crate::error::Place;
+use crate::layout::Layout;
 
 /// Dropped rows that the text lists one by one; JSON has them all.
 const LISTED_MAX: usize = 5;
@@ -29,6 +31,8 @@ pub struct Report {
     pub rows: usize,
     /// Pairs kept.
     pub pairs: usize,
+    /// How the kept rows say what their prompt is.
+    pub layouts: Vec<LayoutCount>,
     /// Rows that gave no pair.
     pub dropped: Vec<Dropped>,
     /// Pairs of which a completion lost its end to `max_length`.
@@ -51,6 +55,15 @@ pub struct Report {
     pub example: Option<Example>,
     /// Whether the chat template asked for today's date and got the fixed one.
     pub fixed_date: bool,
+}
+
+/// Pairs whose rows have one layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct LayoutCount {
+    /// The layout.
+    pub layout: Layout,
+    /// Pairs.
+    pub pairs: usize,
 }
 
 /// A row that gave no pair.
@@ -101,6 +114,18 @@ pub struct Example {
     pub rejected: String,
 }
 
+/// Counts equal layouts.
+pub(crate) fn layouts(layouts: impl Iterator<Item = Layout>) -> Vec<LayoutCount> {
+    let mut counts = BTreeMap::new();
+    for layout in layouts {
+        *counts.entry(layout).or_insert(0) += 1;
+    }
+    let counts = counts.into_iter();
+    counts
+        .map(|(layout, pairs)| LayoutCount { layout, pairs })
+        .collect()
+}
+
 /// Counts `lengths` into buckets that end at powers of two, as limits mostly do, from the shortest that has any to the longest.
 pub(crate) fn buckets(lengths: &[usize]) -> Vec<Bucket> {
     let mut buckets: Vec<Bucket> = Vec::new();
@@ -141,6 +166,12 @@ impl fmt::Display for Report {
             counted(self.pairs, "pair"),
             counted(self.rows, "row")
         )?;
+        for LayoutCount { layout, pairs } in &self.layouts {
+            match self.layouts.len() {
+                1 => writeln!(f, "layout: {layout}")?,
+                _ => writeln!(f, "layout of {}: {layout}", counted(*pairs, "pair"))?,
+            }
+        }
         writeln!(
             f,
             "{} tokens, {} of them scored; longest sequence {}",

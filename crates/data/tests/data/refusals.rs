@@ -154,6 +154,33 @@ fn broken_conversations_are_refused() {
 }
 
 #[test]
+fn share_gpt_rows_that_are_not_clear_are_refused() {
+    let said = |from: &str| json!({ "from": from, "value": "x" });
+    let row = |conversations: Value| json!({ "system": "s", "conversations": conversations, "chosen": said("gpt"), "rejected": said("gpt") });
+    row_refused(
+        &row(json!([said("human"), said("observation")])),
+        "message 1 of `conversations` is from \"observation\"; known are human, user, gpt, ",
+    );
+    row_refused(
+        &row(json!([said("human"), said("gpt")])),
+        "`conversations` ends with an assistant turn",
+    );
+    row_refused(
+        &row(json!([said("system"), said("human")])),
+        "`system` differs from the conversation's own system turn",
+    );
+    row_refused(
+        &json!({ "prompt": "q", "chosen": { "text": "y" }, "rejected": { "text": "n" } }),
+        "`chosen` is an object",
+    );
+    let mut columns = config(64);
+    columns.columns.chosen = "answers.2.text".into();
+    let message = refusal(r#"{"answers": [{"text": "y"}]}"#, &columns);
+    let expected = "pairs.jsonl:1: the row has no `answers.2.text`, it has answers; ";
+    assert!(message.starts_with(expected), "{message}");
+}
+
+#[test]
 fn a_chat_row_needs_a_template() {
     let folder = Folder::with_tokenizer();
     let row = json!({ "chosen": [{ "role": "user", "content": "q" }, { "role": "assistant", "content": "y" }],
