@@ -88,7 +88,7 @@ fn any_bytes_under_any_name_are_survived() {
     ]);
     let piece = prop_oneof![pieces.prop_map(<[u8]>::to_vec), vec(any::<u8>(), 0..20)];
     let bytes = vec(piece, 0..12).prop_map(|pieces| pieces.concat());
-    check(2000, &(names, bytes), |(name, bytes)| {
+    check(1000, &(names, bytes), |(name, bytes)| {
         reader.survives(name, &bytes);
     });
 }
@@ -135,7 +135,7 @@ fn any_json_rows_are_survived() {
                 .prop_map(|entries| Value::from(entries.into_iter().collect::<Map<_, _>>())),
         ]
     });
-    check(2000, &vec(value, 1..4), |rows| {
+    check(1000, &vec(value, 1..4), |rows| {
         let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
         reader.survives("a.jsonl", lines.join("\n").as_bytes());
     });
@@ -174,7 +174,7 @@ fn any_damage_to_a_whole_file_is_survived() {
     let damage = vec((any::<Index>(), byte, 1..9_usize), 1..6);
     let cut = prop_oneof![3 => Just(None), 1 => any::<Index>().prop_map(Some)];
     check(
-        4000,
+        2000,
         &(select(whole), damage, cut),
         |((name, mut bytes), damage, cut)| {
             for (at, byte, count) in damage {
