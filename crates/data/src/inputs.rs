@@ -47,17 +47,19 @@ const HUB: &str = "hf://";
 impl Input {
     /// One file, its container by its name.
     pub fn new(file: &Path) -> Result<Self, DataError> {
-        match Container::of(file) {
-            Some(container) => Ok(Self {
+        if let Some(container) = Container::of(file) {
+            return Ok(Self {
                 file: file.into(),
                 container,
-            }),
-            None => refuse(
-                file,
-                "the name does not say what the file holds",
-                &format!("give a file that ends in {SUPPORTED}"),
-            ),
+            });
         }
+        // The name of a folder that is not there says nothing either.
+        fs::metadata(file).map_err(|source| read(file, source))?;
+        refuse(
+            file,
+            "the name does not say what the file holds",
+            &format!("give a file that ends in {SUPPORTED}"),
+        )
     }
 }
 

@@ -100,11 +100,13 @@ impl fmt::Display for Prompt {
 /// At the first row without a prompt that can be used, and if there is no row.
 pub fn prompts(file: &Path) -> Result<Vec<(Place, Prompt)>, DataError> {
     let mut prompts = Vec::new();
-    rows::read(&Input::new(file)?, &mut |row| {
+    let mut take = |row| {
         prompts.push(prompt(row)?);
         Ok(())
-    })
-    .map_err(|error| match error {
+    };
+    let input = Input::new(file);
+    let done = input.and_then(|input| rows::read(&input, &mut take));
+    done.map_err(|error| match error {
         DataError::Read { file, source } => DataError::ReadPrompts { file, source },
         other => other,
     })?;

@@ -288,6 +288,7 @@ fn entries_that_name_nothing_to_read_say_so() {
         ("pairs.t*", format!("pairs.txt: the name does not say what the file holds; {supported}")),
         ("no*.jsonl", "no*.jsonl: no file matches this pattern; check it, from the folder that the program runs in".into()),
         ("a***", "a***: is no pattern: wildcards are either regular `*` or recursive `**`".into()),
+        ("absent", "absent: No such file or directory".into()),
         ("empty", "empty: no file in that folder can be read; name a folder".into()),
         ("mixed", "mixed: holds a.jsonl as well as b.parquet; name the ones that are meant with a pattern, such as *.parquet".into()),
     ] {
@@ -429,6 +430,12 @@ fn prompts_are_read_from_tables_too() {
     let folder = folder();
     let path = folder.path().join("a.parquet");
     write_parquet(&path, &small_table(), Compression::SNAPPY);
+    let absent = data::prompts(&folder.path().join("absent")).unwrap_err();
+    let absent = folder.message(&absent);
+    assert!(
+        absent.ends_with("check the path of the prompts"),
+        "{absent}"
+    );
     let prompts = data::prompts(&path).unwrap();
     assert_eq!(prompts.len(), 5);
     assert_eq!(prompts[4].0.line, 5);
