@@ -87,6 +87,9 @@ pub struct Columns {
 pub enum Truncation {
     /// The end: the first `max_length` tokens of prompt + completion stay.
     KeepStart,
+    /// The start of the prompt, which both completions share: as much as the longer one needs to stay whole. What a template puts first
+    /// (BOS, the system turn) goes with it. Pairs whose longer completion leaves no room for a prompt token are dropped.
+    KeepEnd,
 }
 
 /// A value that cannot work.

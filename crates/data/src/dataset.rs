@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use rayon::prelude::*;
 
 use crate::chat::ChatTemplate;
-use crate::config::{DataConfig, Format};
+use crate::config::{DataConfig, Format, Truncation};
 use crate::encode::{Tokenized, tokenize};
 use crate::error::{DataError, Place};
 use crate::inputs;
@@ -106,6 +106,9 @@ pub fn load(
         let Dropped { place, reason } = &dropped[0];
         let cure = match reason {
             DropReason::EmptyPrompt => "give rows with a prompt",
+            DropReason::LongCompletion { .. } => {
+                "raise data.max_length, or give rows with shorter completions"
+            }
             DropReason::EmptyCompletion { .. } => {
                 "raise data.max_length, or give rows with shorter prompts"
             }
@@ -113,7 +116,11 @@ pub fn load(
         let reason = format!("every row was dropped, the first at {place}: {reason}");
         return Err(no_pairs(files, rows, &reason, cure));
     }
-    let truncated = kept.iter().filter(|row| row.truncated).count();
+    let cut = kept.iter().filter(|row| row.truncated).count();
+    let (truncated, prompts_cut) = match config.truncation {
+        Truncation::KeepStart => (cut, 0),
+        Truncation::KeepEnd => (0, cut),
+    };
     let border_moved = kept.iter().filter(|row| row.border_moved).count();
     let layouts = report::layouts(kept.iter().map(|row| row.layout));
     let pairs: Vec<Pair> = kept.into_iter().map(|row| row.pair).collect();
@@ -124,6 +131,7 @@ pub fn load(
         layouts,
         dropped,
         truncated,
+        prompts_cut,
         identical: pairs
             .iter()
             .filter(|pair| pair.chosen == pair.rejected)
@@ -232,8 +240,14 @@ fn drop_reason(row: &Tokenized, max_length: usize, needs_rejected: bool) -> Opti
         rejected,
         ..
     } = &row.pair;
-    if prompt.is_empty() {
+    if row.prompt_tokens == 0 {
         return Some(DropReason::EmptyPrompt);
+    }
+    if prompt.is_empty() {
+        return Some(DropReason::LongCompletion {
+            completion_tokens: row.completion_tokens,
+            max_length,
+        });
     }
     (chosen.is_empty() || needs_rejected && rejected.is_empty()).then_some(
         DropReason::EmptyCompletion {

@@ -15,6 +15,9 @@ pub(crate) struct Tokenized {
     pub layout: Layout,
     /// Tokens of the prompt before the cut.
     pub prompt_tokens: usize,
+    /// Tokens of the longer completion before the cut.
+    pub completion_tokens: usize,
+    /// Whether the cut took anything.
     pub truncated: bool,
     pub border_moved: bool,
 }
@@ -151,23 +154,29 @@ fn cut(
 ) -> Tokenized {
     let border =
         common(prompt, chosen).min(rejected.map_or(usize::MAX, |whole| common(prompt, whole)));
-    let kept = |whole: &[u32]| match config.truncation {
-        Truncation::KeepStart => {
-            let end = whole.len().min(config.max_length);
-            whole.get(border..end).unwrap_or(&[]).to_vec()
-        }
-    };
     let longest = chosen.len().max(rejected.map_or(0, <[u32]>::len));
+    let completion_tokens = longest.saturating_sub(border);
+    let excess = longest.saturating_sub(config.max_length);
+    // Where the prompt starts and the sequences end.
+    let (start, end) = match config.truncation {
+        Truncation::KeepStart => (0, config.max_length),
+        Truncation::KeepEnd => (excess.min(border), usize::MAX),
+    };
+    let kept = |whole: &[u32]| {
+        let end = whole.len().min(end);
+        whole.get(border..end).unwrap_or(&[]).to_vec()
+    };
     Tokenized {
         pair: Pair {
             place: place.clone(),
-            prompt: prompt[..border].to_vec(),
+            prompt: prompt[start..border].to_vec(),
             chosen: kept(chosen),
             rejected: rejected.map_or_else(Vec::new, kept),
         },
         layout,
         prompt_tokens: border,
-        truncated: longest > config.max_length,
+        completion_tokens,
+        truncated: excess > 0,
         border_moved: border < prompt.len(),
     }
 }

@@ -37,6 +37,8 @@ pub struct Report {
     pub dropped: Vec<Dropped>,
     /// Pairs of which a completion lost its end to `max_length`.
     pub truncated: usize,
+    /// Pairs whose prompt lost its start to `max_length`.
+    pub prompts_cut: usize,
     /// Pairs with the same tokens in chosen and rejected: legal, and without a preference.
     pub identical: usize,
     /// Pairs with the tokens of an earlier one.
@@ -83,6 +85,13 @@ pub enum DropReason {
     EmptyCompletion {
         /// Tokens of the prompt.
         prompt_tokens: usize,
+        /// The limit.
+        max_length: usize,
+    },
+    /// The longer completion leaves no room for a token of the prompt.
+    LongCompletion {
+        /// Tokens of the longer completion.
+        completion_tokens: usize,
         /// The limit.
         max_length: usize,
     },
@@ -153,6 +162,13 @@ impl fmt::Display for DropReason {
                 "no completion left: the prompt alone has {prompt_tokens} tokens and data.max_length is {max_length}"
             ),
             Self::EmptyCompletion { .. } => f.write_str("a completion has no tokens"),
+            Self::LongCompletion {
+                completion_tokens,
+                max_length,
+            } => write!(
+                f,
+                "no prompt left: a completion alone has {completion_tokens} tokens and data.max_length is {max_length}"
+            ),
             Self::EmptyPrompt => f.write_str("the prompt has no tokens"),
         }
     }
@@ -181,6 +197,10 @@ impl fmt::Display for Report {
             (
                 self.truncated,
                 "truncated: a completion lost its end to data.max_length",
+            ),
+            (
+                self.prompts_cut,
+                "truncated: the prompt lost its start to data.max_length",
             ),
             (
                 self.identical,
@@ -222,6 +242,10 @@ impl Report {
             (
                 (self.truncated, pairs, TRUNCATED_SHARE),
                 "pairs lost the end of a completion to data.max_length; raise it, or leave long rows out",
+            ),
+            (
+                (self.prompts_cut, pairs, TRUNCATED_SHARE),
+                "pairs lost the start of their prompt to data.max_length; raise it, or leave long rows out",
             ),
             (
                 (self.dropped.len(), rows, DROPPED_SHARE),
