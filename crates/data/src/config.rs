@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::inputs;
+
 /// Shortest `max_length` that leaves room for a prompt token and a scored one.
 const MAX_LENGTH_MIN: usize = 2;
 
@@ -14,11 +16,13 @@ const MAX_LENGTH_MIN: usize = 2;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Training files, read as one list in this order. At least one.
+    /// Training files, read as one list in this order. At least one. An entry is a file (.jsonl, .ndjson or .json, also with .gz or
+    /// .zst; .parquet; .arrow), a folder of such files, a folder of Hugging Face's `save_to_disk`, or a pattern such as
+    /// `data/train-*.parquet`; what a folder or a pattern names is sorted.
     #[serde(default)]
     #[schemars(length(min = 1))]
     pub train: Vec<PathBuf>,
-    /// Held-out files. Default none.
+    /// Held-out files, named likewise. Default none.
     #[serde(default)]
     pub eval: Vec<PathBuf>,
     /// Row layout. Default `auto`.
@@ -54,11 +58,12 @@ pub enum Format {
     Completion,
 }
 
-/// Names of the columns, for files that call them otherwise.
+/// Names of the columns, for files that call them otherwise. A name with dots that is no column leads into objects and lists:
+/// `answers.0.text` is the `text` of the first of `answers`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Columns {
-    /// The prompt. Default `prompt`.
+    /// The prompt. Default `prompt`; in rows without one, `conversations`, if the completions are answers to it.
     #[serde(default = "default_prompt")]
     #[schemars(length(min = 1))]
     pub prompt: String,
@@ -70,7 +75,7 @@ pub struct Columns {
     #[serde(default = "default_rejected")]
     #[schemars(length(min = 1))]
     pub rejected: String,
-    /// The completion of completion rows. Default `completion`.
+    /// The completion of completion rows. Default `completion`; in rows without one, the last answer of `messages` or `conversations`.
     #[serde(default = "default_completion")]
     #[schemars(length(min = 1))]
     pub completion: String,
@@ -82,6 +87,9 @@ pub struct Columns {
 pub enum Truncation {
     /// The end: the first `max_length` tokens of prompt + completion stay.
     KeepStart,
+    /// The start of the prompt, which both completions share: as much as the longer one needs to stay whole. What a template puts first
+    /// (BOS, the system turn) goes with it. Pairs whose longer completion leaves no room for a prompt token are dropped.
+    KeepEnd,
 }
 
 /// A value that cannot work.
@@ -99,6 +107,17 @@ impl DataConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.train.is_empty() {
             return refuse("data.train", "names no file; give at least one .jsonl file");
+        }
+        for (key, files) in [("data.train", &self.train), ("data.eval", &self.eval)] {
+            for file in files {
+                if let Some(cure) = inputs::hub_cure(&file.to_string_lossy()) {
+                    let file = file.display();
+                    return refuse(
+                        key,
+                        &format!("names {file}, and training never goes to the network; {cure}"),
+                    );
+                }
+            }
         }
         if self.max_length < MAX_LENGTH_MIN {
             return refuse(

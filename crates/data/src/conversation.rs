@@ -1,37 +1,36 @@
 //! Where the prompt of a conversation ends: message lists in, prompt and completions out. Text rows are `layout`'s own matter.
 
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
-use crate::config::Columns;
 use crate::layout::{Fault, Named, Parts, fault};
 use crate::rows::kind;
 
-/// Splits the row's conversations into prompt and completions.
+/// Splits the row's conversations into prompt and completions; a prompt that is null is what they start with.
 pub(crate) fn parts(
-    prompt: Option<&Value>,
+    (prompt_name, prompt): Named<'_>,
     chosen: Named<'_>,
     rejected: Option<Named<'_>>,
-    columns: &Columns,
 ) -> Result<Parts, Fault> {
+    let (chosen_name, rejected_name) = (chosen.0, rejected.map(|(name, _)| name));
     let chosen = messages(chosen)?;
     let rejected = rejected.map(messages).transpose()?;
-    let string = match prompt {
-        Some(list @ Value::Array(_)) => {
-            let prompt = self::prompt((&columns.prompt, list))?;
+    match prompt {
+        Value::Array(_) => {
+            let prompt = self::prompt((prompt_name, prompt))?;
             return behind(prompt, chosen, rejected);
         }
-        Some(Value::String(string)) => Some(string),
-        Some(other) => {
+        Value::String(text) => {
+            let whole = [Some(chosen_name), rejected_name].map(|name| name.map(quoted));
+            let whole = whole.into_iter().flatten().collect::<Vec<_>>();
+            first_user_turn_is(text, &chosen, prompt_name, &whole)?;
+        }
+        Value::Null => {}
+        other => {
             return fault(
-                format!("`{}` is {}", columns.prompt, kind(other)),
+                format!("`{prompt_name}` is {}", kind(other)),
                 "write it as a list of messages, or as the text of the first user turn",
             );
         }
-        None => None,
-    };
-
-    if let Some(string) = string {
-        first_user_turn_is(string, &chosen, columns)?;
     }
     let split = shared_turns(&chosen, rejected.as_deref())?;
     Ok(Parts::Chat {
@@ -39,6 +38,30 @@ pub(crate) fn parts(
         chosen: chosen[split..].to_vec(),
         rejected: rejected.map(|messages| messages[split..].to_vec()),
     })
+}
+
+fn quoted(name: &str) -> String {
+    format!("`{name}`")
+}
+
+/// Puts the text of a `system` column before the prompt, unless the prompt starts with it already.
+pub(crate) fn start_with_system(system: &str, prompt: &mut Vec<Value>) -> Result<(), Fault> {
+    if system.is_empty() {
+        return Ok(());
+    }
+    let turn = json!({ "role": "system", "content": system });
+    match prompt.first() {
+        Some(first) if role(first) == "system" => {
+            if first.get("content") != turn.get("content") {
+                return fault(
+                    "`system` differs from the conversation's own system turn",
+                    "leave one of them out",
+                );
+            }
+        }
+        _ => prompt.insert(0, turn),
+    }
+    Ok(())
 }
 
 /// A prompt that is given as messages.
@@ -78,16 +101,25 @@ fn behind(
     })
 }
 
-/// A non-empty list of objects, each with a role.
+/// A non-empty list of objects, each with a role; a single object is a list of one.
 fn messages((name, value): Named<'_>) -> Result<Vec<Value>, Fault> {
     let cure = "write messages as {\"role\": \"user\" or \"assistant\" …, \"content\": …}";
-    let Value::Array(list) = value else {
-        return fault(format!("`{name}` is {}", kind(value)), cure);
+    let list = match value {
+        Value::Array(list) => list.as_slice(),
+        Value::Object(message) if message.contains_key("role") || message.contains_key("from") => {
+            std::slice::from_ref(value)
+        }
+        _ => return fault(format!("`{name}` is {}", kind(value)), cure),
     };
     if list.is_empty() {
         return fault(format!("`{name}` is an empty list of messages"), cure);
     }
+    let mut messages = Vec::with_capacity(list.len());
     for (index, message) in list.iter().enumerate() {
+        let message = match message.get("role") {
+            None | Some(Value::Null) => from_share_gpt(message, index, name)?,
+            Some(_) => message.clone(),
+        };
         if !message.get("role").is_some_and(Value::is_string) {
             return fault(
                 format!("message {index} of `{name}` has no text `role`"),
@@ -101,18 +133,72 @@ fn messages((name, value): Named<'_>) -> Result<Vec<Value>, Fault> {
                 cure,
             );
         }
+        messages.push(message);
     }
-    Ok(list.clone())
+    Ok(messages)
+}
+
+/// ShareGPT's names for who speaks. Others (tools, observations) mean different things to different templates.
+const SPEAKERS: [(&str, &str); 7] = [
+    ("human", "user"),
+    ("user", "user"),
+    ("gpt", "assistant"),
+    ("chatgpt", "assistant"),
+    ("assistant", "assistant"),
+    ("model", "assistant"),
+    ("system", "system"),
+];
+
+/// `{from, value}` as `{role, content}`; what has no `from` stays as it is.
+fn from_share_gpt(message: &Value, index: usize, name: &str) -> Result<Value, Fault> {
+    let (Some(object), Some(from)) = (message.as_object(), message.get("from")) else {
+        return Ok(message.clone());
+    };
+    let Some((_, role)) = SPEAKERS.iter().find(|(speaker, _)| from == speaker) else {
+        let known: Vec<&str> = SPEAKERS.iter().map(|(speaker, _)| *speaker).collect();
+        return fault(
+            format!("message {index} of `{name}` is from {from}"),
+            format!(
+                "known are {}; write others as {{\"role\": …, \"content\": …}}",
+                known.join(", ")
+            ),
+        );
+    };
+    let mut turn = Map::new();
+    turn.insert("role".into(), (*role).into());
+    for (key, value) in object {
+        match key.as_str() {
+            "role" | "from" => continue,
+            "value" => turn.insert("content".into(), value.clone()),
+            _ => turn.insert(key.clone(), value.clone()),
+        };
+    }
+    Ok(turn.into())
+}
+
+/// Whether message lists start with an answer, so that their prompt must be elsewhere.
+pub(crate) fn is_answer(value: &Value) -> bool {
+    let first = match value {
+        Value::Array(list) => list.first(),
+        other => Some(other),
+    };
+    let speaker = first.and_then(|message| {
+        let role = message.get("role").and_then(Value::as_str);
+        role.or_else(|| message.get("from")?.as_str())
+    });
+    speaker.is_some_and(|speaker| SPEAKERS.contains(&(speaker, "assistant")))
 }
 
 fn role(message: &Value) -> &str {
     message.get("role").and_then(Value::as_str).unwrap_or("")
 }
 
+/// `whole` are the quoted columns that must be whole conversations, the conversation's own first.
 fn first_user_turn_is(
     string: &str,
     conversation: &[Value],
-    columns: &Columns,
+    prompt_name: &str,
+    whole: &[String],
 ) -> Result<(), Fault> {
     let first = conversation.iter().find(|message| role(message) == "user");
     let content = first.and_then(|message| message.get("content")?.as_str());
@@ -121,15 +207,14 @@ fn first_user_turn_is(
     }
     fault(
         format!(
-            "`{}` is {:?} and the first user turn of `{}` is {:?}",
-            columns.prompt,
+            "`{prompt_name}` is {:?} and the first user turn of {} is {:?}",
             abbreviated(string),
-            columns.chosen,
+            whole[0],
             abbreviated(content.unwrap_or(""))
         ),
         format!(
-            "`{}` and `{}` must be whole conversations that start with the prompt; otherwise write the prompt as a list of messages",
-            columns.chosen, columns.rejected
+            "{} must be whole conversations that start with the prompt; otherwise write the prompt as a list of messages",
+            whole.join(" and ")
         ),
     )
 }

@@ -5,15 +5,19 @@ use serde_json::Value;
 use crate::config::{DataConfig, Format, Truncation};
 use crate::dataset::Pair;
 use crate::error::{DataError, Place};
-use crate::layout::{self, Parts};
+use crate::layout::{self, Layout, Parts};
 use crate::rows::Row;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// A pair before it is known whether it stays.
 pub(crate) struct Tokenized {
     pub pair: Pair,
+    pub layout: Layout,
     /// Tokens of the prompt before the cut.
     pub prompt_tokens: usize,
+    /// Tokens of the longer completion before the cut.
+    pub completion_tokens: usize,
+    /// Whether the cut took anything.
     pub truncated: bool,
     pub border_moved: bool,
 }
@@ -27,7 +31,8 @@ pub(crate) fn tokenize(
     needs_rejected: bool,
 ) -> Result<Tokenized, DataError> {
     let place = &row.place;
-    let (prompt, chosen, rejected) = match layout::parts(row, format, &config.columns)? {
+    let (layout, parts) = layout::parts(row, format, &config.columns)?;
+    let (prompt, chosen, rejected) = match parts {
         Parts::Plain {
             prompt,
             chosen,
@@ -56,7 +61,8 @@ pub(crate) fn tokenize(
             )
         }
     };
-    Ok(cut(place, &prompt, &chosen, rejected.as_deref(), config))
+    let rejected = rejected.as_deref();
+    Ok(cut(place, layout, &prompt, &chosen, rejected, config))
 }
 
 /// Prompt + completion + EOS of plain text.
@@ -140,6 +146,7 @@ fn encoded(place: &Place, ids: Result<Vec<u32>, TokenizerError>) -> Result<Vec<u
 /// is scored. TRL cuts at the prompt's own length instead, and trains on a completion that lacks its start.
 fn cut(
     place: &Place,
+    layout: Layout,
     prompt: &[u32],
     chosen: &[u32],
     rejected: Option<&[u32]>,
@@ -147,22 +154,29 @@ fn cut(
 ) -> Tokenized {
     let border =
         common(prompt, chosen).min(rejected.map_or(usize::MAX, |whole| common(prompt, whole)));
-    let kept = |whole: &[u32]| match config.truncation {
-        Truncation::KeepStart => {
-            let end = whole.len().min(config.max_length);
-            whole.get(border..end).unwrap_or(&[]).to_vec()
-        }
-    };
     let longest = chosen.len().max(rejected.map_or(0, <[u32]>::len));
+    let completion_tokens = longest.saturating_sub(border);
+    let excess = longest.saturating_sub(config.max_length);
+    // Where the prompt starts and the sequences end.
+    let (start, end) = match config.truncation {
+        Truncation::KeepStart => (0, config.max_length),
+        Truncation::KeepEnd => (excess.min(border), usize::MAX),
+    };
+    let kept = |whole: &[u32]| {
+        let end = whole.len().min(end);
+        whole.get(border..end).unwrap_or(&[]).to_vec()
+    };
     Tokenized {
         pair: Pair {
             place: place.clone(),
-            prompt: prompt[..border].to_vec(),
+            prompt: prompt[start..border].to_vec(),
             chosen: kept(chosen),
             rejected: rejected.map_or_else(Vec::new, kept),
         },
+        layout,
         prompt_tokens: border,
-        truncated: longest > config.max_length,
+        completion_tokens,
+        truncated: excess > 0,
         border_moved: border < prompt.len(),
     }
 }

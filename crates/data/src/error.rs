@@ -9,7 +9,7 @@ use crate::chat::TemplateError;
 pub struct Place {
     /// The file, as the configuration names it.
     pub file: PathBuf,
-    /// Line of the row's first character, from 1.
+    /// Line of the row's first character in a text, number of the row in a table; from 1.
     pub line: usize,
 }
 
@@ -39,12 +39,34 @@ pub enum DataError {
         source: std::io::Error,
     },
     /// A file is in another container.
-    #[error("{}: this is {kind}, not text; convert it to .jsonl, one row a line", file.display())]
+    #[error("{}: this is {kind}, not JSON; {cure}", file.display())]
     Container {
         /// The file.
         file: PathBuf,
         /// The container that its first bytes name.
         kind: &'static str,
+        /// What to do.
+        cure: &'static str,
+    },
+    /// An entry of the configuration that names no file that can be read.
+    #[error("{}: {reason}; {cure}", path.display())]
+    Input {
+        /// The entry, or what it led to.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+        /// What to do.
+        cure: String,
+    },
+    /// A file that is torn, or not what its name says.
+    #[error("{}: this is no whole {kind} file: {reason}; write or download it again", file.display())]
+    Damaged {
+        /// The file.
+        file: PathBuf,
+        /// What its name says that it is.
+        kind: &'static str,
+        /// What its decoder met.
+        reason: String,
     },
     /// A file is not UTF-8.
     #[error(

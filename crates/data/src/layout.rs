@@ -7,13 +7,60 @@
 //! | message lists with a `prompt` list | the column; completions that repeat it lose it |
 //! | message lists with a `prompt` string | shared leading turns; the string must be the first user turn (UltraFeedback) |
 //! | message lists without | shared leading turns |
+//! | `conversations` instead of `prompt` (ShareGPT) | the column, behind the text of `system` if there is one; `chosen` and `rejected` are one message or several |
+//!
+//! Messages may be `{role, content}` or `{from, value}`. A completion row may be a whole conversation in `messages` or `conversations`;
+//! its last answer is the completion.
 
+use std::fmt;
+
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::config::{Columns, DataConfig, Format};
 use crate::conversation;
 use crate::error::DataError;
 use crate::rows::{Row, kind};
+
+/// How a row says what its prompt is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// Texts with a prompt of their own.
+    Text,
+    /// Texts that start with the prompt.
+    TextImplicit,
+    /// Anthropic's HH transcripts.
+    Transcript,
+    /// Message lists with a prompt of their own.
+    Chat,
+    /// Message lists that start with the prompt.
+    ChatImplicit,
+    /// Whole conversations beside the text of their first user turn, as UltraFeedback has them.
+    ChatWithText,
+    /// `conversations`, as ShareGPT has them.
+    ShareGpt,
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Text => "text with its prompt in a column",
+            Self::TextImplicit => "text that starts with its prompt",
+            Self::Transcript => "HH transcripts, the prompt up to the last `Assistant:`",
+            Self::Chat => "messages with their prompt in a column",
+            Self::ChatImplicit => "messages that start with their prompt",
+            Self::ChatWithText => "UltraFeedback's whole conversations beside the prompt's text",
+            Self::ShareGpt => "ShareGPT's `conversations`",
+        })
+    }
+}
+
+/// ShareGPT's name for the prompt's turns.
+const CONVERSATIONS: &str = "conversations";
+
+/// What holds a whole conversation in completion rows that name no completion.
+const WHOLE: [&str; 2] = ["messages", CONVERSATIONS];
 
 /// Prompt and completions; `rejected` is absent in completion rows.
 pub(crate) enum Parts {
@@ -48,7 +95,11 @@ pub(crate) fn resolve(
 }
 
 /// Tells a row's parts apart under a resolved `format`.
-pub(crate) fn parts(row: &Row, format: Format, columns: &Columns) -> Result<Parts, DataError> {
+pub(crate) fn parts(
+    row: &Row,
+    format: Format,
+    columns: &Columns,
+) -> Result<(Layout, Parts), DataError> {
     read_parts(&row.object, format, columns).map_err(|Fault { reason, cure }| DataError::Row {
         place: row.place.clone(),
         reason,
@@ -74,27 +125,24 @@ fn read_parts(
     object: &Map<String, Value>,
     format: Format,
     columns: &Columns,
-) -> Result<Parts, Fault> {
-    let prompt = column(object, &columns.prompt);
-    let (chosen_name, chosen) = chosen_column(object, format, columns)?;
+) -> Result<(Layout, Parts), Fault> {
+    let chosen = chosen_column(object, format, columns)?;
     let rejected = rejected_column(object, format, columns)?;
-    match (chosen, rejected) {
-        (Value::String(chosen), None) => plain(prompt, chosen, None, columns),
-        (Value::String(chosen), Some(Value::String(rejected))) => {
-            plain(prompt, chosen, Some(rejected), columns)
+    let prompt = prompt_column(object, chosen, columns);
+    let (chosen_name, chosen_value) = chosen;
+    match (chosen_value, rejected) {
+        (Value::String(text), None) => plain(prompt, text, None),
+        (Value::String(text), Some((_, Value::String(rejected)))) => {
+            plain(prompt, text, Some(rejected))
         }
-        (Value::Array(_), None) => {
-            conversation::parts(prompt, (chosen_name, chosen), None, columns)
+        (Value::Array(_) | Value::Object(_), None) => chat(object, prompt, chosen, None),
+        (Value::Array(_) | Value::Object(_), Some((_, Value::Array(_) | Value::Object(_)))) => {
+            chat(object, prompt, chosen, rejected)
         }
-        (Value::Array(_), Some(rejected @ Value::Array(_))) => {
-            let rejected = Some((columns.rejected.as_str(), rejected));
-            conversation::parts(prompt, (chosen_name, chosen), rejected, columns)
-        }
-        (Value::String(_) | Value::Array(_), Some(rejected)) => fault(
+        (Value::String(_) | Value::Array(_) | Value::Object(_), Some((name, rejected))) => fault(
             format!(
-                "`{chosen_name}` is {} and `{}` is {}",
-                kind(chosen),
-                columns.rejected,
+                "`{chosen_name}` is {} and `{name}` is {}",
+                kind(chosen_value),
                 kind(rejected)
             ),
             "write both as text or both as lists of messages",
@@ -106,12 +154,69 @@ fn read_parts(
     }
 }
 
+/// The parts of message lists.
+fn chat(
+    object: &Map<String, Value>,
+    prompt: Named<'_>,
+    chosen: Named<'_>,
+    rejected: Option<Named<'_>>,
+) -> Result<(Layout, Parts), Fault> {
+    let whole = chosen.0 == CONVERSATIONS;
+    let share_gpt = whole || prompt.0 == CONVERSATIONS;
+    let layout = match prompt.1 {
+        _ if share_gpt => Layout::ShareGpt,
+        Value::Null => Layout::ChatImplicit,
+        Value::String(_) => Layout::ChatWithText,
+        _ => Layout::Chat,
+    };
+    let mut parts = conversation::parts(prompt, chosen, rejected)?;
+    let system = column(object, "system").filter(|_| share_gpt);
+    if let (Some(Value::String(system)), Parts::Chat { prompt, .. }) = (system, &mut parts) {
+        conversation::start_with_system(system, prompt)?;
+    }
+    Ok((layout, parts))
+}
+
 /// A column's name and its value.
 pub(crate) type Named<'a> = (&'a str, &'a Value);
 
-/// A column's value; null is as good as absent, which is how tables write a missing cell.
+/// A column's value; null is as good as absent, which is how tables write a missing cell. A name with dots that is no column leads
+/// into objects by their keys and into lists by their indices, from 0.
 fn column<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
-    object.get(name).filter(|value| !value.is_null())
+    let value = object.get(name).or_else(|| nested(object, name));
+    value.filter(|value| !value.is_null())
+}
+
+fn nested<'a>(object: &'a Map<String, Value>, path: &str) -> Option<&'a Value> {
+    let mut steps = path.split('.');
+    let mut value = object.get(steps.next()?)?;
+    for step in steps {
+        value = match value {
+            Value::Object(object) => object.get(step)?,
+            Value::Array(list) => list.get(step.parse::<usize>().ok()?)?,
+            _ => return None,
+        };
+    }
+    Some(value)
+}
+
+/// The prompt's column, null if there is none. `conversations` is it only where the completions are answers: beside whole
+/// conversations it may be anything.
+fn prompt_column<'a>(
+    object: &'a Map<String, Value>,
+    chosen: Named<'_>,
+    columns: &'a Columns,
+) -> Named<'a> {
+    let named = columns.prompt.as_str();
+    if let Some(value) = column(object, named) {
+        return (named, value);
+    }
+    match column(object, CONVERSATIONS) {
+        Some(value @ Value::Array(_)) if conversation::is_answer(chosen.1) => {
+            (CONVERSATIONS, value)
+        }
+        _ => (named, &Value::Null),
+    }
 }
 
 /// The column of the preferred completion, by its name. Completion rows may call it either way.
@@ -131,6 +236,13 @@ fn chosen_column<'a>(
             return Ok((name, value));
         }
     }
+    if format == Format::Completion {
+        for name in WHOLE {
+            if let Some(value @ Value::Array(_)) = column(object, name) {
+                return Ok((name, value));
+            }
+        }
+    }
     let (key, name) = wanted[0];
     fault(
         format!("the row has no `{name}`{}", has(object)),
@@ -141,13 +253,13 @@ fn chosen_column<'a>(
 fn rejected_column<'a>(
     object: &'a Map<String, Value>,
     format: Format,
-    columns: &Columns,
-) -> Result<Option<&'a Value>, Fault> {
+    columns: &'a Columns,
+) -> Result<Option<Named<'a>>, Fault> {
     if format == Format::Completion {
         return Ok(None);
     }
     match column(object, &columns.rejected) {
-        Some(value) => Ok(Some(value)),
+        Some(value) => Ok(Some((&columns.rejected, value))),
         None => fault(
             format!("the row has no `{}`{}", columns.rejected, has(object)),
             "add it, name the column that holds it with data.columns.rejected, or set data.format = \"completion\" to train on the \
@@ -165,49 +277,49 @@ fn has(object: &Map<String, Value>) -> String {
 }
 
 fn plain(
-    prompt: Option<&Value>,
+    (prompt_name, prompt): Named<'_>,
     chosen: &str,
     rejected: Option<&str>,
-    columns: &Columns,
-) -> Result<Parts, Fault> {
-    let start = match (prompt, rejected) {
-        (Some(Value::String(prompt)), _) => {
-            return Ok(Parts::Plain {
+) -> Result<(Layout, Parts), Fault> {
+    let (layout, start) = match (prompt, rejected) {
+        (Value::String(prompt), _) => {
+            let parts = Parts::Plain {
                 prompt: prompt.clone(),
                 chosen: chosen.into(),
                 rejected: rejected.map(Into::into),
-            });
+            };
+            return Ok((Layout::Text, parts));
         }
-        (Some(other), _) => {
+        (Value::Null, Some(rejected)) => border(chosen, rejected),
+        (Value::Null, None) => {
+            return fault(
+                format!("the row has no `{prompt_name}`"),
+                "add it, or name the column that holds it with data.columns.prompt",
+            );
+        }
+        (other, _) => {
             return fault(
                 format!(
-                    "`{}` is {} and the completions are text",
-                    columns.prompt,
+                    "`{prompt_name}` is {} and the completions are text",
                     kind(other)
                 ),
                 "write all three as text or all three as lists of messages",
             );
         }
-        (None, Some(rejected)) => border(chosen, rejected),
-        (None, None) => {
-            return fault(
-                format!("the row has no `{}`", columns.prompt),
-                "add it, or name the column that holds it with data.columns.prompt",
-            );
-        }
     };
-    Ok(Parts::Plain {
+    let parts = Parts::Plain {
         prompt: chosen[..start].into(),
         chosen: chosen[start..].into(),
         rejected: rejected.map(|text| text[start..].into()),
-    })
+    };
+    Ok((layout, parts))
 }
 
 /// Where the prompt of two whole texts ends, in bytes. Identical texts are all prompt; an EOS is what is left to score.
-fn border(chosen: &str, rejected: &str) -> usize {
+fn border(chosen: &str, rejected: &str) -> (Layout, usize) {
     match (hh_border(chosen), hh_border(rejected)) {
-        (Some(a), Some(b)) if chosen[..a] == rejected[..b] => a,
-        _ => common_prefix(chosen, rejected),
+        (Some(a), Some(b)) if chosen[..a] == rejected[..b] => (Layout::Transcript, a),
+        _ => (Layout::TextImplicit, common_prefix(chosen, rejected)),
     }
 }
 

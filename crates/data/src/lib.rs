@@ -1,13 +1,14 @@
 //! Preference rows in, token ids, order and packs out: formats, chat templates, truncation, plans.
 //!
 //! ```text
-//! files ─ rows ─► JSON objects ─ layout ─► prompt | chosen | rejected ─ chat ─► text ─ tokenizer ─► ids ─ dataset ─► pairs, digest, report
+//! files ─ inputs, rows ─► JSON objects ─ layout ─► prompt | chosen | rejected ─ chat ─► text ─ tokenizer ─► ids ─ dataset ─► pairs, digest, report
 //! (seed, step) ─ order ─► the step's pairs ─ pack ─► packs ─ deal ─► this rank's packs
 //! ```
 //!
 //! Absent: tensors, the network, the world size (but in [`deal`]), and any state between calls. The same files, tokenizer and
 //! configuration give the same [`Dataset::digest`] on every machine.
 
+mod arrow_file;
 mod chat;
 mod config;
 mod conversation;
@@ -15,21 +16,26 @@ mod dataset;
 mod encode;
 mod error;
 mod folder;
+mod inputs;
+mod json_file;
 mod layout;
 mod order;
 mod pack;
+mod parquet_file;
 mod prompts;
 mod python_json;
 mod report;
 mod rows;
+mod table;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, TemplateError};
 pub use config::{Columns, ConfigError, DataConfig, Format, Truncation};
 pub use dataset::{Dataset, Pair, load};
 pub use error::{DataError, Place};
+pub use layout::Layout;
 pub use order::{StepPairs, epoch_steps, step_pairs, steps_per_epoch};
 pub use pack::{deal, pack_plan};
 pub use prompts::{Prompt, PromptError, prompts};
-pub use report::{Bucket, DropReason, Dropped, Example, Report};
+pub use report::{Bucket, DropReason, Dropped, Example, LayoutCount, Report};
 pub use tokenizer::{Tokenizer, TokenizerError};

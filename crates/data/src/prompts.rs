@@ -1,7 +1,6 @@
 //! Prompts that a model is to continue: given as they are, or rows with a prompt column. Completions are not read.
 
 use std::fmt;
-use std::fs;
 use std::path::Path;
 
 use serde::Serialize;
@@ -10,6 +9,7 @@ use serde_json::Value;
 use crate::chat::TemplateError;
 use crate::conversation;
 use crate::error::{DataError, Place};
+use crate::inputs::Input;
 use crate::layout::Fault;
 use crate::rows::{self, Row};
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -94,18 +94,23 @@ impl fmt::Display for Prompt {
     }
 }
 
-/// Every row's prompt with its place, in order; files are JSON lines or one JSON array, as those of pairs.
+/// Every row's prompt with its place, in order; the file is any that pairs can be in.
 ///
 /// # Errors
 /// At the first row without a prompt that can be used, and if there is no row.
 pub fn prompts(file: &Path) -> Result<Vec<(Place, Prompt)>, DataError> {
-    let bytes = fs::read(file).map_err(|source| DataError::ReadPrompts {
-        file: file.into(),
-        source,
+    let mut prompts = Vec::new();
+    let mut take = |row| {
+        prompts.push(prompt(row)?);
+        Ok(())
+    };
+    let input = Input::new(file);
+    let done = input.and_then(|input| rows::read(&input, &mut take));
+    done.map_err(|error| match error {
+        DataError::Read { file, source } => DataError::ReadPrompts { file, source },
+        other => other,
     })?;
-    let mut rows = Vec::new();
-    rows::parse(file, &bytes, &mut rows)?;
-    if rows.is_empty() {
+    if prompts.is_empty() {
         return Err(DataError::Row {
             place: Place {
                 file: file.into(),
@@ -115,7 +120,7 @@ pub fn prompts(file: &Path) -> Result<Vec<(Place, Prompt)>, DataError> {
             cure: "write each row as {\"prompt\": …}".into(),
         });
     }
-    rows.into_iter().map(prompt).collect()
+    Ok(prompts)
 }
 
 fn prompt(Row { place, mut object }: Row) -> Result<(Place, Prompt), DataError> {

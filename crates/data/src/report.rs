@@ -1,10 +1,12 @@
 //! What became of the rows of a dataset: for a person as text, for a program as JSON.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
 
 use crate::error::Place;
+use crate::layout::Layout;
 
 /// Dropped rows that the text lists one by one; JSON has them all.
 const LISTED_MAX: usize = 5;
@@ -29,10 +31,14 @@ pub struct Report {
     pub rows: usize,
     /// Pairs kept.
     pub pairs: usize,
+    /// How the kept rows say what their prompt is.
+    pub layouts: Vec<LayoutCount>,
     /// Rows that gave no pair.
     pub dropped: Vec<Dropped>,
     /// Pairs of which a completion lost its end to `max_length`.
     pub truncated: usize,
+    /// Pairs whose prompt lost its start to `max_length`.
+    pub prompts_cut: usize,
     /// Pairs with the same tokens in chosen and rejected: legal, and without a preference.
     pub identical: usize,
     /// Pairs with the tokens of an earlier one.
@@ -53,6 +59,15 @@ pub struct Report {
     pub fixed_date: bool,
 }
 
+/// Pairs whose rows have one layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct LayoutCount {
+    /// The layout.
+    pub layout: Layout,
+    /// Pairs.
+    pub pairs: usize,
+}
+
 /// A row that gave no pair.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Dropped {
@@ -70,6 +85,13 @@ pub enum DropReason {
     EmptyCompletion {
         /// Tokens of the prompt.
         prompt_tokens: usize,
+        /// The limit.
+        max_length: usize,
+    },
+    /// The longer completion leaves no room for a token of the prompt.
+    LongCompletion {
+        /// Tokens of the longer completion.
+        completion_tokens: usize,
         /// The limit.
         max_length: usize,
     },
@@ -101,6 +123,18 @@ pub struct Example {
     pub rejected: String,
 }
 
+/// Counts equal layouts.
+pub(crate) fn layouts(layouts: impl Iterator<Item = Layout>) -> Vec<LayoutCount> {
+    let mut counts = BTreeMap::new();
+    for layout in layouts {
+        *counts.entry(layout).or_insert(0) += 1;
+    }
+    let counts = counts.into_iter();
+    counts
+        .map(|(layout, pairs)| LayoutCount { layout, pairs })
+        .collect()
+}
+
 /// Counts `lengths` into buckets that end at powers of two, as limits mostly do, from the shortest that has any to the longest.
 pub(crate) fn buckets(lengths: &[usize]) -> Vec<Bucket> {
     let mut buckets: Vec<Bucket> = Vec::new();
@@ -128,6 +162,13 @@ impl fmt::Display for DropReason {
                 "no completion left: the prompt alone has {prompt_tokens} tokens and data.max_length is {max_length}"
             ),
             Self::EmptyCompletion { .. } => f.write_str("a completion has no tokens"),
+            Self::LongCompletion {
+                completion_tokens,
+                max_length,
+            } => write!(
+                f,
+                "no prompt left: a completion alone has {completion_tokens} tokens and data.max_length is {max_length}"
+            ),
             Self::EmptyPrompt => f.write_str("the prompt has no tokens"),
         }
     }
@@ -141,6 +182,12 @@ impl fmt::Display for Report {
             counted(self.pairs, "pair"),
             counted(self.rows, "row")
         )?;
+        for LayoutCount { layout, pairs } in &self.layouts {
+            match self.layouts.len() {
+                1 => writeln!(f, "layout: {layout}")?,
+                _ => writeln!(f, "layout of {}: {layout}", counted(*pairs, "pair"))?,
+            }
+        }
         writeln!(
             f,
             "{} tokens, {} of them scored; longest sequence {}",
@@ -150,6 +197,10 @@ impl fmt::Display for Report {
             (
                 self.truncated,
                 "truncated: a completion lost its end to data.max_length",
+            ),
+            (
+                self.prompts_cut,
+                "truncated: the prompt lost its start to data.max_length",
             ),
             (
                 self.identical,
@@ -191,6 +242,10 @@ impl Report {
             (
                 (self.truncated, pairs, TRUNCATED_SHARE),
                 "pairs lost the end of a completion to data.max_length; raise it, or leave long rows out",
+            ),
+            (
+                (self.prompts_cut, pairs, TRUNCATED_SHARE),
+                "pairs lost the start of their prompt to data.max_length; raise it, or leave long rows out",
             ),
             (
                 (self.dropped.len(), rows, DROPPED_SHARE),

@@ -7,10 +7,13 @@ use spec::Spec;
 
 /// The scope of reference values of `spec` by a model with this weights digest on `device`.
 pub(crate) fn scope(spec: &Spec, weights: [u8; 32], device: &Device) -> Scope {
-    let Truncation::KeepStart = spec.data.truncation;
+    let truncation = match spec.data.truncation {
+        Truncation::KeepStart => "keep_start",
+        Truncation::KeepEnd => "keep_end",
+    };
     Scope {
         weights,
-        truncation: format!("keep_start {}", spec.data.max_length),
+        truncation: format!("{truncation} {}", spec.data.max_length),
         dtype: spec.model.dtype.name().into(),
         backend: backend(device),
         device_class: device_class(),

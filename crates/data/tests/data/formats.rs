@@ -1,6 +1,6 @@
 //! Every row layout gives the same three parts.
 
-use data::{DataConfig, load};
+use data::{DataConfig, Layout, load};
 use serde_json::{Value, json};
 
 use crate::support::{Folder, TEMPLATE, config};
@@ -121,6 +121,131 @@ fn sft_reads_completions_and_the_chosen_side_of_pairs() {
         json!({ "prompt": [turn("user", "q")], "completion": [turn("assistant", "y")] }),
         ["<s>u:q\na:", "y\n", ""],
     );
+}
+
+fn said(from: &str, value: &str) -> Value {
+    json!({ "from": from, "value": value })
+}
+
+#[test]
+fn share_gpt_rows_answer_their_conversations() {
+    let (human, yes, no) = (said("human", "q"), said("gpt", "y"), said("gpt", "n"));
+    let expected = ["<s>u:q\na:", "y\n", "n\n"];
+    // One message, lists of one, messages of other names, whole conversations.
+    pairs(
+        &json!({ "conversations": [human], "chosen": yes, "rejected": no }),
+        expected,
+    );
+    pairs(
+        &json!({ "conversations": [human], "chosen": [yes], "rejected": [no] }),
+        expected,
+    );
+    pairs(
+        &json!({ "conversations": [human], "chosen": turn("assistant", "y"), "rejected": no }),
+        expected,
+    );
+    pairs(
+        &json!({ "chosen": [human, yes], "rejected": [human, no] }),
+        expected,
+    );
+    // Beside whole conversations the column is not read.
+    pairs(
+        &json!({ "conversations": [human, yes], "chosen": [human, yes], "rejected": [human, no] }),
+        expected,
+    );
+    let with_system = ["<s>s:s\nu:q\na:", "y\n", "n\n"];
+    pairs(
+        &json!({ "conversations": [said("system", "s"), human], "chosen": yes, "rejected": no }),
+        with_system,
+    );
+    for conversation in [json!([human]), json!([said("system", "s"), human])] {
+        pairs(
+            &json!({ "system": "s", "conversations": conversation, "chosen": yes, "rejected": no }),
+            with_system,
+        );
+    }
+}
+
+#[test]
+fn sft_takes_the_last_answer_of_a_whole_conversation() {
+    let turns = ["q", "a", "r", "b"];
+    let expected = ["<s>u:q\na:a\nu:r\na:", "b\n", ""];
+    let roles = ["user", "assistant"].iter().cycle();
+    let messages: Vec<Value> = roles
+        .zip(turns)
+        .map(|(role, text)| turn(role, text))
+        .collect();
+    let speakers = ["human", "gpt"].iter().cycle();
+    let conversations: Vec<Value> = speakers
+        .zip(turns)
+        .map(|(from, text)| said(from, text))
+        .collect();
+    for row in [
+        json!({ "messages": messages }),
+        json!({ "conversations": conversations }),
+    ] {
+        check(&[row], &config(128), false, expected);
+    }
+}
+
+#[test]
+fn the_report_tells_the_layouts() {
+    let folder = Folder::with_tokenizer();
+    folder.write("chat_template.jinja", TEMPLATE);
+    let (user, yes, no) = (
+        turn("user", "q"),
+        turn("assistant", "y"),
+        turn("assistant", "n"),
+    );
+    let rows = [
+        json!({ "prompt": "q", "chosen": "y", "rejected": "n" }),
+        json!({ "prompt": [user], "chosen": [yes], "rejected": [no] }),
+        json!({ "prompt": "q", "chosen": [user, yes], "rejected": [user, no] }),
+        json!({ "conversations": [user], "chosen": yes, "rejected": no }),
+        json!({ "prompt": "q", "chosen": "y", "rejected": "z" }),
+        json!({ "chosen": "\n\nHuman: q\n\nAssistant: y", "rejected": "\n\nHuman: q\n\nAssistant: n" }),
+    ];
+    let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
+    let report = folder.load(lines.join("\n"), &config(128)).unwrap().report;
+    let counts: Vec<_> = report
+        .layouts
+        .iter()
+        .map(|it| (it.layout, it.pairs))
+        .collect();
+    let expected = [
+        (Layout::Text, 2),
+        (Layout::Transcript, 1),
+        (Layout::Chat, 1),
+        (Layout::ChatWithText, 1),
+        (Layout::ShareGpt, 1),
+    ];
+    assert_eq!(counts, expected);
+    let text = report.to_string();
+    assert!(
+        text.contains(
+            "rows\nlayout of 2 pairs: text with its prompt in a column\nlayout of 1 pair: HH"
+        ),
+        "{text}"
+    );
+}
+
+#[test]
+fn column_names_lead_into_objects_and_lists() {
+    let mut config = config(128);
+    config.columns.prompt = "in.text".into();
+    config.columns.chosen = "out.0.text".into();
+    config.columns.rejected = "out.1.text".into();
+    let out = [json!({ "text": "y" }), json!({ "text": "n" })];
+    let expected = ["<s>q", "y</s>", "n</s>"];
+    check(
+        &[json!({ "in": { "text": "q" }, "out": out })],
+        &config,
+        true,
+        expected,
+    );
+    // A column that is called so comes first.
+    let row = json!({ "in.text": "q", "in": { "text": "?" }, "out": out });
+    check(&[row], &config, true, expected);
 }
 
 #[test]

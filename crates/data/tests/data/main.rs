@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod chat;
+mod files;
 mod formats;
+mod hostile;
 mod plan;
 mod prompts;
 mod refusals;

@@ -59,11 +59,11 @@ fn bytes_that_are_not_utf8_name_line_and_column() {
 fn other_containers_are_named() {
     refused(
         b"PAR1\x15\x04",
-        "pairs.jsonl: this is a Parquet file, not text; convert it to .jsonl, one row a line",
+        "pairs.jsonl: this is a Parquet file, not JSON; name it .parquet",
     );
     refused(
         [0x1f, 0x8b, 8],
-        "pairs.jsonl: this is a gzip file, not text; convert it to .jsonl, one row a line",
+        "pairs.jsonl: this is a gzip file, not JSON; name it .jsonl.gz",
     );
 }
 
@@ -151,6 +151,33 @@ fn broken_conversations_are_refused() {
         &chat(json!([{ "role": "user", "content": "z" }]), json!([answer])),
         "a completion starts with a turn of role \"user\"",
     );
+}
+
+#[test]
+fn share_gpt_rows_that_are_not_clear_are_refused() {
+    let said = |from: &str| json!({ "from": from, "value": "x" });
+    let row = |conversations: Value| json!({ "system": "s", "conversations": conversations, "chosen": said("gpt"), "rejected": said("gpt") });
+    row_refused(
+        &row(json!([said("human"), said("observation")])),
+        "message 1 of `conversations` is from \"observation\"; known are human, user, gpt, ",
+    );
+    row_refused(
+        &row(json!([said("human"), said("gpt")])),
+        "`conversations` ends with an assistant turn",
+    );
+    row_refused(
+        &row(json!([said("system"), said("human")])),
+        "`system` differs from the conversation's own system turn",
+    );
+    row_refused(
+        &json!({ "prompt": "q", "chosen": { "text": "y" }, "rejected": { "text": "n" } }),
+        "`chosen` is an object",
+    );
+    let mut columns = config(64);
+    columns.columns.chosen = "answers.2.text".into();
+    let message = refusal(r#"{"answers": [{"text": "y"}]}"#, &columns);
+    let expected = "pairs.jsonl:1: the row has no `answers.2.text`, it has answers; ";
+    assert!(message.starts_with(expected), "{message}");
 }
 
 #[test]

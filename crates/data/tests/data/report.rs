@@ -47,6 +47,7 @@ fn the_report_counts_and_shows_what_became_of_the_rows() {
         text,
         "\
 3 pairs of 4 rows
+layout: text with its prompt in a column
 59 tokens, 31 of them scored; longest sequence 16
 1 pair truncated: a completion lost its end to data.max_length
 1 pair with identical chosen and rejected, which teach no preference

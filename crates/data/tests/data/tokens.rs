@@ -167,6 +167,58 @@ fn truncation_keeps_the_start_of_each_completion_on_its_own() {
 }
 
 #[test]
+fn keep_end_takes_the_start_of_the_shared_prompt_and_no_completion() {
+    let folder = Folder::with_tokenizer();
+    let row = |chosen: &str, rejected: &str| {
+        json!({ "prompt": "1234", "chosen": chosen, "rejected": rejected }).to_string()
+    };
+    let mut config = config(8);
+    config.truncation = data::Truncation::KeepEnd;
+    let short = "12345678";
+    let rows = [
+        row("long", "no"),
+        row("no", "long e"),
+        row("y", "n"),
+        row(&short[..6], "n"),
+        row(&short[..7], "n"),
+        row("n", short),
+    ];
+    let dataset = folder.load(rows.join("\n"), &config).unwrap();
+    let tokenizer = folder.tokenizer();
+    let parts = |pair: &data::Pair| {
+        [&pair.prompt, &pair.chosen, &pair.rejected].map(|ids| tokenizer.decode(ids))
+    };
+    let found: Vec<[String; 3]> = dataset.pairs.iter().map(parts).collect();
+    let expected = [
+        ["234", "long</s>", "no</s>"],
+        ["4", "no</s>", "long e</s>"],
+        ["<s>1234", "y</s>", "n</s>"],
+        ["4", "123456</s>", "n</s>"],
+    ];
+    assert_eq!(found, expected);
+    let report = &dataset.report;
+    assert_eq!((report.prompts_cut, report.truncated), (3, 0));
+    let dropped: Vec<_> = report.dropped.iter().map(|it| it.place.line).collect();
+    assert_eq!(dropped, [5, 6]);
+    let text = report.to_string();
+    for words in [
+        "3 pairs truncated: the prompt lost its start to data.max_length",
+        ":5: no prompt left: a completion alone has 8 tokens and data.max_length is 8",
+        "3 of 4 (75.0 %) pairs lost the start of their prompt",
+    ] {
+        assert!(text.contains(words), "{text}");
+    }
+    let none = folder
+        .load(row(short, "n"), &config)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        none.ends_with("or give rows with shorter completions"),
+        "{none}"
+    );
+}
+
+#[test]
 fn the_digest_follows_the_ids_and_nothing_else() {
     let folder = Folder::with_tokenizer();
     let digest = |content: &str| folder.load(content, &config(64)).unwrap().digest;
