@@ -101,6 +101,11 @@ impl Setup {
         Ok(checkpoint::keep_source(&self.spec.model.path, checkpoints)?)
     }
 
+    /// What the model's config.json asks for and training does otherwise, in words.
+    pub fn notes(&self) -> &[String] {
+        &self.model.config().notes
+    }
+
     /// What became of the rows.
     pub fn reports(&self) -> Reports {
         Reports::of(&self.train, self.eval.as_ref())

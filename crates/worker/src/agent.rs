@@ -238,7 +238,8 @@ fn train(
     let mut progress = |phase: &str, done, total| teller.tell(phase, done, total);
     let setup = Setup::load(spec, &options.device, &mut progress)?;
     if form.rank == 0 {
-        let text = setup.reports().to_string();
+        let notes = setup.notes().iter().map(|note| format!("{note}\n"));
+        let text = notes.collect::<String>() + &setup.reports().to_string();
         voice.say(WorkerMessage::DataReport { text })?;
         // The export is made where the coordinator runs, which may not see the model's folder.
         setup.keep_source(&checkpoints)?;
