@@ -71,7 +71,7 @@ pub(crate) fn erf(x: f32) -> f32 {
     p = p * square - 2.685_432_9e-2;
     p = p * square + 1.128_359_7e-1;
     p = p * square - 3.761_262_6e-1;
-    p = p * square + 1.128_379_1;
+    p = p * square + std::f32::consts::FRAC_2_SQRT_PI;
     let near = x * p;
     let size = x.abs();
     let t = 1.0 / (1.0 + 0.5 * size);
@@ -79,7 +79,7 @@ pub(crate) fn erf(x: f32) -> f32 {
     q = q * t + 1.789_168_6e-2;
     q = q * t + 2.982_922_8e-1;
     q = q * t + 1.792_448_1e-1;
-    q = q * t + 2.988_826_9e-1;
+    q = q * t + 2.988_827e-1;
     q = q * t + 2.804_971_3e-1;
     let far = (1.0 - t * q * exp(-square)).copysign(x);
     if size < 1.0 { near } else { far }

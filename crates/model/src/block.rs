@@ -223,7 +223,7 @@ impl Block<'_> {
             let turned = self.turned(&queries, &keys, rows.tables);
             let [queries, keys] = turned
                 .as_ref()
-                .map_or([&queries, &keys], |it| it.each_ref());
+                .map_or([&queries, &keys], <[_; 2]>::each_ref);
             segment_attention_backward(
                 &dattended,
                 queries,

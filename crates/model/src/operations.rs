@@ -17,6 +17,7 @@ pub(crate) struct Norm {
 }
 
 /// What a norm's backward needs beside its input.
+#[allow(clippy::large_enum_variant, reason = "a handful live at a time")]
 pub(crate) enum NormSaved {
     Rms(RmsSaved),
     Layer(LayerSaved),
@@ -53,16 +54,13 @@ impl Affine {
     /// The rows of `x`, normalised.
     pub fn norm(&self, weights: &Flat, x: &Tensor<2>, norm: Norm) -> (Tensor<2>, NormSaved) {
         let weight = self.norm_weight(weights, norm.kind);
-        match &self.bias {
-            Some(bias) => {
-                let bias = weights.view(bias, [bias.len]);
-                let (y, saved) = layer_norm(x, &weight, &bias, norm.epsilon);
-                (y, NormSaved::Layer(saved))
-            }
-            None => {
-                let (y, saved) = rms_norm(x, &weight, norm.epsilon);
-                (y, NormSaved::Rms(saved))
-            }
+        if let Some(bias) = &self.bias {
+            let bias = weights.view(bias, [bias.len]);
+            let (y, saved) = layer_norm(x, &weight, &bias, norm.epsilon);
+            (y, NormSaved::Layer(saved))
+        } else {
+            let (y, saved) = rms_norm(x, &weight, norm.epsilon);
+            (y, NormSaved::Rms(saved))
         }
     }
 

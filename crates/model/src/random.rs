@@ -15,11 +15,12 @@ pub fn random_weights(config: &ModelConfig, seed: u64) -> Vec<Vec<f32>> {
         .collect();
     for parameter in &layout.parameters {
         let values = &mut buckets[parameter.bucket][parameter.range()];
+        let is_bias = parameter.name.rsplit('.').next() == Some("bias");
         if parameter.shape.len() > 1 {
             for value in values {
                 *value = (0.02 * random.normal()) as f32;
             }
-        } else if config.norm != NormKind::RmsPlusOne && !parameter.name.ends_with(".bias") {
+        } else if config.norm != NormKind::RmsPlusOne && !is_bias {
             values.fill(1.0);
         }
     }

@@ -163,6 +163,7 @@ impl RotaryPlan {
 }
 
 /// What a family expects of config.json about rotary embeddings.
+#[derive(Clone, Copy)]
 pub(crate) struct Expected {
     pub head_dim: usize,
     /// θ where none is given.

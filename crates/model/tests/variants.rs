@@ -174,7 +174,8 @@ fn weights(config: &ModelConfig) -> Vec<Vec<f32>> {
         .map(|&len| vec![0.0; len])
         .collect();
     for parameter in &layout.parameters {
-        let near_zero = parameter.name.ends_with(".bias") || config.norm == NormKind::RmsPlusOne;
+        let near_zero = parameter.name.rsplit('.').next() == Some("bias")
+            || config.norm == NormKind::RmsPlusOne;
         let (level, spread) = match parameter.shape.len() {
             2 => (0.0, 0.9),
             _ if near_zero => (0.0, 0.4),

@@ -122,11 +122,15 @@ pub fn lively(config: ModelConfig) -> Model {
     for (index, parameter) in model.layout().parameters.iter().enumerate() {
         let values = &mut weights[parameter.bucket][parameter.range()];
         if parameter.decay {
-            values.iter_mut().for_each(|weight| *weight *= 20.0);
-        } else if parameter.name.ends_with(".bias") || model.config().norm == NormKind::RmsPlusOne {
-            let wave = |place: usize| 0.1 * ((place + index) as f32).sin();
-            let values = values.iter_mut().enumerate();
-            values.for_each(|(place, value)| *value = wave(place));
+            for weight in values {
+                *weight *= 20.0;
+            }
+        } else if parameter.name.rsplit('.').next() == Some("bias")
+            || model.config().norm == NormKind::RmsPlusOne
+        {
+            for (place, value) in values.iter_mut().enumerate() {
+                *value = 0.1 * ((place + index) as f32).sin();
+            }
         }
     }
     model.put_weights(weights);
