@@ -137,6 +137,9 @@ fn a_seed_repeats_its_draws_and_another_draws_others() {
     let draw = |seed| continuation(&["--temperature", "1", "--seed", seed]);
     assert_eq!(draw("7"), draw("7"));
     assert_ne!(draw("7")["text"], draw("8")["text"]);
+    // Of a narrow enough nucleus every draw is the likeliest token.
+    let narrow = continuation(&["--temperature", "1", "--top-p", "1e-6", "--seed", "7"]);
+    assert_eq!(narrow["text"], continuation(&[])["text"]);
 }
 
 #[test]
@@ -214,6 +217,8 @@ fn prompts_that_cannot_be_continued_are_refused_with_place_and_cure() {
     refused("no model", &output, &["tokenizer.json", "save_pretrained"]);
     let output = generate(reference, &["--prompt", PROMPT, "--temperature", "-1"]);
     refused("temperature", &output, &["--temperature", "0 or more"]);
+    let output = generate(reference, &["--prompt", PROMPT, "--top-p", "0"]);
+    refused("top-p", &output, &["--top-p", "above 0 and at most 1"]);
     refused("neither", &generate(reference, &[]), &["--prompt"]);
 }
 

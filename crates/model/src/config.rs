@@ -35,6 +35,9 @@ const FAMILIES: [(&str, Family); 9] = [
     ("gpt_neox", Family::GptNeox),
 ];
 
+/// Most blocks of a decoder, far above any that exists: what is kept of each must not be a file's to choose.
+const BLOCKS_MAX: usize = 10_000;
+
 /// The architecture that config.json names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
@@ -329,6 +332,10 @@ impl<'a> Reader<'a> {
             soft_cap: self.cap("attn_logit_softcapping", 50.0)?,
         };
         let blocks = self.needed("num_hidden_layers")?;
+        if blocks > BLOCKS_MAX {
+            let reason = format!("{blocks} is more than {BLOCKS_MAX}");
+            return Err(Bad::new("num_hidden_layers", reason));
+        }
         let windows = self.windows(blocks)?.into_iter();
         Ok(windows
             .map(|window| AttentionPlan { window, ..plan })

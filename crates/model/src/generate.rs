@@ -13,28 +13,33 @@ use crate::random::Random;
 #[derive(Clone, Debug)]
 pub struct Sampler {
     temperature: f64,
+    top_p: f64,
     random: Random,
 }
 
 impl Sampler {
-    /// Draws from softmax(logits / `temperature`); at 0 takes the most likely token, the first of equals.
+    /// Draws from softmax(logits / `temperature`), of it from the fewest likeliest tokens that together have `top_p`
+    /// (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751); at temperature 0 takes the most likely token, the first
+    /// of equals.
     ///
     /// # Panics
-    /// If the temperature is negative or not finite.
-    pub fn new(temperature: f64, seed: u64) -> Self {
+    /// If the temperature is negative or not finite, or `top_p` is not above 0 and at most 1.
+    pub fn new(temperature: f64, top_p: f64, seed: u64) -> Self {
         assert!(
             temperature.is_finite() && temperature >= 0.0,
             "temperature {temperature}"
         );
+        assert!(top_p > 0.0 && top_p <= 1.0, "top_p {top_p}");
         Self {
             temperature,
+            top_p,
             random: Random::new(seed),
         }
     }
 
     /// Always the most likely token.
     pub fn greedy() -> Self {
-        Self::new(0.0, 0)
+        Self::new(0.0, 1.0, 0)
     }
 
     fn pick(&mut self, logits: &[f32]) -> u32 {
@@ -49,9 +54,21 @@ impl Sampler {
         }
         let largest = f64::from(logits[best]);
         let weight = |logit: &f32| ((f64::from(*logit) - largest) / self.temperature).exp();
-        let mut left = self.random.uniform() * logits.iter().map(weight).sum::<f64>();
-        for (id, logit) in logits.iter().enumerate() {
-            left -= weight(logit);
+        let mut weights: Vec<(usize, f64)> = logits.iter().map(weight).enumerate().collect();
+        let mut total: f64 = weights.iter().map(|(_, weight)| weight).sum();
+        if self.top_p < 1.0 {
+            weights.sort_by(|(_, a), (_, b)| b.total_cmp(a));
+            let (mut kept, mut sum) = (0, 0.0);
+            while kept < weights.len() && (kept == 0 || sum < self.top_p * total) {
+                sum += weights[kept].1;
+                kept += 1;
+            }
+            weights.truncate(kept);
+            total = sum;
+        }
+        let mut left = self.random.uniform() * total;
+        for (id, weight) in weights {
+            left -= weight;
             if left < 0.0 {
                 return id as u32;
             }

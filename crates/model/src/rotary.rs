@@ -82,6 +82,12 @@ impl Frequencies {
         self.usual.len()
     }
 
+    fn is_finite(&self) -> bool {
+        let long = self.long.iter().flat_map(|(_, long)| long);
+        let all = self.usual.iter().chain(long).chain([&self.attention]);
+        all.copied().all(f32::is_finite)
+    }
+
     /// Those of a sequence of `tokens`.
     pub fn of(&self, tokens: usize) -> &[f32] {
         match &self.long {
@@ -254,11 +260,16 @@ pub(crate) fn read(
         theta,
     };
     let scaling = scaling.read().map_err(inside)?;
-    Ok(RotaryPlan {
+    let plan = RotaryPlan {
         theta,
         part,
         scaling,
-    })
+    };
+    if plan.frequencies(expected.head_dim).is_finite() {
+        return Ok(plan);
+    }
+    let reason = format!("{theta} with this scaling gives frequencies beyond f32");
+    Err(place("rope_theta").because(reason))
 }
 
 /// Reading what stretches the waves; errors name keys of the section.

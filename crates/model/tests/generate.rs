@@ -38,7 +38,7 @@ fn greedy_tokens_are_the_largest_logits_of_a_forward_without_cache() {
 #[test]
 fn a_seed_repeats_and_another_differs() {
     for model in models() {
-        let sample = |seed| model.generate(&ids(3, 1), 30, &mut Sampler::new(1.0, seed), &[]);
+        let sample = |seed| model.generate(&ids(3, 1), 30, &mut Sampler::new(1.0, 1.0, seed), &[]);
         assert_eq!(sample(5), sample(5));
         assert_ne!(sample(5), sample(6));
     }
@@ -62,6 +62,34 @@ fn a_stop_token_ends_the_text() {
 }
 
 #[test]
+fn a_nucleus_leaves_out_what_is_unlikely_and_nothing_else() {
+    let model = lively(tiny(Family::Llama, true, None));
+    let prompt = ids(4, 1);
+    let logits = model.trace(&prompt).logits.into_data();
+    let logits: Vec<f32> = logits.try_into_vec().unwrap();
+    let last = &logits[logits.len() - 37..];
+    let total: f64 = last.iter().map(|logit| f64::from(*logit).exp()).sum();
+    let mut order: Vec<usize> = (0..37).collect();
+    order.sort_by(|&a, &b| last[b].total_cmp(&last[a]));
+    // The third likeliest token is the last that is needed for the share that it completes.
+    let share = |count: usize| -> f64 {
+        let kept = order[..count].iter();
+        kept.map(|&id| f64::from(last[id]).exp()).sum::<f64>() / total
+    };
+    let mut drawn = std::collections::BTreeSet::new();
+    let mut sampler = Sampler::new(1.0, share(3) - 1e-9, 5);
+    for _ in 0..500 {
+        drawn.insert(model.generate(&prompt, 1, &mut sampler, &[])[0] as usize);
+    }
+    assert_eq!(drawn, order[..3].iter().copied().collect());
+    let mut narrow = Sampler::new(1.0, 1e-9, 5);
+    assert_eq!(
+        model.generate(&prompt, 1, &mut narrow, &[])[0] as usize,
+        order[0]
+    );
+}
+
+#[test]
 fn sampling_follows_the_distribution() {
     let model = lively(tiny(Family::Llama, true, None));
     let prompt = ids(4, 1);
@@ -77,7 +105,7 @@ fn sampling_follows_the_distribution() {
         .collect();
     let total: f64 = weights.iter().sum();
     let mut counts = [0u32; 37];
-    let mut sampler = Sampler::new(1.0, 11);
+    let mut sampler = Sampler::new(1.0, 1.0, 11);
     for _ in 0..2000 {
         counts[model.generate(&prompt, 1, &mut sampler, &[])[0] as usize] += 1;
     }

@@ -182,6 +182,107 @@ fn a_fixture_read_with_another_decoder_is_not_that_of_transformers() {
     }
 }
 
+#[test]
+fn what_decoders_get_wrong_is_not_that_of_transformers() {
+    // Negative controls: each breaks one thing, and the log-probs or gradients leave the tolerance.
+    let Some(dir) = fixture("llama") else { return };
+    let golden = Golden::load(&dir);
+    let right = golden.worst_logp(&golden.pack());
+    assert!(right <= LOGP_TOLERANCE, "{right}");
+    let broken = |what: &str, worst: f64| {
+        println!("{what}: {worst:.1e}");
+        assert!(worst > 10.0 * LOGP_TOLERANCE, "{what}: {worst}");
+    };
+
+    let mut pack = golden.pack();
+    pack.positions = (0..pack.len() as u32).collect();
+    broken("positions not restarted", golden.worst_logp(&pack));
+
+    let mut pack = golden.pack();
+    for segment in &pack.segments {
+        let rejected = segment.completions[1].clone();
+        let after = pack.positions[segment.completions[0].end - 1] + 1;
+        for (row, position) in rejected.zip(after..) {
+            pack.positions[row] = position;
+        }
+    }
+    broken("rejected placed behind chosen", golden.worst_logp(&pack));
+
+    // Chosen as a part of what the rejected completion sees.
+    let leak: Vec<[Vec<u32>; 3]> = golden
+        .pairs()
+        .into_iter()
+        .map(|[prompt, chosen, rejected]| [[prompt, chosen].concat(), Vec::new(), rejected])
+        .collect();
+    let found = golden
+        .model
+        .token_logps(&Pack::new(leak.iter().map(tokens)));
+    let worst = found.iter().enumerate().map(|(pair, found)| {
+        let sum: f64 = found[1].iter().map(|logp| f64::from(*logp)).sum();
+        (sum - golden.logp(pair, "rejected")).abs()
+    });
+    broken(
+        "mask leaking from chosen to rejected",
+        worst.fold(0.0, f64::max),
+    );
+
+    // The last token, EOS, is not scored.
+    let unscored: Vec<[Vec<u32>; 3]> = golden
+        .pairs()
+        .into_iter()
+        .map(|[prompt, mut chosen, mut rejected]| {
+            chosen.pop();
+            rejected.pop();
+            [prompt, chosen, rejected]
+        })
+        .collect();
+    broken(
+        "EOS unscored",
+        golden.worst_logp(&Pack::new(unscored.iter().map(tokens))),
+    );
+
+    // Query heads of a key head: repeated in place, 0 0 1 1, not in turns, 0 1 0 1.
+    let rows = |model: &mut Golden, part: &str, order: &dyn Fn(usize) -> usize| {
+        let mut weights = model.model.take_weights();
+        for parameter in &model.model.layout().parameters {
+            if parameter.name.ends_with(part) {
+                let columns = parameter.shape[1];
+                let values = &mut weights[parameter.bucket][parameter.range()];
+                let before = values.to_vec();
+                for (row, values) in values.chunks_exact_mut(columns).enumerate() {
+                    values.copy_from_slice(&before[order(row) * columns..][..columns]);
+                }
+            }
+        }
+        model.model.put_weights(weights);
+    };
+    let plan = golden.model.config().attention[0];
+    let (head_dim, group) = (plan.head_dim, plan.heads / plan.kv_heads);
+    let mut tiled = Golden::load(&dir);
+    let swap = |row: usize| {
+        let (head, column) = (row / head_dim, row % head_dim);
+        ((head % plan.kv_heads) * group + head / plan.kv_heads) * head_dim + column
+    };
+    rows(&mut tiled, "q_proj.weight", &swap);
+    broken(
+        "grouped heads tiled instead of repeated",
+        tiled.worst_logp(&tiled.pack()),
+    );
+
+    // Pairs of neighbouring columns turn instead of halves.
+    let mut interleaved = Golden::load(&dir);
+    let neighbours = |row: usize| {
+        let (head, column) = (row / head_dim, row % head_dim);
+        head * head_dim + 2 * (column % (head_dim / 2)) + column / (head_dim / 2)
+    };
+    rows(&mut interleaved, "q_proj.weight", &neighbours);
+    rows(&mut interleaved, "k_proj.weight", &neighbours);
+    broken(
+        "interleaved rotary embedding",
+        interleaved.worst_logp(&interleaved.pack()),
+    );
+}
+
 /// dL/dlogp of Cal-DPO with β = 0.1, λ = 1 where policy = reference, over 6 pairs:
 /// ∂L/∂r_w = −σ(0) + 2(0 − 5), ∂L/∂r_l = σ(0) + 2(0 + 5).
 const START: [f32; 2] = [-10.5 / 6.0, 10.5 / 6.0];
@@ -245,6 +346,21 @@ impl Golden {
 
     fn pack(&self) -> Pack {
         Pack::new(self.pairs().iter().map(tokens))
+    }
+
+    /// log π of a completion as transformers has it.
+    fn logp(&self, pair: usize, side: &str) -> f64 {
+        self.json["logps_f64"][pair][side].as_f64().unwrap()
+    }
+
+    /// Largest distance of a sequence's log-prob from that of transformers.
+    fn worst_logp(&self, pack: &Pack) -> f64 {
+        let found = self.model.forward(pack).logps;
+        let pairs = found.iter().enumerate().flat_map(|(pair, found)| {
+            let sides = ["chosen", "rejected"].into_iter().zip(found);
+            sides.map(move |(side, found)| (f64::from(*found) - self.logp(pair, side)).abs())
+        });
+        pairs.fold(0.0, f64::max)
     }
 
     /// The gradient of Cal-DPO's mean over `pack` at the start.

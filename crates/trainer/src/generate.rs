@@ -21,6 +21,8 @@ pub struct GenerateRequest {
     pub max_tokens: usize,
     /// Of softmax(logits / temperature); 0 takes the most likely token.
     pub temperature: f64,
+    /// Draw of the fewest likeliest tokens that together have this probability; 1 for all.
+    pub top_p: f64,
     /// Of the one stream of random numbers that all prompts draw from.
     pub seed: u64,
 }
@@ -53,7 +55,7 @@ pub struct Continuation {
 /// A file or prompt that cannot be used, before anything is generated.
 ///
 /// # Panics
-/// If the temperature is negative or not finite.
+/// If the temperature is negative or not finite, or `top_p` is not above 0 and at most 1.
 pub fn generate<E: From<TrainError>>(
     request: &GenerateRequest,
     device: &Device,
@@ -66,7 +68,7 @@ pub fn generate<E: From<TrainError>>(
         check_ids(ids, place, model.config().vocabulary, &request.model)?;
     }
     let stop = stop_ids(&model, &tokenizer);
-    let mut sampler = Sampler::new(request.temperature, request.seed);
+    let mut sampler = Sampler::new(request.temperature, request.top_p, request.seed);
     for (place, prompt, ids) in prompts {
         let new = model.generate(&ids, request.max_tokens, &mut sampler, &stop);
         warn_beyond_positions(&model, &place, ids.len() + new.len());

@@ -172,6 +172,9 @@ struct Generate {
     /// 0 takes the most likely token, 1 draws as the model predicts.
     #[arg(long, default_value_t = 0.0, value_parser = temperature, allow_negative_numbers = true)]
     temperature: f64,
+    /// Draw of the fewest likeliest tokens that together have this probability (nucleus sampling).
+    #[arg(long, default_value_t = 1.0, value_parser = share, allow_negative_numbers = true)]
+    top_p: f64,
     /// Another seed draws other tokens.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -465,6 +468,7 @@ fn run_generate(arguments: &Generate) -> anyhow::Result<()> {
         chat: arguments.chat,
         max_tokens: arguments.max_tokens,
         temperature: arguments.temperature,
+        top_p: arguments.top_p,
         seed: arguments.seed,
     };
     let mut out = std::io::stdout().lock();
@@ -491,6 +495,13 @@ fn temperature(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(value) if f64::is_finite(value) && value >= 0.0 => Ok(value),
         _ => Err("expected a number that is 0 or more".into()),
+    }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        _ => Err("expected a number above 0 and at most 1".into()),
     }
 }
 
