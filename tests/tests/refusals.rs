@@ -24,6 +24,7 @@ fn refused(name: &str, run: &Run, code: i32, words: &[&str]) {
     for word in words {
         assert!(text.contains(word), "{name}: no `{word}` in: {text}");
     }
+    assert!(!text.contains("panicked"), "{name}: {text}");
     assert!(run.metrics().is_empty(), "{name}: rows of training");
     for left in ["export", "checkpoints/step-00000001"] {
         assert!(!run.path(left).exists(), "{name}: {left}");
@@ -134,6 +135,36 @@ fn files_that_cannot_be_used_are_named_with_line_or_tensor() {
         ),
         USAGE,
         &["trian.jsonl", "data.train"],
+    );
+    check(
+        "a pattern that nothing matches",
+        &with(
+            "configs/quickstart/train.jsonl",
+            "configs/quickstart/none-*.jsonl",
+        ),
+        USAGE,
+        &["none-*.jsonl"],
+    );
+    check(
+        "a data set of the hub",
+        &with("configs/quickstart/train.jsonl", "hf://datasets/a/b"),
+        USAGE,
+        &["hf://datasets/a/b", "download"],
+    );
+    let table = folder.path().join("pairs.parquet");
+    let mut bytes = b"PAR1".to_vec();
+    bytes.extend([7; 100]);
+    bytes.extend([40, 0, 0, 0]);
+    bytes.extend(b"PAR1");
+    fs::write(&table, bytes).expect("write a table");
+    check(
+        "a Parquet file with a damaged footer",
+        &with(
+            "configs/quickstart/train.jsonl",
+            &table.display().to_string(),
+        ),
+        USAGE,
+        &["pairs.parquet", "Parquet"],
     );
     check(
         "a model that is not there",

@@ -65,7 +65,10 @@ pub(crate) fn read(file: &Path, open: File, sink: &mut Sink<'_>) -> Result<(), D
     }
     let whole = decoder.finish().is_ok();
     // Behind its end a stream takes no byte.
-    let ended = whole && decoder.decode(&mut Buffer::from_vec(vec![0_u8])).is_err();
+    let ended = whole
+        && table::decode(file, KIND, || {
+            Ok(decoder.decode(&mut Buffer::from_vec(vec![0_u8])).is_err())
+        })?;
     if !whole || framed.is_none() && !ended {
         return Err(damaged(file, "it ends early"));
     }

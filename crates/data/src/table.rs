@@ -4,8 +4,10 @@
 //! way to say that a message lacks a key, and a chat template must not meet `tool_calls` where nobody wrote it. Values that JSON has
 //! no word for (dates, decimals, bytes that are not text) become `{"type": …}`, which no column of a pair can be.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Once;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{
@@ -45,7 +47,11 @@ pub(crate) fn decode<T>(
     kind: &'static str,
     work: impl FnOnce() -> Result<T, String>,
 ) -> Result<T, DataError> {
-    let reason = match catch_unwind(AssertUnwindSafe(work)) {
+    quiet_panics();
+    DECODING.set(true);
+    let done = catch_unwind(AssertUnwindSafe(work));
+    DECODING.set(false);
+    let reason = match done {
         Ok(Ok(value)) => return Ok(value),
         Ok(Err(reason)) => reason,
         Err(_) => "its parts contradict each other".into(),
@@ -55,6 +61,24 @@ pub(crate) fn decode<T>(
         kind,
         reason,
     })
+}
+
+thread_local! {
+    /// Whether a panic of this thread is [`decode`]'s to report.
+    static DECODING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Keeps panics of decoders out of the output, which has the error; all others are told as before.
+fn quiet_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let tell = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !DECODING.get() {
+                tell(panic);
+            }
+        }));
+    });
 }
 
 fn object<'a>(
