@@ -185,7 +185,7 @@ struct InitArguments {
     /// Hugging Face directory of the model to train.
     #[arg(long, value_name = "DIR", requires = "init")]
     model: Option<PathBuf>,
-    /// Training pairs: a JSONL file, or a folder with train*.jsonl and test*.jsonl or eval*.jsonl.
+    /// Training pairs: a file (JSON lines, Parquet, Arrow), or a folder with train*.jsonl and test*.jsonl or eval*.jsonl.
     #[arg(long, value_name = "PATH", requires = "init")]
     data: Option<PathBuf>,
     /// Held-out pairs.

@@ -59,8 +59,8 @@ pub struct Dataset {
     pub report: Report,
 }
 
-/// Reads and tokenizes what `files` name (files, folders, patterns) as one list. With `needs_rejected` false (objective `sft`) the rejected side is left empty, and
-/// files without one will do.
+/// Reads and tokenizes what `files` name (files, folders, patterns) as one list. With `needs_rejected` false (objective
+/// `sft`) the rejected side is left empty, and files without one will do.
 ///
 /// # Errors
 /// At the first row that cannot be used, and if no pair is left. Rows without a completion within `max_length` are dropped and reported.

@@ -214,11 +214,10 @@ pub fn layer_norm_backward(
             );
         }
     };
-    let on_host = (Host::read(dy), Host::read(x), Host::read(weight));
     let (Some(dy_host), Some(x_host), Some(weight_host), true) = (
-        on_host.0,
-        on_host.1,
-        on_host.2,
+        Host::read(dy),
+        Host::read(x),
+        Host::read(weight),
         gradients.host(slots[0]).is_some(),
     ) else {
         let column = |index: usize| {

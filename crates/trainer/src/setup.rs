@@ -208,18 +208,36 @@ pub(crate) fn held_out<'a>(spec: &Spec, eval: Option<&'a Dataset>) -> &'a [Pair]
 
 /// Digest of a model as a function: its weights, and everything of its description that changes what they compute.
 pub(crate) fn model_digest(model: &Model) -> [u8; 32] {
-    let config = model.config();
+    // Weights alone do not tell a rotary base, a window or a residual form. Every field is named, so that a new one is decided.
+    let ModelConfig {
+        family: _,
+        vocabulary,
+        hidden,
+        norm,
+        norm_epsilon,
+        residual,
+        projections,
+        biases,
+        head_norms,
+        attention,
+        rotary,
+        window_rotary,
+        mlp,
+        embedding_scale,
+        logit_cap,
+        tied,
+        positions_max: _,
+        eos_ids: _,
+        bos_id: _,
+        notes: _,
+    } = model.config();
+    let shape = (vocabulary, hidden, tied, norm, norm_epsilon, residual);
+    let attention = (projections, biases, head_norms, attention);
+    let rest = (rotary, window_rotary, mlp, embedding_scale, logit_cap);
     let mut hasher = blake3::Hasher::new();
-    hasher.update(b"caldpo model 1");
+    hasher.update(b"caldpo model 2");
     hasher.update(&model.weights_digest());
-    // Weights alone do not tell a rotary base or a window. The shapes of the weights cover the rest of the description.
-    let parts = (
-        &config.attention,
-        &config.rotary,
-        config.norm_epsilon,
-        config.tied,
-    );
-    hasher.update(format!("{parts:?}").as_bytes());
+    hasher.update(format!("{:?}", (shape, attention, rest)).as_bytes());
     *hasher.finalize().as_bytes()
 }
 
@@ -272,4 +290,44 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
         write!(digits, "{byte:02x}").expect("a string takes everything");
         digits
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn whatever_changes_the_function_changes_the_digest_and_nothing_else() {
+        let neox = json!({ "model_type": "gpt_neox", "vocab_size": 30, "hidden_size": 16, "intermediate_size": 20,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "rotary_pct": 0.5, "max_position_embeddings": 64 });
+        let gemma = json!({ "model_type": "gemma2", "vocab_size": 30, "hidden_size": 16, "intermediate_size": 20,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 4, "max_position_embeddings": 64 });
+        let digest = |base: &Value, key: &str, value: Value| {
+            let mut config = base.clone();
+            config[key] = value;
+            let config = ModelConfig::parse(&config.to_string(), Path::new("config.json"))
+                .unwrap_or_else(|error| panic!("{error}"));
+            // Equal shapes and seed: equal weights.
+            model_digest(&Model::random(config, 1, &Device::flex()))
+        };
+        for (base, key, value, changes) in [
+            (&neox, "use_parallel_residual", json!(false), true),
+            (&neox, "hidden_act", json!("gelu_new"), true),
+            (&neox, "rotary_pct", json!(1.0), true),
+            (&neox, "rotary_emb_base", json!(500), true),
+            (&neox, "layer_norm_eps", json!(1e-3), true),
+            (&neox, "eos_token_id", json!(7), false),
+            (&neox, "max_position_embeddings", json!(128), false),
+            (&gemma, "final_logit_softcapping", json!(20.0), true),
+            (&gemma, "attn_logit_softcapping", Value::Null, true),
+            (&gemma, "query_pre_attn_scalar", json!(8), true),
+            (&gemma, "sliding_window", json!(9), true),
+            (&gemma, "attention_dropout", json!(0.1), false),
+        ] {
+            let same = digest(base, "bos_token_id", json!(1)) == digest(base, key, value);
+            assert_eq!(same, !changes, "{key}");
+        }
+    }
 }

@@ -30,17 +30,15 @@ pub fn tiny_json(family: Family, tied: bool, window: Option<usize>) -> Value {
         Family::Phi3 => ("phi3", "Phi3ForCausalLM"),
         Family::GptNeox => ("gpt_neox", "GPTNeoXForCausalLM"),
     };
-    let head_dim = if family == Family::GptNeox { 5 } else { 6 };
     let mut config = json!({
         "architectures": [class], "model_type": kind, "dtype": "float32", "vocab_size": 37, "hidden_size": 20,
         "intermediate_size": 28, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
         "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "rope_theta": 10000.0, "tie_word_embeddings": tied,
-        "sliding_window": window, "eos_token_id": 2, "bos_token_id": 1, "head_dim": head_dim,
+        "sliding_window": window, "eos_token_id": 2, "bos_token_id": 1, "head_dim": 6,
     });
     if family == Family::GptNeox {
         // Heads have an even number of columns, and hidden / heads of them.
         config["hidden_size"] = json!(24);
-        config["head_dim"] = json!(6);
         config["rotary_pct"] = json!(0.4);
     }
     if matches!(family, Family::Gemma2 | Family::Gemma3) {
