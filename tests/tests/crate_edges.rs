@@ -12,7 +12,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("checkpoint", &["storage"]),
     ("refcache", &["storage"]),
     ("collective", &[]),
-    ("data", &[]),
+    ("data", &["storage"]),
     ("kernels", &[]),
     // kernels reaches it through cubecl and [patch.crates-io]; nobody names it.
     ("cubecl-llvm", &[]),

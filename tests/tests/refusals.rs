@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 
 use tests::programs::{Run, SMALL, program, text};
 use tests::workspace_root;
@@ -49,7 +49,7 @@ fn with_data(folder: &Path, lines: &str) -> String {
 
 #[test]
 fn values_that_cannot_work_are_refused_with_key_and_cure() {
-    let rows: [(&str, String, &[&str]); 11] = [
+    let rows: [(&str, String, &[&str]); 14] = [
         (
             "an unknown key",
             with("beta = 0.1", "betta = 0.1"),
@@ -91,9 +91,33 @@ fn values_that_cannot_work_are_refused_with_key_and_cure() {
             &["train.epochs", "train.steps"],
         ),
         (
-            "bf16",
-            with("[data]", "dtype = \"bf16\"\n[data]"),
-            &["model.dtype", "f32"],
+            "f16",
+            with("[data]", "dtype = \"f16\"\n[data]"),
+            &["model.dtype", "bf16"],
+        ),
+        (
+            "an adapter for modules that the model does not have",
+            with(
+                "[data]",
+                "[adapter]\nkind = \"lora\"\ntargets = [\"c_attn\"]\n[data]",
+            ),
+            &["adapter.targets", "c_attn", "q_proj"],
+        ),
+        (
+            "dropout",
+            with(
+                "[data]",
+                "[adapter]\nkind = \"lora\"\ndropout = 0.1\n[data]",
+            ),
+            &["adapter.dropout", "0"],
+        ),
+        (
+            "kto's weight under another objective",
+            with(
+                "kind = \"cal_dpo\"",
+                "kind = \"cal_dpo\"\ndesirable_weight = 2.0",
+            ),
+            &["objective.desirable_weight"],
         ),
         (
             "no workers",
@@ -435,7 +459,7 @@ fn every_configuration_of_this_repository_resolves() {
             path.display(),
             text(&output)
         );
-        // What is printed is a whole configuration and resolves to itself.
+        // What is printed is a whole configuration and resolves to itself; its first line names the sources.
         let again = tempfile::tempdir().expect("a temporary folder");
         let file = again.path().join("again.toml");
         fs::write(&file, &output.stdout).expect("write");
@@ -444,7 +468,11 @@ fn every_configuration_of_this_repository_resolves() {
             .arg(&file)
             .output()
             .expect("it starts");
-        assert_eq!(text(&twice), text(&output), "{}", path.display());
+        let keys = |output: &Output| {
+            let text = text(output);
+            text.split_once('\n').map(|(_, keys)| keys.to_owned())
+        };
+        assert_eq!(keys(&twice), keys(&output), "{}", path.display());
         seen += 1;
     }
     assert!(seen >= 7, "{seen} configurations");

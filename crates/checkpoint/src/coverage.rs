@@ -25,7 +25,7 @@ impl Located {
     }
 }
 
-/// Of each tensor and kind the pieces in order, without gap or overlap.
+/// Of each tensor and kind the pieces in order, without gap or overlap; of a moment that was not written, none.
 #[derive(Debug)]
 pub(crate) struct Coverage {
     tensors: HashMap<String, usize>,
@@ -121,8 +121,14 @@ impl Coverage {
         for (index, file) in files.iter().enumerate() {
             coverage.place(index, file, &lens)?;
         }
+        // An update rule without a moment writes none of it; then no tensor has it.
+        let kinds = Kind::ALL.into_iter().filter(|&kind| {
+            let absent = |pieces: &[Vec<Located>; 3]| pieces[kind as usize].is_empty();
+            kind == Kind::Weight || !coverage.pieces.iter().all(absent)
+        });
+        let kinds: Vec<Kind> = kinds.collect();
         for (index, spec) in tensors.iter().enumerate() {
-            for kind in Kind::ALL {
+            for &kind in &kinds {
                 let pieces = &mut coverage.pieces[index][kind as usize];
                 pieces.sort_by_key(|piece| piece.start);
                 seamless(&spec.name, kind, lens[index], pieces, files)?;

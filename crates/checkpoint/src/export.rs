@@ -1,15 +1,25 @@
-//! A checkpoint's weights as a Hugging Face model directory: weights from the checkpoint, everything else from the model that
-//! the run began with.
+//! A checkpoint's weights as a Hugging Face model directory: weights from the checkpoint (those of an adapter merged into the
+//! model's), everything else from the model that the run began with. Adapters also by themselves: see `adapter`.
 //!
 //! ```text
 //! model.safetensors        u64 LE  length of the header, a multiple of 8
 //!                          header  JSON: {"__metadata__": {"format": "pt", "caldpo_run": .., "caldpo_step": ..},
-//!                                         NAME: {"dtype": "F32" | "BF16", "shape": [..], "data_offsets": [start, end]}, ..}
-//!                          data    f32 or bf16 LE, tensors in the model's order without gaps
-//! config.json              the source's, with the dtype of the weights
+//!                                         NAME: {"dtype": "F32" | "BF16" | "F16", "shape": [..], "data_offsets": [start, end]}, ..}
+//!                          data    little endian, tensors without gaps: those of 4 bytes an element, then those of 2, each in
+//!                                  the model's order
+//! or, where that would exceed the largest shard,
+//! model-00001-of-00002.safetensors, ..      the same, each with its part of the tensors
+//! model.safetensors.index.json              {"metadata": {"total_parameters", "total_size"}, "weight_map": {NAME: FILE, ..}}
+//!
+//! config.json              the source's, with the dtype of the weights: that of most parameters where they differ
 //! generation_config.json, tokenizer*, chat_template*, special_tokens_map.json, ..   the source's, byte for byte
 //! ```
 
+mod adapter;
+mod base;
+mod directory;
+mod dtype;
+mod shards;
 mod source;
 mod weights;
 
@@ -18,26 +28,27 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use safetensors::Dtype;
 use serde::Serialize;
 use storage::FileError;
 
 use crate::{
     folder::at,
+    manifest::Manifest,
+    parts::{Kind, TensorSpec},
     read::{Checkpoint, CheckpointError},
 };
 
-/// Folder beside the checkpoints with the model's config and tokenizer.
-pub const SOURCE: &str = "source";
+pub use adapter::{export_adapter, is_adapter, keep_adapter};
+pub use directory::{Exported, exported, has_weights};
+pub use dtype::{ExportDtype, WeightDtype};
+pub use shards::SHARD_BYTES_MAX;
 
-/// Element type of exported weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ExportDtype {
-    /// The bits of the checkpoint.
-    F32,
-    /// Rounded to the nearest bf16, ties to even.
-    Bf16,
-}
+use adapter::Merged;
+use shards::{Shard, Tensor};
+
+/// Folder beside the checkpoints with the model's config and tokenizer, and what its weights are like.
+pub const SOURCE: &str = "source";
 
 /// What an export has written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -46,14 +57,16 @@ pub struct ExportSummary {
     pub path: PathBuf,
     /// Step of the weights.
     pub step: u64,
-    /// Element type of the weights.
-    pub dtype: ExportDtype,
+    /// Element type of most parameters, which config.json names.
+    pub dtype: WeightDtype,
     /// Number of tensors.
     pub tensors: usize,
     /// Number of elements of all tensors.
     pub parameters: usize,
-    /// Size of `model.safetensors`.
+    /// Size of all files with weights.
     pub bytes: u64,
+    /// Names of these files.
+    pub weights: Vec<String>,
     /// Names of the files that were copied from the source.
     pub copied: Vec<String>,
 }
@@ -95,6 +108,43 @@ pub enum ExportError {
         /// What the source has instead.
         found: String,
     },
+    /// The source holds a tensor in a type that is not written.
+    #[error(
+        "{path}: tensor `{tensor}` is {found:?}, which an export does not write; choose one for all with `checkpoint export --dtype f32`"
+    )]
+    SourceDtype {
+        /// The source's directory.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its type there.
+        found: Dtype,
+    },
+    /// A weight would become infinite.
+    #[error(
+        "tensor `{tensor}`: {value:e} is beyond the largest {dtype}; export it with `checkpoint export --dtype f32`, or bf16 instead \
+         of f16"
+    )]
+    Overflow {
+        /// The tensor.
+        tensor: String,
+        /// The value.
+        value: f32,
+        /// The type that it does not fit into, in torch's words.
+        dtype: &'static str,
+    },
+    /// An adapter is to be merged into a model that is not here.
+    #[error("{path} has no weights; name the model directory that the adapter was trained on")]
+    NoBase {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The checkpoint is of a model.
+    #[error("{path} holds a model and no adapter; export it without `--adapter`")]
+    NoAdapter {
+        /// The checkpoint.
+        path: PathBuf,
+    },
     /// The target holds something that is not an earlier export of this run.
     #[error(
         "{path} exists and is not an earlier export of this run; remove it or name another folder"
@@ -108,8 +158,9 @@ pub enum ExportError {
     File(#[from] FileError),
 }
 
-/// Writes the weights of `checkpoint` as the model directory `out`, with the other files of `source_model_dir`. An earlier
-/// export of the same run is replaced. `out` appears whole: it is made beside its place and renamed.
+/// Writes the weights of `checkpoint` (of an adapter, merged into those of `source_model_dir`) as the model directory `out`, with the other files of `source_model_dir`, in files of at
+/// most `shard_bytes_max` bytes of tensors (a larger tensor has one for itself). An earlier export of the same run is replaced.
+/// `out` appears whole: it is made beside its place and renamed.
 ///
 /// # Errors
 /// Nothing is left behind then. A crash may leave a folder `OUT.*.tmp`.
@@ -118,24 +169,32 @@ pub fn export(
     source_model_dir: &Path,
     out: &Path,
     dtype: ExportDtype,
+    shard_bytes_max: u64,
 ) -> Result<ExportSummary, ExportError> {
-    let checkpoint = Checkpoint::open(checkpoint)?;
-    let config = source::config(source_model_dir, dtype)?;
-    source::check_tensors(source_model_dir, &checkpoint.manifest().tensors)?;
-    let copied = source::files(source_model_dir)?;
-    check_target(out, &checkpoint)?;
+    let path = checkpoint;
+    let checkpoint = Checkpoint::open(path)?;
+    let manifest = checkpoint.manifest();
+    let mut weights = if adapter::holds_adapter(&checkpoint) {
+        Weights::Merged(Merged::open(&checkpoint, path, source_model_dir)?)
+    } else {
+        Weights::Own(&checkpoint)
+    };
+    let specs = weights.specs();
+    let tensors = source::typed(source_model_dir, &specs, dtype)?;
+    let dtype = prevailing(&tensors);
+    let export = Export {
+        config: source::config(source_model_dir, dtype)?,
+        copied: source::files(source_model_dir)?,
+        source: source_model_dir,
+        shards: shards::plan(&tensors, shard_bytes_max),
+        manifest,
+    };
+    check_target(out, &manifest.info.run_digest)?;
 
     let temporary = beside(out, "tmp");
     storage::remove_directory(&temporary)?;
     storage::create_directory(&temporary)?;
-    let written = fill(
-        &temporary,
-        &checkpoint,
-        source_model_dir,
-        &copied,
-        &config,
-        dtype,
-    );
+    let written = export.fill(&temporary, &mut weights);
     let moved = written.and_then(|bytes| put_in_place(&temporary, out).map(|()| bytes));
     let bytes = match moved {
         Ok(bytes) => bytes,
@@ -145,42 +204,122 @@ pub fn export(
             return Err(error);
         }
     };
-    let manifest = checkpoint.manifest();
     Ok(ExportSummary {
         path: out.to_owned(),
         step: manifest.state.step,
         dtype,
-        tensors: manifest.tensors.len(),
-        parameters: weights::parameters(manifest),
+        tensors: tensors.len(),
+        parameters: tensors.iter().map(Tensor::elements).sum(),
         bytes,
-        copied,
+        weights: export.shards.into_iter().map(|shard| shard.name).collect(),
+        copied: export.copied,
     })
 }
 
-/// Copies the small files of `model_dir` that an export needs (config and tokenizer) to [`SOURCE`] below `checkpoints`, so that
-/// it can be made where the model is not. Files that are there already with the same content stay untouched.
+/// Copies the small files of `model_dir` that an export needs (config and tokenizer) to [`SOURCE`] below `checkpoints`, with the
+/// types and shapes of its tensors, so that it can be made where the model is not. Files that are there already with the same
+/// content stay untouched.
 ///
 /// # Errors
 /// `model_dir` is no model directory, or something cannot be written.
 pub fn keep_source(model_dir: &Path, checkpoints: &Path) -> Result<(), ExportError> {
     let folder = checkpoints.join(SOURCE);
     storage::create_directory(&folder)?;
+    let keep = |name: &str, content: &[u8]| {
+        let to = folder.join(name);
+        if fs::read(&to).is_ok_and(|there| there == content) {
+            return Ok(());
+        }
+        storage::atomic_write(&to, content)
+    };
     let mut names = source::files(model_dir)?;
     names.push(source::CONFIG.into());
     for name in names {
         let from = model_dir.join(&name);
-        let content = fs::read(&from).map_err(at("read", &from))?;
-        let to = folder.join(&name);
-        if fs::read(&to).is_ok_and(|there| there == content) {
-            continue;
-        }
-        storage::atomic_write(&to, &content)?;
+        keep(&name, &fs::read(&from).map_err(at("read", &from))?)?;
+    }
+    let tensors = source::tensors(model_dir)?;
+    if !tensors.is_empty() {
+        let content = serde_json::to_vec(&tensors).expect("names and numbers are always JSON");
+        keep(source::TENSORS, &content)?;
     }
     Ok(())
 }
 
+/// Where an export's weights come from.
+enum Weights<'a> {
+    /// The checkpoint's own.
+    Own(&'a Checkpoint),
+    /// A model's, with the checkpoint's adapter.
+    Merged(Merged<'a>),
+}
+
+impl Weights<'_> {
+    fn specs(&self) -> Vec<TensorSpec> {
+        match self {
+            Self::Own(checkpoint) => checkpoint.manifest().tensors.clone(),
+            Self::Merged(merged) => merged.specs().to_vec(),
+        }
+    }
+
+    fn read(&mut self, name: &str, start: usize, values: &mut [f32]) -> Result<(), ExportError> {
+        match self {
+            Self::Own(checkpoint) => Ok(checkpoint.read(name, Kind::Weight, start, values)?),
+            Self::Merged(merged) => merged.read(name, start, values),
+        }
+    }
+}
+
+/// What goes into a model directory.
+struct Export<'a> {
+    manifest: &'a Manifest,
+    shards: Vec<Shard<'a>>,
+    source: &'a Path,
+    /// Names of the files that are taken over.
+    copied: Vec<String>,
+    /// config.json.
+    config: Vec<u8>,
+}
+
+impl Export<'_> {
+    /// Writes all files of the model directory; returns the size of the weights.
+    fn fill(&self, folder: &Path, from: &mut Weights<'_>) -> Result<u64, ExportError> {
+        let mut bytes = 0;
+        let mut read =
+            |name: &str, start: usize, values: &mut [f32]| from.read(name, start, values);
+        for Shard { name, tensors } in &self.shards {
+            bytes += weights::write(&folder.join(name), self.manifest, tensors, &mut read)?;
+        }
+        if self.shards.len() > 1 {
+            let index = shards::index(&self.shards);
+            storage::atomic_write(&folder.join(directory::INDEX), &index)?;
+        }
+        storage::atomic_write(&folder.join(source::CONFIG), &self.config)?;
+        for name in &self.copied {
+            let from = self.source.join(name);
+            let content = fs::read(&from).map_err(at("read", &from))?;
+            storage::atomic_write(&folder.join(name), &content)?;
+        }
+        Ok(bytes)
+    }
+}
+
+/// The type of most parameters, the widest of several.
+fn prevailing(tensors: &[Tensor]) -> WeightDtype {
+    let parameters = |dtype: &WeightDtype| -> usize {
+        let of_type = tensors.iter().filter(|tensor| tensor.dtype == *dtype);
+        of_type.map(Tensor::elements).sum()
+    };
+    // The last one of equals is taken.
+    let types = [WeightDtype::F16, WeightDtype::Bf16, WeightDtype::F32];
+    types
+        .into_iter()
+        .max_by_key(parameters)
+        .expect("there are types")
+}
+
 /// Refuses a target whose content would be lost.
-fn check_target(out: &Path, checkpoint: &Checkpoint) -> Result<(), ExportError> {
+fn check_target(out: &Path, run_digest: &str) -> Result<(), ExportError> {
     let occupied = || ExportError::Occupied {
         path: out.to_owned(),
     };
@@ -192,32 +331,10 @@ fn check_target(out: &Path, checkpoint: &Checkpoint) -> Result<(), ExportError> 
     if entries.next().is_none() {
         return Ok(());
     }
-    let run = source::header(&out.join(weights::FILE))
-        .ok()
-        .and_then(|header| header.metadata().as_ref()?.get(weights::RUN_KEY).cloned());
-    if run.as_ref() == Some(&checkpoint.manifest().info.run_digest) {
-        return Ok(());
+    match directory::exported(out) {
+        Some(earlier) if earlier.run_digest == run_digest => Ok(()),
+        _ => Err(occupied()),
     }
-    Err(occupied())
-}
-
-/// Writes all files of the model directory; returns the size of the weights.
-fn fill(
-    folder: &Path,
-    checkpoint: &Checkpoint,
-    source: &Path,
-    copied: &[String],
-    config: &[u8],
-    dtype: ExportDtype,
-) -> Result<u64, ExportError> {
-    let bytes = weights::write(&folder.join(weights::FILE), checkpoint, dtype)?;
-    storage::atomic_write(&folder.join(source::CONFIG), config)?;
-    for name in copied {
-        let from = source.join(name);
-        let content = fs::read(&from).map_err(at("read", &from))?;
-        storage::atomic_write(&folder.join(name), &content)?;
-    }
-    Ok(bytes)
 }
 
 /// Renames the finished folder to `out`, after moving an earlier export out of the way.

@@ -34,6 +34,7 @@
 //!             "model/NAME@START":  {"dtype": "F32", "shape": [LEN], "data_offsets": [BEGIN, END]},   the weight
 //!             "first/NAME@START":  ..                                                                 its first moment
 //!             "second/NAME@START": ..}                                                                its second moment
+//!          An update rule without one of the moments (RMSprop has no first) leaves all pieces of it out.
 //! 8+n      data: the pieces in the header's order without gaps, f32 little endian
 //! ```
 //! NAME is the tensor's Hugging Face name, START the piece's first element in the tensor's row-major order, LEN its number of
@@ -46,7 +47,7 @@
 //! 75   14  ","manifest":␊
 //! 89   m   content: JSON on one line
 //!            {"version": 1,
-//!             "state": {"step", "epoch", "updates", "seed"},
+//!             "state": {"step", "epoch", "updates", "seed", and "shift": {"mean", "count"} where an objective keeps one},
 //!             "generation", "world",
 //!             "info": {"model_digest", "tokenizer_digest", "data_digest", "run_digest", "tool_version"},
 //!             "tensors": [{"name", "shape"}, ..],
@@ -76,10 +77,13 @@ pub use commit::{CommitError, CommittedCheckpoint, commit};
 pub use coverage::CoverageError;
 pub use damage::Damage;
 pub use digest::CHUNK_BYTES;
-pub use export::{ExportDtype, ExportError, ExportSummary, SOURCE, export, keep_source};
+pub use export::{
+    ExportDtype, ExportError, ExportSummary, Exported, SHARD_BYTES_MAX, SOURCE, WeightDtype,
+    export, export_adapter, exported, has_weights, is_adapter, keep_adapter, keep_source,
+};
 pub use folder::MANIFEST;
 pub use history::{Newest, Retention, newest, retain, visible};
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestError, ManifestInfo};
-pub use parts::{Kind, Piece, TensorSpec, TrainState};
+pub use parts::{Kind, MeanState, Piece, TensorSpec, TrainState};
 pub use rank_file::{FileEntry, PieceEntry, RankFile, WriteError, write_rank};
 pub use read::{Checkpoint, CheckpointError, Verified};

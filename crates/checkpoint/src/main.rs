@@ -9,8 +9,10 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use checkpoint::{Checkpoint, CheckpointError, Damage, ExportDtype, ExportError, MANIFEST, newest};
-use clap::{Parser, Subcommand, ValueEnum};
+use checkpoint::{
+    Checkpoint, CheckpointError, Damage, ExportDtype, ExportError, ExportSummary, MANIFEST, newest,
+};
+use clap::{Parser, Subcommand};
 use serde::Serialize;
 use serde_json::json;
 
@@ -52,29 +54,29 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Write the weights as a Hugging Face model directory.
+    /// Write the weights as a Hugging Face model directory, those of an adapter merged into the model's; or an adapter by itself.
     Export {
         /// A checkpoint, or a directory of checkpoints.
         dir: PathBuf,
         /// The model directory that the run began with: config, tokenizer and generation files come from there.
-        #[arg(long)]
-        model: PathBuf,
-        /// The model directory to write.
+        #[arg(long, required_unless_present = "adapter")]
+        model: Option<PathBuf>,
+        /// Write the adapter by itself, in PEFT's format.
+        #[arg(long, conflicts_with_all = ["model", "dtype", "max_shard_size"])]
+        adapter: bool,
+        /// The directory to write.
         #[arg(long)]
         out: PathBuf,
         /// Element type of the weights.
-        #[arg(long, value_enum, default_value = "f32")]
-        dtype: Dtype,
+        #[arg(long, value_enum, default_value = "source")]
+        dtype: ExportDtype,
+        /// Most bytes of tensors in one file, such as 5GB, 500MB or 2GiB; more are written as shards with an index.
+        #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
+        max_shard_size: u64,
         /// Print the result as JSON.
         #[arg(long)]
         json: bool,
     },
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Dtype {
-    F32,
-    Bf16,
 }
 
 fn main() -> ExitCode {
@@ -98,15 +100,20 @@ fn run(command: Command) -> Result<u8> {
         Command::Export {
             dir,
             model,
+            adapter: _,
             out,
             dtype,
+            max_shard_size,
             json,
         } => {
-            let dtype = match dtype {
-                Dtype::F32 => ExportDtype::F32,
-                Dtype::Bf16 => ExportDtype::Bf16,
+            let checkpoint = resolve(&dir)?;
+            let summary = match model {
+                Some(model) => checkpoint::export(&checkpoint, &model, &out, dtype, max_shard_size),
+                None => checkpoint::export_adapter(&checkpoint, &out),
             };
-            export(&resolve(&dir)?, &model, &out, dtype, json)
+            let summary = summary
+                .with_context(|| format!("export {} to {}", dir.display(), out.display()))?;
+            print_export(&summary, json)
         }
     }
 }
@@ -244,21 +251,44 @@ fn verify_newest(dir: &Path) -> Result<Outcome> {
     })
 }
 
-fn export(path: &Path, model: &Path, out: &Path, dtype: ExportDtype, json: bool) -> Result<u8> {
-    let summary = checkpoint::export(path, model, out, dtype)
-        .with_context(|| format!("export {} to {}", path.display(), out.display()))?;
+fn print_export(summary: &ExportSummary, json: bool) -> Result<u8> {
     if json {
-        return print(&serde_json::to_string(&summary)?);
+        return print(&serde_json::to_string(summary)?);
     }
+    let files = match &summary.weights[..] {
+        [one] => one.clone(),
+        many => format!("{} shards", many.len()),
+    };
     print(&format!(
-        "{}: step {}, {} tensors, {} parameters, {} bytes; with config.json {}",
-        out.display(),
+        "{}: step {}, {} tensors, {} parameters, {} bytes in {files}; with config.json {}",
+        summary.path.display(),
         summary.step,
         summary.tensors,
         summary.parameters,
         summary.bytes,
         summary.copied.join(" "),
     ))
+}
+
+/// Bytes as people and transformers write them: a whole number with a unit or without.
+fn parse_size(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 7] = [
+        ("", 1),
+        ("KB", 1_000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("KIB", 1 << 10),
+        ("MIB", 1 << 20),
+        ("GIB", 1 << 30),
+    ];
+    let end = text.find(|it: char| !it.is_ascii_digit());
+    let (number, unit) = text.split_at(end.unwrap_or(text.len()));
+    let unit = unit.trim().to_uppercase();
+    let unit = UNITS.iter().find(|(name, _)| *name == unit);
+    let size = number.parse::<u64>().ok().zip(unit);
+    size.and_then(|(number, (_, unit))| number.checked_mul(*unit))
+        .filter(|&bytes| bytes > 0)
+        .ok_or_else(|| "expected a size above 0, such as 5GB, 500MB or 2GiB".into())
 }
 
 /// Whether `dir` is a checkpoint's folder itself, complete or not.
@@ -304,6 +334,8 @@ fn code_of(error: &anyhow::Error) -> u8 {
         Some(
             ExportError::Occupied { .. }
             | ExportError::OtherModel { .. }
+            | ExportError::SourceDtype { .. }
+            | ExportError::Overflow { .. }
             | ExportError::NoModel { .. },
         ) => return USAGE,
         Some(ExportError::Checkpoint(error)) => Some(error),

@@ -19,7 +19,7 @@ const MIDDLE: &[u8] = b"\",\"manifest\":\n";
 const CLOSING: &[u8] = b"\n}\n";
 
 /// What the manifest says.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Format of this manifest and of the files.

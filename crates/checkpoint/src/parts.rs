@@ -27,9 +27,9 @@ impl TensorSpec {
 pub enum Kind {
     /// The parameter itself.
     Weight,
-    /// AdamW's mean of gradients.
+    /// The optimizer's mean of gradients; zeros under one that keeps none.
     FirstMoment,
-    /// AdamW's mean of squared gradients.
+    /// The optimizer's mean of squared gradients.
     SecondMoment,
 }
 
@@ -71,7 +71,7 @@ pub struct Piece<'a> {
 }
 
 /// Where the training stands, beside the tensors. Data order is a function of seed, epoch and step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainState {
     /// The last committed optimizer step.
     pub step: u64,
@@ -81,4 +81,16 @@ pub struct TrainState {
     pub updates: u64,
     /// The run's seed.
     pub seed: u64,
+    /// A running mean that the objective keeps, of rewards over steps; absent where it keeps none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shift: Option<MeanState>,
+}
+
+/// A running mean.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MeanState {
+    /// The mean; finite, to the bit in JSON.
+    pub mean: f64,
+    /// Values in it.
+    pub count: u64,
 }

@@ -65,7 +65,7 @@ impl PieceEntry {
 }
 
 /// What a rank tells the coordinator about the file it has written; travels as JSON.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RankFile {
     /// Number of ranks that write this checkpoint.

@@ -124,6 +124,19 @@ fn export_writes_a_model_directory_and_says_so() {
     assert_eq!(json(&text)["dtype"], "bf16");
     assert_eq!(json(&text)["parameters"], 45);
     assert!(out.join("model.safetensors").exists());
+    let (code, text, _) = export(&["--max-shard-size", "0.1KB"]);
+    assert_eq!((code, text.as_str()), (2, ""));
+    let (code, text, _) = export(&["--max-shard-size", "96", "--json"]);
+    assert_eq!(code, 0);
+    // The source has no weights, so that their type is the checkpoint's.
+    assert_eq!(json(&text)["dtype"], "f32");
+    assert_eq!(
+        json(&text)["weights"][1],
+        "model-00002-of-00002.safetensors"
+    );
+    let (code, text, _) = export(&["--max-shard-size", "1KiB"]);
+    assert_eq!(code, 0);
+    assert!(text.contains("bytes in model.safetensors;"), "{text}");
     fs::remove_file(out.join("model.safetensors")).unwrap();
     let (code, _, err) = export(&[]);
     assert_eq!(code, 2);

@@ -1,9 +1,10 @@
-//! A job's configuration: built-in defaults, then files, then the environment, then `--set`.
+//! A job's configuration: built-in defaults, then a preset, then files, then the environment, then `--set`.
 //!
 //! The coordinator reads its own sections here. What describes the training itself goes, merged, to [`spec::resolve`], which
 //! fills in defaults and refuses what it does not know. Nothing here starts or writes anything.
 
 mod layers;
+mod presets;
 mod refusal;
 mod schema;
 mod sections;
@@ -15,7 +16,7 @@ use std::path::Path;
 
 use protocol::{JobPolicy, Selection};
 use serde::Serialize;
-use spec::{JobError, ObjectiveConfig, Targets};
+use spec::{JobError, ObjectiveConfig, OptimizerSection, Targets};
 use toml::{Table, Value};
 
 use layers::Merged;
@@ -51,6 +52,8 @@ pub struct Config {
     pub training: Table,
     /// `[objective]` of these.
     pub objective_config: ObjectiveConfig,
+    /// `[optimizer]` of these.
+    pub optimizer: OptimizerSection,
     /// What makes a run this run and no other.
     pub identity: serde_json::Value,
 }
@@ -69,6 +72,11 @@ impl Sources {
             environment,
             set,
         }
+    }
+
+    /// Whether neither a file nor an argument says anything: a preset and a few `--set` are a configuration, too.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty() && self.set.is_empty() && self.texts.is_empty()
     }
 
     /// The same without environment variables that are keys of a service.
@@ -130,6 +138,7 @@ impl Config {
             skipped_steps_max,
             training: resolved.resolved,
             objective_config: resolved.spec.objective,
+            optimizer: resolved.spec.optimizer,
             identity: resolved.identity,
         })
     }
@@ -181,8 +190,13 @@ impl Config {
 
     /// All sections up to `[cluster]`.
     fn job_toml(&self) -> String {
-        let mut text = String::from(
-            "# Resolved: built-in defaults, configuration files, environment and --set merged.\n",
+        // Its values are below, so that what ran is told in full and stays so when a later version knows better.
+        let preset = match &self.job.preset {
+            Some(preset) => format!(" preset {preset},"),
+            None => String::new(),
+        };
+        let mut text = format!(
+            "# Resolved: built-in defaults,{preset} configuration files, environment and --set merged.\n"
         );
         write_section(&mut text, "job", &self.job);
         for name in spec::SECTIONS {
@@ -282,6 +296,7 @@ fn job_section(
     let name = section.optional::<String>("name")?;
     let seed = section.required::<u64>("seed")?;
     let output = section.optional("output")?;
+    let preset = section.optional("preset")?;
     section.finish()?;
     let name = name.unwrap_or_else(|| default_name(sources));
     if !protocol::is_name(&name) {
@@ -292,7 +307,12 @@ fn job_section(
     if output.as_os_str().is_empty() {
         return Err(refuse(merged, "job.output", "is empty; name a directory"));
     }
-    Ok(JobSection { name, seed, output })
+    Ok(JobSection {
+        name,
+        seed,
+        output,
+        preset,
+    })
 }
 
 fn default_name(sources: &Sources) -> String {

@@ -1,27 +1,23 @@
 //! `export/`: which step's weights a complete run leaves as its model, and which ones lie there.
 
-use std::fs::File;
-use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use checkpoint::{ExportDtype, visible};
+use checkpoint::{ExportDtype, SHARD_BYTES_MAX, visible};
 
 use crate::config::Config;
 use crate::run_directory::RunDirectory;
 
-/// Longest header that safetensors itself accepts.
-const HEADER_BYTES_MAX: u64 = 100_000_000;
-
-/// The export of a complete run, made unless it is there: one that was made by hand stays. `newest` are step and folder of
-/// the newest checkpoint that verifies.
+/// The export of a complete run, in the element types of the model that it began with, made unless it is there: one that was
+/// made by hand stays. An adapter is left by itself too, and that alone where the model is not here. `newest` are step and
+/// folder of the newest checkpoint that verifies.
 pub(crate) fn export(
     config: &Config,
     directory: &RunDirectory,
     newest: Option<&(u64, PathBuf)>,
 ) -> anyhow::Result<PathBuf> {
     let out = directory.export_path();
-    if out.join("model.safetensors").exists() {
+    if checkpoint::has_weights(&out) {
         return Ok(out);
     }
     let model = config.training_value("model", "path");
@@ -34,21 +30,32 @@ pub(crate) fn export(
         here if here.join("config.json").exists() || !kept.exists() => here,
         _ => &kept,
     };
-    let dtype = match config.training_value("model", "dtype") {
-        Some(dtype) if dtype.as_str() == Some("bf16") => ExportDtype::Bf16,
-        _ => ExportDtype::F32,
+    let write = |checkpoint: &Path| -> anyhow::Result<PathBuf> {
+        if checkpoint::is_adapter(checkpoint)? {
+            let adapter = directory.adapter_path();
+            checkpoint::export_adapter(checkpoint, &adapter)?;
+            if !checkpoint::has_weights(model) {
+                // Merging needs the model, which only the workers see.
+                return Ok(adapter);
+            }
+        }
+        checkpoint::export(
+            checkpoint,
+            model,
+            &out,
+            ExportDtype::Source,
+            SHARD_BYTES_MAX,
+        )?;
+        Ok(out.clone())
     };
     let Some((step, checkpoint)) = best_checkpoint(config, directory) else {
-        let checkpoint = last_checkpoint(config, directory, newest)?;
-        checkpoint::export(checkpoint, model, &out, dtype)?;
-        return Ok(out);
+        return write(last_checkpoint(config, directory, newest)?);
     };
-    checkpoint::export(&checkpoint, model, &out, dtype).with_context(|| {
+    write(&checkpoint).with_context(|| {
         format!(
             "step {step} is the best that was kept; --set checkpoint.keep_best=false exports the last one instead"
         )
-    })?;
-    Ok(out)
+    })
 }
 
 /// Step and folder of the best checkpoint, where it is kept: the first, from the best evaluation down, that is there. A save
@@ -81,14 +88,6 @@ fn last_checkpoint<'a>(
 
 /// Step of the weights in `export`, where they are this run's.
 pub(crate) fn exported_step(export: &Path, run_digest: &str) -> Option<u64> {
-    let mut file = File::open(export.join("model.safetensors")).ok()?;
-    let mut length = [0; 8];
-    file.read_exact(&mut length).ok()?;
-    let header = file.take(u64::from_le_bytes(length).min(HEADER_BYTES_MAX));
-    let header: serde_json::Value = serde_json::from_reader(BufReader::new(header)).ok()?;
-    let metadata = header.get("__metadata__")?;
-    if metadata.get("caldpo_run")?.as_str() != Some(run_digest) {
-        return None;
-    }
-    metadata.get("caldpo_step")?.as_str()?.parse().ok()
+    let exported = checkpoint::exported(export)?;
+    (exported.run_digest == run_digest).then_some(exported.step)
 }

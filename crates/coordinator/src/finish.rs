@@ -156,10 +156,17 @@ fn next_command(config: &Config, finished: &Finished, export: Option<&PathBuf>) 
     let data = data.and_then(toml::Value::as_str).unwrap_or("pairs.jsonl");
     // This program carries the worker's commands, wherever it lies.
     let program = finished.same_command.split(' ').next();
+    let model = if checkpoint::has_weights(export) {
+        export.display().to_string()
+    } else {
+        // An adapter whose model is where the workers are.
+        let model = config.training_value("model", "path");
+        let model = model.and_then(toml::Value::as_str).unwrap_or("MODEL");
+        format!("{model} --adapter {}", export.display())
+    };
     format!(
-        "{} worker score --model {} --data {data} --out {}",
+        "{} worker score --model {model} --data {data} --out {}",
         program.unwrap_or("coordinator"),
-        export.display(),
         config.job.output.join("scores.jsonl").display()
     )
 }

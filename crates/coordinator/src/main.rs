@@ -303,7 +303,7 @@ impl SourceArguments {
 
 fn load(sources: SourceArguments) -> anyhow::Result<Config> {
     let sources = sources.sources();
-    if sources.files.is_empty() {
+    if sources.is_empty() {
         let reason = "no configuration: name a file, such as `coordinator configs/quickstart.toml`";
         return Err(Unusable(reason.into()).into());
     }
@@ -313,7 +313,7 @@ fn load(sources: SourceArguments) -> anyhow::Result<Config> {
 /// A job to submit. The environment of whoever submits may hold keys of a service too, which are not the job's.
 fn load_job(sources: SourceArguments) -> anyhow::Result<Config> {
     let sources = sources.sources().without_service_variables();
-    if sources.files.is_empty() {
+    if sources.is_empty() {
         let reason =
             "no configuration: name a file, such as `coordinator submit configs/quickstart.toml`";
         return Err(Unusable(reason.into()).into());
@@ -366,10 +366,15 @@ fn initialize(file: &Path, model: &Path, data: &Path, eval: Option<&Path>) -> an
     let reports = worker::report::reports(&files.probe());
     let reports = reports.map_err(|error| Unusable(error.to_string()))?;
     let train = &reports.train;
+    // Unpaired rows have one completion each.
+    let completions = match train.desirable + train.undesirable {
+        0 => 2 * train.pairs,
+        rows => rows,
+    };
     let found = init::Found {
         pairs: train.pairs,
         longest: train.longest,
-        completion_tokens: train.scored_tokens as f64 / (2 * train.pairs).max(1) as f64,
+        completion_tokens: train.scored_tokens as f64 / completions.max(1) as f64,
     };
     let name = file
         .file_stem()

@@ -5,7 +5,7 @@
 use std::{fmt, path::Path};
 
 use protocol::{EvaluationRow, Statistics};
-use spec::ObjectiveConfig;
+use spec::{ObjectiveConfig, OptimizerKind};
 use toml::Value;
 
 use crate::{
@@ -210,12 +210,18 @@ impl ModelCard<'_> {
             Some(format!(", warmup over {}{unit}", text(value)))
         });
         let schedule = self.value("schedule", "kind") + &warmup.unwrap_or_default();
-        let optimizer = format!(
-            "AdamW, betas ({}), eps {}, weight decay {}",
-            self.value("optimizer", "betas"),
-            self.value("optimizer", "eps"),
-            self.value("optimizer", "weight_decay")
-        );
+        let kind = self.config.optimizer.kind;
+        let parameters = match kind {
+            OptimizerKind::AdamW {
+                betas: [first, second],
+                eps,
+                weight_decay,
+            } => {
+                format!("betas ({first:?}, {second:?}), eps {eps:?}, weight decay {weight_decay:?}")
+            }
+            OptimizerKind::RmsProp { alpha, eps } => format!("alpha {alpha:?}, eps {eps:?}"),
+        };
+        let optimizer = format!("{}, {parameters}", kind.label());
         let (unit_batch, unit_seen) = if self.has_pairs() {
             ("pairs a step", "pairs seen")
         } else {
@@ -329,7 +335,7 @@ impl ModelCard<'_> {
         writeln!(
             f,
             "The run's digest is that of the configuration which defines it, and stands as `caldpo_run` in the metadata of \
-             `model.safetensors`.\n"
+             the weights' files.\n"
         )
     }
 

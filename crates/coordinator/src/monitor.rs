@@ -26,7 +26,7 @@ mod window;
 
 use protocol::{EvaluationRow, MetricsRow, Selection};
 use serde::{Deserialize, Serialize};
-use spec::{ObjectiveConfig, Targets};
+use spec::{ObjectiveConfig, OptimizerSection, Targets};
 
 use crate::config::Config;
 
@@ -57,8 +57,8 @@ struct Watched {
     objective: ObjectiveConfig,
     /// Where it calibrates to.
     targets: Option<Targets>,
-    /// `optimizer.max_grad_norm`; 0 where nothing is clipped.
-    max_grad_norm: f64,
+    /// What clips gradients.
+    optimizer: OptimizerSection,
     /// What evaluations are compared by.
     selection: Option<Selection>,
 }
@@ -80,12 +80,11 @@ pub struct Monitor {
 impl Monitor {
     /// A monitor that has seen nothing.
     pub fn new(config: &Config) -> Self {
-        let norm = config.training_value("optimizer", "max_grad_norm");
         Self {
             watched: Watched {
                 objective: config.objective_config.clone(),
                 targets: config.targets(),
-                max_grad_norm: norm.and_then(toml::Value::as_float).unwrap_or(0.0),
+                optimizer: config.optimizer,
                 selection: config.selection(),
             },
             has_rewards: config.has_rewards(),

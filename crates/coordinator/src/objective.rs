@@ -106,7 +106,7 @@ pub(crate) fn label(objective: &ObjectiveConfig, between: &str) -> String {
     let parameters = objective.parameters().into_iter();
     words.extend(
         parameters
-            .filter(|it| it.key == "beta" || it.value != it.usual)
+            .filter(|it| it.key == "beta" || Some(it.value) != it.usual)
             .map(|it| format!("{}{between}{}", it.symbol, it.value)),
     );
     words.join(", ")

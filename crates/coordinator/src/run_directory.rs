@@ -280,6 +280,11 @@ impl RunDirectory {
         self.path.join("export")
     }
 
+    /// The adapter of a run that trains one, in PEFT's format.
+    pub fn adapter_path(&self) -> PathBuf {
+        self.path.join("adapter")
+    }
+
     /// The plot for people; the SVG lies beside it.
     pub fn plot_path(&self) -> PathBuf {
         self.path.join("plots").join("rewards.png")

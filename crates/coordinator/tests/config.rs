@@ -246,7 +246,7 @@ fn unknown_names_are_refused_with_place_and_nearest_name() {
         &[],
         &[],
         &["job.zzz=1"],
-        &["job.zzz", "known are name, output, seed"],
+        &["job.zzz", "known are name, output, preset, seed"],
     );
 }
 
@@ -527,4 +527,151 @@ fn a_best_checkpoint_without_a_metric_is_refused_with_the_cure() {
     check_refused(&[], &[], &["checkpoint.keep_best=true"], &parts);
     let every = ["checkpoint.keep_best=true", "evaluate.every_steps=10"];
     check_refused(&[], &[], &every, &parts);
+}
+
+/// The same without the environment of [`LEAST`], which says the objective's kind.
+fn load_preset(
+    file: &str,
+    environment: &[(&str, &str)],
+    set: &[&str],
+) -> Result<Config, ConfigError> {
+    let mut case = case(&[file], &[], set);
+    let environment = environment.iter().chain(&LEAST[..2]);
+    case.sources.environment = environment
+        .map(|(k, v)| ((*k).into(), (*v).into()))
+        .collect();
+    let loaded = Config::load(&case.sources);
+    drop(case.folder);
+    loaded
+}
+
+#[test]
+fn a_preset_has_the_numbers_of_the_run_that_it_is_named_after() {
+    // β, λ, kind, rate, clip, schedule, warmup, batch, length.
+    for (name, expected) in [
+        (
+            "cal-dpo-zephyr",
+            "0.002 0.5 adamw 5e-7 1.0 cosine 0.1 128 1024",
+        ),
+        (
+            "cal-dpo-hh",
+            "0.1 1.0 rmsprop 5e-7 10.0 constant 150 64 512",
+        ),
+        (
+            "cal-dpo-tldr",
+            "0.001 1.0 rmsprop 5e-7 10.0 constant 150 64 512",
+        ),
+    ] {
+        let config = load_preset("", &[], &[&format!("job.preset={name}")]).unwrap();
+        let value = |section, key| config.training_value(section, key).cloned();
+        let warmup = value("schedule", "warmup_ratio").or(value("schedule", "warmup_steps"));
+        let found = [
+            value("objective", "beta"),
+            value("objective", "calibration_weight"),
+            value("optimizer", "kind"),
+            value("optimizer", "learning_rate"),
+            value("optimizer", "max_grad_norm"),
+            value("schedule", "kind"),
+            warmup,
+            value("train", "batch_pairs"),
+            value("data", "max_length"),
+        ];
+        let found = found.map(|value| match value.unwrap() {
+            Value::String(text) => text,
+            Value::Float(number) => format!("{number:?}"),
+            other => other.to_string(),
+        });
+        assert_eq!(found.join(" "), expected, "{name}");
+        assert_eq!(config.objective(), "cal_dpo");
+        assert_eq!(config.training_value("train", "epochs"), Some(&1.into()));
+    }
+}
+
+#[test]
+fn a_preset_wins_over_defaults_and_all_that_is_given_wins_over_it() {
+    let preset = "[job]\npreset = \"cal-dpo-hh\"\n";
+    let file = format!("{preset}[optimizer]\nmax_grad_norm = 2.0\n");
+    let variable = [("CALDPO__OPTIMIZER__MAX_GRAD_NORM", "3.0")];
+    let norm = |file: &str, environment: &[(&str, &str)], set: &[&str]| {
+        let config = load_preset(file, environment, set).unwrap();
+        config.optimizer.max_grad_norm
+    };
+    assert_eq!(norm("", &[], &[]), 1.0);
+    assert_eq!(norm(preset, &[], &[]), 10.0);
+    assert_eq!(norm(&file, &[], &[]), 2.0);
+    assert_eq!(norm(&file, &variable, &[]), 3.0);
+    assert_eq!(norm(&file, &variable, &["optimizer.max_grad_norm=4"]), 4.0);
+    // The preset itself comes from any layer, the strongest one.
+    let named = [("CALDPO__JOB__PRESET", "cal-dpo-zephyr")];
+    assert_eq!(norm("", &named, &["job.preset=cal-dpo-tldr"]), 10.0);
+    assert_eq!(norm(preset, &named, &[]), 1.0);
+}
+
+#[test]
+fn a_preset_makes_way_for_what_excludes_its_values() {
+    let preset = "[job]\npreset = \"cal-dpo-zephyr\"\n";
+    let with = |set: &[&str]| load_preset(preset, &[], set).unwrap();
+    let config = with(&["train.steps=20", "schedule.warmup_steps=3"]);
+    assert_eq!(config.training_value("train", "epochs"), None);
+    assert_eq!(config.training_value("schedule", "warmup_ratio"), None);
+    // Another objective has other parameters, or means another thing by the same name.
+    let config = with(&["objective.kind=dpo"]);
+    assert_eq!(
+        config.training_value("objective", "beta"),
+        Some(&0.1.into())
+    );
+    assert_eq!(
+        config.training_value("train", "batch_pairs"),
+        Some(&128.into())
+    );
+    let config = with(&["objective.kind=cal_dpo", "objective.beta=0.05"]);
+    let weight = config.training_value("objective", "calibration_weight");
+    assert_eq!(weight, Some(&0.5.into()));
+    let config = load_preset(
+        preset,
+        &[],
+        &["job.preset=cal-dpo-hh", "optimizer.kind=adamw"],
+    );
+    let optimizer = config.unwrap().optimizer;
+    assert_eq!(optimizer.kind.label(), "AdamW");
+    assert_eq!(optimizer.max_grad_norm, 10.0);
+}
+
+#[test]
+fn a_resolved_text_has_the_values_of_a_preset_and_not_its_name() {
+    let first = load_preset("", &[], &["job.preset=cal-dpo-hh", "train.steps=5"]).unwrap();
+    for text in [first.to_toml(), first.to_job_toml()] {
+        assert!(text.contains("defaults, preset cal-dpo-hh, conf"), "{text}");
+        let values: Table = text.parse().unwrap();
+        assert_eq!(values["job"].get("preset"), None);
+        let second = load_preset(&text, &[], &[]).unwrap();
+        assert_eq!(second.training, first.training);
+        assert_eq!(second.run_digest(), first.run_digest());
+    }
+}
+
+#[test]
+fn an_unknown_preset_is_refused_with_the_nearest_name() {
+    check_refused(
+        &["[job]\npreset = \"cal-dpo-zefyr\"\n"],
+        &[],
+        &[],
+        &[
+            "job.preset (from",
+            "file-0.toml:2",
+            "no such preset",
+            "did you mean `cal-dpo-zephyr`? (known: cal-dpo-zephyr, cal-dpo-hh, cal-dpo-tldr)",
+        ],
+    );
+    check_refused(&[], &[], &["job.preset=1"], &["job.preset", "cal-dpo-hh"]);
+    check_refused(
+        &[],
+        &[],
+        &[
+            "job.preset=cal-dpo-zephyr",
+            "optimizer.kind=rmsprop",
+            "optimizer.betas=[0.9, 0.99]",
+        ],
+        &["optimizer.betas (from --set optimizer.betas): belongs to optimizer.kind = \"adamw\""],
+    );
 }

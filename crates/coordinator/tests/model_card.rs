@@ -8,7 +8,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use checkpoint::{ExportDtype, Kind, ManifestInfo, Piece, TensorSpec, TrainState};
+use checkpoint::{ExportDtype, Kind, ManifestInfo, Piece, SHARD_BYTES_MAX, TensorSpec, TrainState};
 use coordinator::{
     config::{Config, Sources},
     finish::{Finished, finish},
@@ -57,6 +57,9 @@ fn configured(more: &[&str]) -> Config {
     // Another objective has other parameters.
     let another = more.iter().any(|text| text.starts_with("objective."));
     set.retain(|text| !(another && text.starts_with("objective.")));
+    // So has another optimizer.
+    let another = more.iter().any(|text| text.starts_with("optimizer.kind"));
+    set.retain(|text| !(another && text.starts_with("optimizer.")));
     set.extend(more);
     config(&set)
 }
@@ -165,6 +168,7 @@ fn the_card_says_what_was_done() {
         "(r_w − 1/(2β))²",
         "| β | 0.1 |",
         "| targets ±1/(2β) | ±5 nats |",
+        "| optimizer | AdamW, betas (0.9, 0.999), eps 1e-8, weight decay 0.0 |",
         "| peak learning rate | 5e-7 |",
         "| schedule | cosine, warmup over 0.1 of the steps |",
         "| pairs seen | 64 |",
@@ -175,6 +179,13 @@ fn the_card_says_what_was_done() {
         "AutoModelForCausalLM.from_pretrained(folder)",
     ];
     check(&text, &says, &["/somewhere", "../data", "chat template"]);
+}
+
+#[test]
+fn the_optimizer_is_the_one_that_was_used() {
+    let text = card(&configured(&["optimizer.kind=rmsprop"]), &[]);
+    let says = ["| optimizer | RMSprop, alpha 0.99, eps 1e-8 |"];
+    check(&text, &says, &["AdamW"]);
 }
 
 #[test]
@@ -294,6 +305,7 @@ impl Ended {
             epoch: 0,
             updates: step,
             seed: 7,
+            shift: None,
         };
         let tensors = [TensorSpec {
             name: "weight".into(),
@@ -331,7 +343,7 @@ impl Ended {
         let checkpoint = self.config.checkpoint.path.join(format!("step-{step:08}"));
         let model = self.folder.path().join("base");
         let out = self.config.job.output.join("export");
-        checkpoint::export(&checkpoint, &model, &out, ExportDtype::F32).unwrap();
+        checkpoint::export(&checkpoint, &model, &out, ExportDtype::F32, SHARD_BYTES_MAX).unwrap();
     }
 
     fn card(&self) -> PathBuf {

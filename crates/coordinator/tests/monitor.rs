@@ -270,7 +270,7 @@ fn a_gradient_that_is_always_clipped_is_told_with_what_it_means() {
         })
     };
     let says = [
-        "max_grad_norm = 1 in 50 of the last 50 steps (median 34.5)",
+        "max_grad_norm = 1 in 50 of the last 50 steps (median 34.5): AdamW only sees",
         "Usual for Cal-DPO with targets of ±5 nats",
         "max_grad_norm = 70 would clip only the outliers",
     ];
@@ -281,8 +281,12 @@ fn a_gradient_that_is_always_clipped_is_told_with_what_it_means() {
         50,
         &says,
     );
-    let says = ["in 48 of the last 50", "learning rate may be too high"];
-    let sft = config(&["objective.kind=sft", clip]);
+    let says = [
+        "in 48 of the last 50",
+        "RMSprop only sees its direction",
+        "learning rate may be too high",
+    ];
+    let sft = config(&["objective.kind=sft", "optimizer.kind=rmsprop", clip]);
     check(&norm(34.5, 25), &sft, "gradient-always-clipped", 50, &says);
     check_quiet(&norm(34.5, 10), &cal_dpo(&[clip]));
     check_quiet(&norm(0.9, 1000), &cal_dpo(&[clip]));

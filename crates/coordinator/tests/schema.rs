@@ -58,7 +58,7 @@ fn printed(text: &str) -> BTreeSet<String> {
     keys
 }
 
-/// A key of the schema: its path, its schema, and the kind of objective that has it, if only one has.
+/// A key of the schema: its path, its schema, and the kind of objective or adapter that has it, if only one has.
 struct Key {
     path: String,
     schema: Value,
@@ -131,7 +131,7 @@ fn the_schema_is_one_by_its_own_draft_and_describes_every_key() {
             .as_str()
             .is_some_and(|it| it.len() > 3);
         assert!(
-            described || path == "objective.kind",
+            described || ["objective.kind", "adapter.kind"].contains(&path.as_str()),
             "{path}: no description"
         );
     }
@@ -178,6 +178,10 @@ fn what_loading_prints_is_accepted() {
             "evaluate.every_steps=1",
             "schedule.warmup_ratio=1",
         ],
+        &["optimizer.kind=rmsprop"],
+        &["adapter.kind=lora", "adapter.targets=[\"q_proj\"]"],
+        &["adapter.kind=peft", "adapter.path=some"],
+        &["objective.kind=kto", "model.dtype=bf16"],
     ] {
         let found = complaints(&validator, &load(set).unwrap());
         assert!(found.is_empty(), "{set:?}: {found:?}");
@@ -206,8 +210,8 @@ fn what_loading_refuses_is_refused_with_its_place() {
             "/train/steps",
         ),
         (
-            "[model]\npath = \"m\"\ndtype = \"bf16\"",
-            "model.dtype=bf16",
+            "[model]\npath = \"m\"\ndtype = \"fp16\"",
+            "model.dtype=fp16",
             "/model/dtype",
         ),
         (
@@ -301,6 +305,21 @@ fn what_loading_refuses_is_refused_with_its_place() {
             "/cluster",
         ),
         ("[job]\nname = \"a/b\"", "job.name=a/b", "/job/name"),
+        (
+            "[job]\npreset = \"cal-dpo\"",
+            "job.preset=cal-dpo",
+            "/job/preset",
+        ),
+        (
+            "[optimizer]\nkind = \"adam\"",
+            "optimizer.kind=adam",
+            "/optimizer/kind",
+        ),
+        (
+            "[optimizer]\nkind = \"rmsprop\"\nalpha = 1.0",
+            "",
+            "/optimizer/alpha",
+        ),
         ("[job]\nname = \".a\"", "job.name=.a", "/job/name"),
         ("[data]\ntrain = []", "data.train=[]", "/data"),
         (
@@ -338,6 +357,7 @@ fn context(path: &str) -> Vec<&'static str> {
         }
         "evaluate.higher_is_better" => &["evaluate.metric=logps/rejected"],
         "objective.alpha" => return vec!["objective.divergence=alpha_divergence"],
+        "optimizer.alpha" => return vec!["optimizer.kind=rmsprop"],
         _ => return Vec::new(),
     };
     evaluated.iter().chain(more).copied().collect()
@@ -365,15 +385,24 @@ fn every_key_that_loading_prints_is_in_the_schema_and_every_key_of_the_schema_lo
             _ => sample(&schema),
         };
         let key = format!("{path}={value}");
-        let kind = kind.map(|kind| format!("objective.kind={kind}"));
+        let kind = kind.map(|kind| {
+            let section = path.split('.').next().unwrap_or_default();
+            format!("{section}.kind={kind}")
+        });
+        // The one kind that needs another key.
+        let peft = kind.as_deref() == Some("adapter.kind=peft");
         let set: Vec<&str> = kind
             .iter()
             .map(String::as_str)
             .chain(mixes.then_some(&SOME_PARTS).copied())
+            .chain(peft.then_some("adapter.path=some"))
             .chain(context(&path))
             .chain([key.as_str()])
             .collect();
         let text = load(&set).unwrap_or_else(|error| panic!("{key}: {error}"));
+        if path == "job.preset" {
+            continue; // its values are printed in its place
+        }
         assert!(printed(&text).contains(&path), "{key} is not printed");
     }
 }

@@ -11,12 +11,13 @@
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
+use std::sync::Arc;
 
 use arrow_buffer::Buffer;
 use arrow_ipc::reader::StreamDecoder;
 
 use crate::error::DataError;
-use crate::rows::Sink;
+use crate::rows::{Position, Sink};
 use crate::table;
 
 const KIND: &str = "Arrow";
@@ -28,9 +29,14 @@ const TAIL_BYTES: u64 = 10;
 const CHUNK_BYTES: u64 = 1 << 20;
 
 /// Hands every row to `sink`.
-pub(crate) fn read(file: &Path, open: File, sink: &mut Sink<'_>) -> Result<(), DataError> {
+pub(crate) fn read(
+    file: &Arc<Path>,
+    open: File,
+    position: &Position,
+    sink: &mut Sink<'_>,
+) -> Result<(), DataError> {
     let unread = |source| DataError::Read {
-        file: file.into(),
+        file: file.to_path_buf(),
         source,
     };
     let mut open = BufReader::new(open);
@@ -51,6 +57,7 @@ pub(crate) fn read(file: &Path, open: File, sink: &mut Sink<'_>) -> Result<(), D
         if bytes.is_empty() {
             break;
         }
+        position.set(position.get() + bytes.len() as u64);
         let mut bytes = Buffer::from_vec(bytes);
         while let Some(batch) = table::decode(file, KIND, || {
             decoder

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::inputs;
+use crate::hub_entry::HubEntry;
 
 /// Shortest `max_length` that leaves room for a prompt token and a scored one.
 const MAX_LENGTH_MIN: usize = 2;
@@ -18,7 +18,8 @@ const MAX_LENGTH_MIN: usize = 2;
 pub struct DataConfig {
     /// Training files, read as one list in this order. At least one. An entry is a file (.jsonl, .ndjson or .json, also with .gz or
     /// .zst; .parquet; .arrow), a folder of such files, a folder of Hugging Face's `save_to_disk`, or a pattern such as
-    /// `data/train-*.parquet`; what a folder or a pattern names is sorted.
+    /// `data/train-*.parquet`; what a folder or a pattern names is sorted. `hf://datasets/OWNER/NAME[@REVISION][/FILE, FOLDER or
+    /// PATTERN]` is a data set of the Hugging Face hub, which every worker downloads into Hugging Face's own cache.
     #[serde(default)]
     #[schemars(length(min = 1))]
     pub train: Vec<PathBuf>,
@@ -28,9 +29,12 @@ pub struct DataConfig {
     /// Row layout. Default `auto`.
     #[serde(default = "default_format")]
     pub format: Format,
-    /// Column names. Default `prompt`, `chosen`, `rejected`, `completion`.
+    /// Column names. Default `prompt`, `chosen`, `rejected`, `completion`, `label`, `score_chosen`, `score_rejected`.
     #[serde(default = "default_columns")]
     pub columns: Columns,
+    /// Folder of tokenized pairs, shared by runs. Default `data-cache` beside `reference.store`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
     /// A Jinja chat template used instead of the model's own. Default none.
     #[serde(default)]
     pub chat_template: Option<PathBuf>,
@@ -50,12 +54,36 @@ pub struct DataConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
-    /// `preference`; under an objective that compares nothing (`sft`), `completion` if the first row has no `rejected`.
+    /// `unpaired` if the first row has a completion with a label and neither `chosen` nor `rejected`; otherwise `preference`, or under
+    /// an objective that compares nothing (`sft`) `completion` if the first row has no `rejected`.
     Auto,
     /// `chosen` and `rejected`, with or without `prompt`.
     Preference,
     /// `prompt` with `completion` (or `chosen`); `rejected` is not read and stays empty.
     Completion,
+    /// `prompt` with `completion` and `label`: true for a desirable completion, false for an undesirable one (`kto`).
+    Unpaired,
+}
+
+/// What an objective needs of rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Needs {
+    /// Which completions.
+    pub sides: Sides,
+    /// Whether every pair needs the scores of its completions.
+    pub scores: bool,
+}
+
+/// Which completions an objective trains on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sides {
+    /// The preferred one (`sft`); rejected sides are left empty and undesirable rows dropped.
+    Chosen,
+    /// One or both (`kto`): rows may be pairs or unpaired.
+    Either,
+    /// Both of every pair.
+    Both,
 }
 
 /// Names of the columns, for files that call them otherwise. A name with dots that is no column leads into objects and lists:
@@ -79,6 +107,18 @@ pub struct Columns {
     #[serde(default = "default_completion")]
     #[schemars(length(min = 1))]
     pub completion: String,
+    /// Whether the completion of an unpaired row is desirable: true or false, 1 or 0. Default `label`.
+    #[serde(default = "default_label")]
+    #[schemars(length(min = 1))]
+    pub label: String,
+    /// The score of the preferred completion, read where the objective scales by scores. Default `score_chosen`.
+    #[serde(default = "default_score_chosen")]
+    #[schemars(length(min = 1))]
+    pub score_chosen: String,
+    /// The score of the other completion. Default `score_rejected`.
+    #[serde(default = "default_score_rejected")]
+    #[schemars(length(min = 1))]
+    pub score_rejected: String,
 }
 
 /// What a sequence over `max_length` loses.
@@ -110,12 +150,13 @@ impl DataConfig {
         }
         for (key, files) in [("data.train", &self.train), ("data.eval", &self.eval)] {
             for file in files {
-                if let Some(cure) = inputs::hub_cure(&file.to_string_lossy()) {
-                    let file = file.display();
-                    return refuse(
-                        key,
-                        &format!("names {file}, and training never goes to the network; {cure}"),
+                let hub = HubEntry::parse(&file.to_string_lossy());
+                if hub.is_some_and(|hub| hub.owner_and_name.is_none()) {
+                    let reason = format!(
+                        "names {}, which is no data set of a hub; write hf://datasets/OWNER/NAME",
+                        file.display()
                     );
+                    return refuse(key, &reason);
                 }
             }
         }
@@ -139,6 +180,9 @@ impl Columns {
             ("chosen", &self.chosen),
             ("rejected", &self.rejected),
             ("completion", &self.completion),
+            ("label", &self.label),
+            ("score_chosen", &self.score_chosen),
+            ("score_rejected", &self.score_rejected),
         ];
         for (position, (key, name)) in named.iter().enumerate() {
             if name.is_empty() {
@@ -176,6 +220,9 @@ fn default_columns() -> Columns {
         chosen: default_chosen(),
         rejected: default_rejected(),
         completion: default_completion(),
+        label: default_label(),
+        score_chosen: default_score_chosen(),
+        score_rejected: default_score_rejected(),
     }
 }
 
@@ -193,6 +240,18 @@ fn default_rejected() -> String {
 
 fn default_completion() -> String {
     "completion".into()
+}
+
+fn default_label() -> String {
+    "label".into()
+}
+
+fn default_score_chosen() -> String {
+    "score_chosen".into()
+}
+
+fn default_score_rejected() -> String {
+    "score_rejected".into()
 }
 
 fn default_max_length() -> usize {

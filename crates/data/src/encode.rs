@@ -2,36 +2,42 @@
 
 use serde_json::Value;
 
-use crate::config::{DataConfig, Format, Truncation};
+use crate::config::{DataConfig, Format, Needs, Sides, Truncation};
 use crate::dataset::Pair;
 use crate::error::{DataError, Place};
-use crate::layout::{self, Layout, Parts};
+use crate::layout::{self, Layout, Meaning, Parts};
+use crate::report::DropReason;
 use crate::rows::Row;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
-/// A pair before it is known whether it stays.
+/// A pair and what its row was.
 pub(crate) struct Tokenized {
     pub pair: Pair,
     pub layout: Layout,
-    /// Tokens of the prompt before the cut.
-    pub prompt_tokens: usize,
-    /// Tokens of the longer completion before the cut.
-    pub completion_tokens: usize,
     /// Whether the cut took anything.
     pub truncated: bool,
     pub border_moved: bool,
 }
 
-/// The ids of one row. A rejected side that nobody needs is left out.
+/// The ids of one row, or why it gives no pair. A rejected side that nobody needs is left out.
 pub(crate) fn tokenize(
     row: &Row,
     format: Format,
     config: &DataConfig,
     tokenizer: &Tokenizer,
-    needs_rejected: bool,
-) -> Result<Tokenized, DataError> {
+    needs: Needs,
+) -> Result<Result<Tokenized, DropReason>, DataError> {
     let place = &row.place;
-    let (layout, parts) = layout::parts(row, format, &config.columns)?;
+    let needs_rejected = needs.sides != Sides::Chosen;
+    let Meaning {
+        layout,
+        parts,
+        label,
+        scores,
+    } = layout::meaning(row, format, &config.columns, needs.scores)?;
+    if label == Some(false) && !needs_rejected {
+        return Ok(Err(DropReason::Undesirable));
+    }
     let (prompt, chosen, rejected) = match parts {
         Parts::Plain {
             prompt,
@@ -61,8 +67,26 @@ pub(crate) fn tokenize(
             )
         }
     };
-    let rejected = rejected.as_deref();
-    Ok(cut(place, layout, &prompt, &chosen, rejected, config))
+    let cut = match cut(&prompt, &chosen, rejected.as_deref(), config) {
+        Ok(cut) => cut,
+        Err(reason) => return Ok(Err(reason)),
+    };
+    let mut pair = Pair {
+        place: place.clone(),
+        prompt: cut.prompt,
+        chosen: cut.chosen,
+        rejected: cut.rejected,
+        scores,
+    };
+    if label == Some(false) {
+        std::mem::swap(&mut pair.chosen, &mut pair.rejected);
+    }
+    Ok(Ok(Tokenized {
+        border_moved: cut.border < prompt.len(),
+        truncated: cut.truncated,
+        pair,
+        layout,
+    }))
 }
 
 /// Prompt + completion + EOS of plain text.
@@ -139,46 +163,64 @@ fn encoded(place: &Place, ids: Result<Vec<u32>, TokenizerError>) -> Result<Vec<u
     })
 }
 
+/// What is left of a row's ids.
+struct Cut {
+    prompt: Vec<u32>,
+    chosen: Vec<u32>,
+    rejected: Vec<u32>,
+    /// Tokens of the prompt before the cut.
+    border: usize,
+    truncated: bool,
+}
+
 /// Takes the completions as suffixes of the whole sequences, then cuts to `max_length`.
 ///
 /// A tokenizer may merge the prompt's end with the completion's start into one token. The border then moves back to where both
 /// whole sequences still agree with the prompt, so that each is exactly what its whole text tokenizes to, and the merged token
 /// is scored. TRL cuts at the prompt's own length instead, and trains on a completion that lacks its start.
 fn cut(
-    place: &Place,
-    layout: Layout,
     prompt: &[u32],
     chosen: &[u32],
     rejected: Option<&[u32]>,
     config: &DataConfig,
-) -> Tokenized {
+) -> Result<Cut, DropReason> {
+    let max_length = config.max_length;
     let border =
         common(prompt, chosen).min(rejected.map_or(usize::MAX, |whole| common(prompt, whole)));
+    if border == 0 {
+        return Err(DropReason::EmptyPrompt);
+    }
     let longest = chosen.len().max(rejected.map_or(0, <[u32]>::len));
-    let completion_tokens = longest.saturating_sub(border);
-    let excess = longest.saturating_sub(config.max_length);
+    let excess = longest.saturating_sub(max_length);
     // Where the prompt starts and the sequences end.
     let (start, end) = match config.truncation {
-        Truncation::KeepStart => (0, config.max_length),
-        Truncation::KeepEnd => (excess.min(border), usize::MAX),
+        Truncation::KeepStart => (0, max_length),
+        Truncation::KeepEnd => (excess, usize::MAX),
     };
+    if start >= border {
+        return Err(DropReason::LongCompletion {
+            completion_tokens: longest - border,
+            max_length,
+        });
+    }
     let kept = |whole: &[u32]| {
         let end = whole.len().min(end);
         whole.get(border..end).unwrap_or(&[]).to_vec()
     };
-    Tokenized {
-        pair: Pair {
-            place: place.clone(),
-            prompt: prompt[start..border].to_vec(),
-            chosen: kept(chosen),
-            rejected: rejected.map_or_else(Vec::new, kept),
-        },
-        layout,
-        prompt_tokens: border,
-        completion_tokens,
-        truncated: excess > 0,
-        border_moved: border < prompt.len(),
+    let (chosen, rejected) = (kept(chosen), rejected.map(kept));
+    if chosen.is_empty() || rejected.as_ref().is_some_and(Vec::is_empty) {
+        return Err(DropReason::EmptyCompletion {
+            prompt_tokens: border,
+            max_length,
+        });
     }
+    Ok(Cut {
+        prompt: prompt[start..border].to_vec(),
+        chosen,
+        rejected: rejected.unwrap_or_default(),
+        border,
+        truncated: excess > 0,
+    })
 }
 
 fn common(a: &[u32], b: &[u32]) -> usize {

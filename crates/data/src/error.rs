@@ -1,14 +1,18 @@
 //! What can be wrong with input files, each with its place and its cure.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::chat::TemplateError;
 
 /// Where a row starts.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
-    /// The file, as the configuration names it.
-    pub file: PathBuf,
+    /// The file, as the configuration names it; one name for all of its rows.
+    #[serde(serialize_with = "write_file", deserialize_with = "read_file")]
+    pub file: Arc<Path>,
     /// Line of the row's first character in a text, number of the row in a table; from 1.
     pub line: usize,
 }
@@ -17,6 +21,15 @@ impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}:{}", self.file.display(), self.line)
     }
+}
+
+// serde writes what is shared only with its feature `rc`, for which every crate above it would be compiled anew.
+fn write_file<S: Serializer>(file: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    file.serialize(serializer)
+}
+
+fn read_file<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<Path>, D::Error> {
+    PathBuf::deserialize(deserializer).map(Into::into)
 }
 
 /// Why files could not become a dataset.
@@ -128,6 +141,15 @@ pub enum DataError {
         place: Place,
         /// What the tokenizer said.
         reason: String,
+    },
+    /// No pair has a completion of another prompt.
+    #[error(
+        "all {pairs} pairs have the same prompt, and kto estimates its KL divergence on completions of other prompts; give rows with \
+         two prompts or more, or set another objective.kind"
+    )]
+    OnePrompt {
+        /// Pairs.
+        pairs: usize,
     },
     /// Nothing is left to train on.
     #[error("no pairs left of {rows} rows in {files}: {reason}; {cure}")]

@@ -10,14 +10,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 
 use crate::error::DataError;
+use crate::hub_entry::HubEntry;
 
 /// A file and how to read it.
 pub(crate) struct Input {
-    pub file: PathBuf,
+    pub file: Arc<Path>,
     pub container: Container,
 }
 
@@ -41,10 +43,12 @@ pub(crate) enum Compression {
 /// What a user can be told to give.
 const SUPPORTED: &str = ".jsonl, .ndjson or .json (also with .gz or .zst), .parquet, .arrow";
 
-/// How a hub's data set is named elsewhere.
-const HUB: &str = "hf://";
-
 impl Input {
+    /// The file's size, 0 if that cannot be told.
+    pub fn bytes(&self) -> u64 {
+        fs::metadata(&self.file).map_or(0, |metadata| metadata.len())
+    }
+
     /// One file, its container by its name.
     pub fn new(file: &Path) -> Result<Self, DataError> {
         if let Some(container) = Container::of(file) {
@@ -64,7 +68,8 @@ impl Input {
 }
 
 impl Container {
-    fn of(file: &Path) -> Option<Self> {
+    /// What the name's end says.
+    pub fn of(file: &Path) -> Option<Self> {
         let name = file.file_name()?.to_string_lossy().to_lowercase();
         let (stem, compression) = match name.rsplit_once('.')? {
             (stem, "gz") => (stem, Compression::Gzip),
@@ -79,7 +84,8 @@ impl Container {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// For people.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Json(_) => "JSON",
             Self::Parquet => "Parquet",
@@ -96,11 +102,11 @@ pub(crate) fn expand(entries: &[PathBuf]) -> Result<Vec<Input>, DataError> {
     let mut inputs = Vec::new();
     for entry in entries {
         let text = entry.to_string_lossy();
-        if let Some(cure) = hub_cure(&text) {
+        if let Some(hub) = HubEntry::parse(&text) {
             return refuse(
                 entry,
                 "names a data set of a hub, and training never goes to the network",
-                &cure,
+                &hub.cure(),
             );
         }
         if entry.is_dir() {
@@ -112,26 +118,6 @@ pub(crate) fn expand(entries: &[PathBuf]) -> Result<Vec<Input>, DataError> {
         }
     }
     Ok(inputs)
-}
-
-/// How to download what `entry` names, if that is a hub's data set.
-pub(crate) fn hub_cure(entry: &str) -> Option<String> {
-    let path = entry.strip_prefix(HUB)?.trim_start_matches("datasets/");
-    let mut parts = path.splitn(3, '/').filter(|part| !part.is_empty());
-    let (owner, name) = match (parts.next(), parts.next()) {
-        (Some(owner), Some(name)) => (owner, name),
-        _ => ("OWNER", "NAME"),
-    };
-    // `NAME@REVISION` is how hub paths name a revision.
-    let (name, revision) = match name.split_once('@') {
-        Some((name, revision)) => (name, format!(" --revision {revision}")),
-        None => (name, String::new()),
-    };
-    let inside = parts.next().unwrap_or("**/*.parquet");
-    Some(format!(
-        "download it with `hf download {owner}/{name} --repo-type dataset{revision} --local-dir data/{name}` and name \
-         \"data/{name}/{inside}\""
-    ))
 }
 
 fn folder(folder: &Path) -> Result<Vec<Input>, DataError> {
@@ -156,7 +142,10 @@ fn folder(folder: &Path) -> Result<Vec<Input>, DataError> {
             .file_name()
             .is_none_or(|name| name.to_string_lossy().starts_with('.'));
         if let (false, true, Some(container)) = (hidden, file.is_file(), Container::of(&file)) {
-            inputs.push(Input { file, container });
+            inputs.push(Input {
+                file: file.into(),
+                container,
+            });
         }
     }
     inputs.sort_by(|a, b| a.file.cmp(&b.file));
@@ -214,7 +203,7 @@ fn saved(folder: &Path, state: &Path) -> Result<Vec<Input>, DataError> {
             );
         };
         inputs.push(Input {
-            file: folder.join(name),
+            file: folder.join(name).into(),
             container: Container::Arrow,
         });
     }

@@ -2,6 +2,7 @@
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -31,7 +32,7 @@ const CONTAINERS: [(&[u8], &str, &str); 5] = [
 
 /// Hands every row to `sink`; `unread` is what a failure of `source` means. Blank lines are not rows.
 pub(crate) fn read(
-    file: &Path,
+    file: &Arc<Path>,
     source: impl Read,
     unread: &dyn Fn(io::Error) -> DataError,
     sink: &mut Sink<'_>,
@@ -87,7 +88,7 @@ fn refuse_container(file: &Path, bytes: &[u8]) -> Result<(), DataError> {
 }
 
 /// Text that starts with line `line` of the file.
-fn utf8<'a>(file: &Path, line: usize, bytes: &'a [u8]) -> Result<&'a str, DataError> {
+fn utf8<'a>(file: &Arc<Path>, line: usize, bytes: &'a [u8]) -> Result<&'a str, DataError> {
     let text = std::str::from_utf8(bytes).map_err(|error| {
         let at = error.valid_up_to();
         let line_start = bytes[..at]
@@ -106,7 +107,7 @@ fn utf8<'a>(file: &Path, line: usize, bytes: &'a [u8]) -> Result<&'a str, DataEr
 }
 
 fn read_array(
-    file: &Path,
+    file: &Arc<Path>,
     first_line: usize,
     text: &str,
     sink: &mut Sink<'_>,
@@ -151,9 +152,9 @@ fn json(start: &Place, error: &serde_json::Error) -> DataError {
     }
 }
 
-fn place(file: &Path, line: usize) -> Place {
+fn place(file: &Arc<Path>, line: usize) -> Place {
     Place {
-        file: file.into(),
+        file: file.clone(),
         line,
     }
 }

@@ -9,21 +9,22 @@
 //! | message lists without | shared leading turns |
 //! | `conversations` instead of `prompt` (ShareGPT) | the column, behind the text of `system` if there is one; `chosen` and `rejected` are one message or several |
 //!
-//! Messages may be `{role, content}` or `{from, value}`. A completion row may be a whole conversation in `messages` or `conversations`;
-//! its last answer is the completion.
+//! A row of one completion, with or without a label, is read as if it were `chosen` alone.
+//! Messages may be `{role, content}` or `{from, value}`. A completion row, also one with a label, may be a whole conversation in
+//! `messages` or `conversations`; its last answer is the completion.
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::config::{Columns, DataConfig, Format};
+use crate::config::{Columns, DataConfig, Format, Sides};
 use crate::conversation;
-use crate::error::DataError;
+use crate::error::{DataError, Place};
 use crate::rows::{Row, kind};
 
 /// How a row says what its prompt is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Layout {
     /// Texts with a prompt of their own.
@@ -62,7 +63,17 @@ const CONVERSATIONS: &str = "conversations";
 /// What holds a whole conversation in completion rows that name no completion.
 const WHOLE: [&str; 2] = ["messages", CONVERSATIONS];
 
-/// Prompt and completions; `rejected` is absent in completion rows.
+/// What a row says.
+pub(crate) struct Meaning {
+    pub layout: Layout,
+    pub parts: Parts,
+    /// Of unpaired rows, whether the completion is desirable.
+    pub label: Option<bool>,
+    /// Of chosen and rejected, where somebody asked for them.
+    pub scores: Option<[f64; 2]>,
+}
+
+/// Prompt and completions; `rejected` is absent in rows of one completion, which is `chosen` whatever its label.
 pub(crate) enum Parts {
     /// Text that is tokenized as it is.
     Plain {
@@ -78,39 +89,92 @@ pub(crate) enum Parts {
     },
 }
 
-/// The layout of a file: what the configuration says, or under `auto` what the first row shows. Where nobody needs the rejected
+/// The format of the files: what the configuration says, or under `auto` what the first row shows. Where nobody needs the rejected
 /// side, preference rows are still read as such if they have one, because it may tell where the prompt ends.
 pub(crate) fn resolve(
     config: &DataConfig,
     first: &Map<String, Value>,
-    needs_rejected: bool,
-) -> Format {
-    let columns = &config.columns;
-    let has_rejected = column(first, &columns.rejected).is_some();
-    match config.format {
-        Format::Auto if needs_rejected || has_rejected => Format::Preference,
-        Format::Auto => Format::Completion,
+    sides: Sides,
+) -> Result<Format, Fault> {
+    let format = match config.format {
+        Format::Auto => shown(first, &config.columns, sides),
         named => named,
+    };
+    match (format, sides) {
+        (Format::Completion, Sides::Both) => fault(
+            "data.format = \"completion\" reads no rejected side and the objective compares two",
+            "set data.format = \"preference\", or objective.kind = \"sft\"",
+        ),
+        (Format::Completion, Sides::Either) => fault(
+            "data.format = \"completion\" does not tell which completions are undesirable",
+            "set data.format = \"unpaired\" or \"preference\", or objective.kind = \"sft\"",
+        ),
+        (Format::Unpaired, Sides::Both) => fault(
+            "the row is unpaired, one completion with a label, and the objective compares two",
+            "set objective.kind = \"kto\", or give pairs of chosen and rejected",
+        ),
+        _ => Ok(format),
     }
 }
 
-/// Tells a row's parts apart under a resolved `format`.
-pub(crate) fn parts(
+/// What a row looks like.
+fn shown(row: &Map<String, Value>, columns: &Columns, sides: Sides) -> Format {
+    let has = |name| column(row, name).is_some();
+    let paired = has(&columns.chosen) || has(&columns.rejected);
+    let completed = has(&columns.completion)
+        || WHOLE
+            .iter()
+            .any(|name| row.get(*name).is_some_and(Value::is_array));
+    // Data for other ends has labels of other kinds.
+    let labelled = column(row, &columns.label).is_some_and(|value| desirable(value).is_some());
+    match sides {
+        _ if !paired && completed && labelled => Format::Unpaired,
+        // What such a row lacks is the label.
+        Sides::Either if !paired => Format::Unpaired,
+        Sides::Chosen if !has(&columns.rejected) => Format::Completion,
+        _ => Format::Preference,
+    }
+}
+
+/// Reads a row under a resolved `format`, scores only if they are wanted.
+pub(crate) fn meaning(
     row: &Row,
     format: Format,
     columns: &Columns,
-) -> Result<(Layout, Parts), DataError> {
-    read_parts(&row.object, format, columns).map_err(|Fault { reason, cure }| DataError::Row {
-        place: row.place.clone(),
-        reason,
-        cure,
-    })
+    scores: bool,
+) -> Result<Meaning, DataError> {
+    let read = || {
+        let (layout, parts) = read_parts(&row.object, format, columns)?;
+        let unpaired = format == Format::Unpaired;
+        let label = unpaired.then(|| label(&row.object, columns)).transpose()?;
+        let scores = scores
+            .then(|| self::scores(&row.object, columns))
+            .transpose()?;
+        Ok(Meaning {
+            layout,
+            parts,
+            label,
+            scores,
+        })
+    };
+    read().map_err(|fault: Fault| fault.at(&row.place))
 }
 
 /// What is wrong with a row, before its place is known.
 pub(crate) struct Fault {
-    pub reason: String,
-    pub cure: String,
+    reason: String,
+    cure: String,
+}
+
+impl Fault {
+    /// The same, told with the place.
+    pub fn at(self, place: &Place) -> DataError {
+        DataError::Row {
+            place: place.clone(),
+            reason: self.reason,
+            cure: self.cure,
+        }
+    }
 }
 
 /// Refuses a row.
@@ -229,6 +293,7 @@ fn chosen_column<'a>(
     let chosen = ("chosen", columns.chosen.as_str());
     let wanted = match format {
         Format::Completion => vec![completion, chosen],
+        Format::Unpaired => vec![completion],
         Format::Auto | Format::Preference => vec![chosen],
     };
     for (_, name) in &wanted {
@@ -236,7 +301,7 @@ fn chosen_column<'a>(
             return Ok((name, value));
         }
     }
-    if format == Format::Completion {
+    if has_one_completion(format) {
         for name in WHOLE {
             if let Some(value @ Value::Array(_)) = column(object, name) {
                 return Ok((name, value));
@@ -255,7 +320,7 @@ fn rejected_column<'a>(
     format: Format,
     columns: &'a Columns,
 ) -> Result<Option<Named<'a>>, Fault> {
-    if format == Format::Completion {
+    if has_one_completion(format) {
         return Ok(None);
     }
     match column(object, &columns.rejected) {
@@ -265,6 +330,72 @@ fn rejected_column<'a>(
             "add it, name the column that holds it with data.columns.rejected, or set data.format = \"completion\" to train on the \
              chosen side alone (objective sft)",
         ),
+    }
+}
+
+fn has_one_completion(format: Format) -> bool {
+    matches!(format, Format::Completion | Format::Unpaired)
+}
+
+/// Whether the completion of an unpaired row is desirable.
+fn label(object: &Map<String, Value>, columns: &Columns) -> Result<bool, Fault> {
+    let name = &columns.label;
+    let Some(value) = column(object, name) else {
+        return fault(
+            format!("the row has no `{name}`{}", has(object)),
+            "add it, name the column that holds it with data.columns.label, or give pairs of chosen and rejected",
+        );
+    };
+    match desirable(value) {
+        Some(desirable) => Ok(desirable),
+        None => fault(
+            format!("`{name}` is {}", told(value)),
+            "write it as true or false, or as 1 or 0; if it means something else and the objective is sft, set data.format = \"completion\"",
+        ),
+    }
+}
+
+/// What a label means. Texts are left out: to Python, which wrote most files, \"false\" is true.
+fn desirable(label: &Value) -> Option<bool> {
+    let number = label.as_f64();
+    match label {
+        Value::Bool(desirable) => Some(*desirable),
+        _ if number == Some(1.0) => Some(true),
+        _ if number == Some(0.0) => Some(false),
+        _ => None,
+    }
+}
+
+/// The scores of chosen and rejected.
+fn scores(object: &Map<String, Value>, columns: &Columns) -> Result<[f64; 2], Fault> {
+    let score = |name: &str, key: &str| {
+        let value = column(object, name);
+        if let Some(score) = value.and_then(Value::as_f64) {
+            return Ok(score);
+        }
+        let reason = match value {
+            // Tables have NaN and infinities, JSON does not.
+            None => format!("the row has no finite number in `{name}`{}", has(object)),
+            Some(value) => format!("`{name}` is {}", told(value)),
+        };
+        fault(
+            reason,
+            format!(
+                "give a number, name the column that holds it with data.columns.{key}, or leave out objective.score_scale"
+            ),
+        )
+    };
+    Ok([
+        score(&columns.score_chosen, "score_chosen")?,
+        score(&columns.score_rejected, "score_rejected")?,
+    ])
+}
+
+/// A value for a message: numbers as they are, others by what they are.
+fn told(value: &Value) -> String {
+    match value {
+        Value::Number(number) => number.to_string(),
+        other => kind(other).into(),
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::Compression;
 use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
 
 use crate::error::DataError;
-use crate::rows::Sink;
+use crate::rows::{Position, Sink};
 use crate::table;
 
 const KIND: &str = "Parquet";
@@ -17,10 +18,17 @@ const KIND: &str = "Parquet";
 const BATCH_ROWS: usize = 256;
 
 /// Hands every row to `sink`.
-pub(crate) fn read(file: &Path, open: File, sink: &mut Sink<'_>) -> Result<(), DataError> {
+pub(crate) fn read(
+    file: &Arc<Path>,
+    open: File,
+    position: &Position,
+    sink: &mut Sink<'_>,
+) -> Result<(), DataError> {
+    let bytes = open.metadata().map_or(0, |metadata| metadata.len());
     let builder = table::decode(file, KIND, || {
         ParquetRecordBatchReaderBuilder::try_new(open).map_err(|error| error.to_string())
     })?;
+    let rows = builder.metadata().file_metadata().num_rows().max(1) as f64;
     let groups = builder.metadata().row_groups().iter();
     let columns = groups.flat_map(RowGroupMetaData::columns);
     for codec in columns.map(ColumnChunkMetaData::compression) {
@@ -30,7 +38,7 @@ pub(crate) fn read(file: &Path, open: File, sink: &mut Sink<'_>) -> Result<(), D
         );
         if !known {
             return Err(DataError::Input {
-                path: file.into(),
+                path: file.to_path_buf(),
                 reason: format!("is compressed with {codec}"),
                 cure: "write it with snappy, zstd or no compression".into(),
             });
@@ -50,5 +58,6 @@ pub(crate) fn read(file: &Path, open: File, sink: &mut Sink<'_>) -> Result<(), D
         };
         table::rows(file, before, &batch, sink)?;
         before += batch.num_rows();
+        position.set((bytes as f64 * before as f64 / rows) as u64);
     }
 }

@@ -10,8 +10,8 @@ use crate::chat::TemplateError;
 use crate::conversation;
 use crate::error::{DataError, Place};
 use crate::inputs::Input;
-use crate::layout::Fault;
-use crate::rows::{self, Row};
+use crate::layout::fault;
+use crate::rows::{self, Position, Row};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// The column that holds it.
@@ -105,7 +105,7 @@ pub fn prompts(file: &Path) -> Result<Vec<(Place, Prompt)>, DataError> {
         Ok(())
     };
     let input = Input::new(file);
-    let done = input.and_then(|input| rows::read(&input, &mut take));
+    let done = input.and_then(|input| rows::read(&input, &Position::default(), &mut take));
     done.map_err(|error| match error {
         DataError::Read { file, source } => DataError::ReadPrompts { file, source },
         other => other,
@@ -126,18 +126,14 @@ pub fn prompts(file: &Path) -> Result<Vec<(Place, Prompt)>, DataError> {
 fn prompt(Row { place, mut object }: Row) -> Result<(Place, Prompt), DataError> {
     let read = match object.remove(COLUMN) {
         Some(Value::String(text)) => Ok(Prompt::Text(text)),
-        None | Some(Value::Null) => Err(Fault {
-            reason: format!("the row has no `{COLUMN}`"),
-            cure: "add it, as text or as a list of messages".into(),
-        }),
+        None | Some(Value::Null) => fault(
+            format!("the row has no `{COLUMN}`"),
+            "add it, as text or as a list of messages",
+        ),
         Some(messages) => conversation::prompt((COLUMN, &messages)).map(Prompt::Messages),
     };
     match read {
         Ok(prompt) => Ok((place, prompt)),
-        Err(Fault { reason, cure }) => Err(DataError::Row {
-            place,
-            reason,
-            cure,
-        }),
+        Err(fault) => Err(fault.at(&place)),
     }
 }

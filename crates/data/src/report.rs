@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use crate::config::Format;
 use crate::error::Place;
 use crate::layout::Layout;
 
@@ -25,14 +26,20 @@ const IDENTICAL_SHARE: f64 = 0.005;
 const REPEATED_SHARE: f64 = 0.01;
 
 /// What became of the rows.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// Rows read.
     pub rows: usize,
     /// Pairs kept.
     pub pairs: usize,
+    /// What the rows are: never `auto`.
+    pub format: Format,
     /// How the kept rows say what their prompt is.
     pub layouts: Vec<LayoutCount>,
+    /// Kept rows of unpaired data whose completion is desirable.
+    pub desirable: usize,
+    /// Kept rows of unpaired data whose completion is undesirable.
+    pub undesirable: usize,
     /// Rows that gave no pair.
     pub dropped: Vec<Dropped>,
     /// Pairs of which a completion lost its end to `max_length`.
@@ -43,6 +50,8 @@ pub struct Report {
     pub identical: usize,
     /// Pairs with the tokens of an earlier one.
     pub repeated: usize,
+    /// Pairs whose chosen score is not above the rejected one, where scores are read.
+    pub scores_not_above: usize,
     /// Pairs whose prompt gave its last tokens to the completions, because the tokenizer merges across the border.
     pub border_moved: usize,
     /// Tokens of all pairs, the prompt counted once per completion.
@@ -60,7 +69,7 @@ pub struct Report {
 }
 
 /// Pairs whose rows have one layout.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayoutCount {
     /// The layout.
     pub layout: Layout,
@@ -69,7 +78,7 @@ pub struct LayoutCount {
 }
 
 /// A row that gave no pair.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dropped {
     /// The row.
     pub place: Place,
@@ -78,7 +87,7 @@ pub struct Dropped {
 }
 
 /// Why a row gave no pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum DropReason {
     /// A completion has no token, or none within `max_length`.
@@ -97,10 +106,12 @@ pub enum DropReason {
     },
     /// The prompt has no token, so nothing predicts a completion's first one.
     EmptyPrompt,
+    /// The completion is labelled undesirable, and the objective trains on desirable ones alone.
+    Undesirable,
 }
 
 /// Sequences of `from..=to` tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bucket {
     /// Fewest tokens.
     pub from: usize,
@@ -111,15 +122,15 @@ pub struct Bucket {
 }
 
 /// A pair decoded; completions are exactly what is scored.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Example {
     /// The row.
     pub place: Place,
     /// Read by the model, not scored.
     pub prompt: String,
-    /// Scored.
+    /// Scored; empty for an undesirable row.
     pub chosen: String,
-    /// Scored; empty for completion data.
+    /// Scored; empty for completion data and desirable rows.
     pub rejected: String,
 }
 
@@ -170,6 +181,9 @@ impl fmt::Display for DropReason {
                 "no prompt left: a completion alone has {completion_tokens} tokens and data.max_length is {max_length}"
             ),
             Self::EmptyPrompt => f.write_str("the prompt has no tokens"),
+            Self::Undesirable => f.write_str(
+                "its label says undesirable, and the objective trains on desirable completions alone",
+            ),
         }
     }
 }
@@ -182,11 +196,27 @@ impl fmt::Display for Report {
             counted(self.pairs, "pair"),
             counted(self.rows, "row")
         )?;
+        let unpaired = match self.format {
+            Format::Unpaired => "unpaired, ",
+            _ => "",
+        };
         for LayoutCount { layout, pairs } in &self.layouts {
             match self.layouts.len() {
-                1 => writeln!(f, "layout: {layout}")?,
-                _ => writeln!(f, "layout of {}: {layout}", counted(*pairs, "pair"))?,
+                1 => writeln!(f, "layout: {unpaired}{layout}")?,
+                _ => writeln!(
+                    f,
+                    "layout of {}: {unpaired}{layout}",
+                    counted(*pairs, "pair")
+                )?,
             }
+        }
+        if self.format == Format::Unpaired {
+            let (desirable, undesirable) = (self.desirable, self.undesirable);
+            writeln!(
+                f,
+                "{} desirable, {undesirable} undesirable",
+                counted(desirable, "completion")
+            )?;
         }
         writeln!(
             f,
@@ -207,6 +237,10 @@ impl fmt::Display for Report {
                 "with identical chosen and rejected, which teach no preference",
             ),
             (self.repeated, "with the tokens of an earlier one"),
+            (
+                self.scores_not_above,
+                "whose chosen score is not above the rejected one",
+            ),
             (
                 self.border_moved,
                 "whose last prompt token merges with the completion and is scored with it",
@@ -307,9 +341,10 @@ impl fmt::Display for Example {
             self.place
         )?;
         writeln!(f, "  prompt    {}", shown(&self.prompt))?;
-        writeln!(f, "  chosen   ⟦{}⟧", shown(&self.chosen))?;
-        if !self.rejected.is_empty() {
-            writeln!(f, "  rejected ⟦{}⟧", shown(&self.rejected))?;
+        for (name, completion) in [("chosen  ", &self.chosen), ("rejected", &self.rejected)] {
+            if !completion.is_empty() {
+                writeln!(f, "  {name} ⟦{}⟧", shown(completion))?;
+            }
         }
         Ok(())
     }

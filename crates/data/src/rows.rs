@@ -1,7 +1,8 @@
 //! Files in, JSON objects with their place out, one after another. What the objects mean is `layout`'s matter.
 
+use std::cell::Cell;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -19,15 +20,23 @@ pub(crate) struct Row {
 /// Takes rows in order; its refusal ends the reading.
 pub(crate) type Sink<'a> = dyn FnMut(Row) -> Result<(), DataError> + 'a;
 
+/// How many bytes of a file have been read; of tables, about.
+pub(crate) type Position = Cell<u64>;
+
 /// Hands every row of a file to `sink`. Of the file no more is in memory than a line, a batch of a table, or one JSON array.
-pub(crate) fn read(input: &Input, sink: &mut Sink<'_>) -> Result<(), DataError> {
+pub(crate) fn read(
+    input: &Input,
+    position: &Position,
+    sink: &mut Sink<'_>,
+) -> Result<(), DataError> {
     let Input { file, container } = input;
     let open = File::open(file).map_err(|source| read_error(file, source))?;
     let compression = match container {
-        Container::Parquet => return parquet_file::read(file, open, sink),
-        Container::Arrow => return arrow_file::read(file, open, sink),
+        Container::Parquet => return parquet_file::read(file, open, position, sink),
+        Container::Arrow => return arrow_file::read(file, open, position, sink),
         Container::Json(compression) => compression,
     };
+    let open = Counted { open, position };
     match compression {
         Compression::None => json_file::read(file, open, &|source| read_error(file, source), sink),
         Compression::Gzip => {
@@ -39,6 +48,20 @@ pub(crate) fn read(input: &Input, sink: &mut Sink<'_>) -> Result<(), DataError> 
             let reader = zstd::stream::read::Decoder::new(open).map_err(torn)?;
             json_file::read(file, reader, &torn, sink)
         }
+    }
+}
+
+/// A file that says how far it has been read.
+struct Counted<'a> {
+    open: File,
+    position: &'a Position,
+}
+
+impl Read for Counted<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.open.read(buffer)?;
+        self.position.set(self.position.get() + length as u64);
+        Ok(length)
     }
 }
 

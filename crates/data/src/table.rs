@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Once;
+use std::sync::{Arc, Once};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{
@@ -23,7 +23,7 @@ use crate::rows::{Row, Sink};
 
 /// Hands the rows of `batch` to `sink`; `before` rows of the file came earlier.
 pub(crate) fn rows(
-    file: &Path,
+    file: &Arc<Path>,
     before: usize,
     batch: &RecordBatch,
     sink: &mut Sink<'_>,
@@ -32,7 +32,7 @@ pub(crate) fn rows(
     for index in 0..batch.num_rows() {
         let named = schema.fields().iter().map(|field| field.name());
         let place = Place {
-            file: file.into(),
+            file: file.clone(),
             line: before + index + 1,
         };
         let object = object(named, batch.columns().iter(), index);

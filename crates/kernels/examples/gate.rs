@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use kernels::{
-    Activation, AttentionPlan, AttentionSegment, Flat, Gradients, RotaryTable, Slot, add, gated,
-    gated_backward, linear, linear_backward, logprob_head, logprob_head_backward, rms_norm,
-    rms_norm_backward, rotary, rotary_backward, segment_attention, segment_attention_backward,
+    Activation, AttentionPlan, AttentionSegment, Flat, Gradients, Precision, RotaryTable, Slot,
+    add, gated, gated_backward, linear, linear_backward, linear_backward_weight, logprob_head,
+    logprob_head_backward, rms_norm, rms_norm_backward, rms_norm_backward_weight, rotary,
+    rotary_backward, segment_attention, segment_attention_backward,
 };
 
 const TOKENS: usize = 300;
@@ -86,7 +87,8 @@ fn products() {
         let forward = best(9, || drop(linear(&x, &weight)));
         report(&format!("linear {depth} -> {out}"), forward, operations);
         let backward = best(9, || {
-            drop(linear_backward(&dy, &x, &weight, &mut gradients, &slot));
+            linear_backward_weight(&dy, &x, &mut gradients, &slot);
+            drop(linear_backward(&dy, &weight));
         });
         report("  backward", backward, 2.0 * operations);
     }
@@ -131,7 +133,7 @@ impl Block {
         let values = (0..len)
             .map(|i| ((i * 7919) % 1009) as f32 / 10090.0 - 0.05)
             .collect();
-        let weights = Flat::from_host(vec![values], &Device::flex());
+        let weights = Flat::from_host(vec![values], Precision::F32, &Device::flex());
         (
             Self {
                 weights,
@@ -158,7 +160,8 @@ impl Block {
         index: usize,
         gradients: &mut Gradients,
     ) -> Tensor<2> {
-        linear_backward(dy, x, &self.weight(index), gradients, &self.slots[index].0)
+        linear_backward_weight(dy, x, gradients, &self.slots[index].0);
+        linear_backward(dy, &self.weight(index))
     }
 }
 
@@ -218,14 +221,8 @@ fn block() {
             &block.back(&dup, &middle_normed, 5, &mut gradients),
         );
         let slot = &block.norms[1];
-        let dmiddle = rms_norm_backward(
-            &dnormed,
-            &middle,
-            &norm(1),
-            &middle_saved,
-            &mut gradients,
-            slot,
-        );
+        rms_norm_backward_weight(&dnormed, &middle, &middle_saved, &mut gradients, slot);
+        let dmiddle = rms_norm_backward(&dnormed, &middle, &norm(1), &middle_saved);
         let dmiddle = add(dmiddle, &dy);
         let dattended = block.back(&dmiddle, &attended, 3, &mut gradients);
         let attention = Instant::now();
@@ -256,8 +253,9 @@ fn block() {
         let dv = block.back(&dv, &normed, 2, &mut gradients);
         let dnormed = add(add(dq, &dk), &dv);
         let slot = &block.norms[0];
+        rms_norm_backward_weight(&dnormed, &x, &norm_saved, &mut gradients, slot);
         let dx = add(
-            rms_norm_backward(&dnormed, &x, &norm(0), &norm_saved, &mut gradients, slot),
+            rms_norm_backward(&dnormed, &x, &norm(0), &norm_saved),
             &dmiddle,
         );
         drop(dx);
@@ -292,8 +290,7 @@ fn head() {
             &targets,
             None,
             &saved,
-            &mut gradients,
-            &slot,
+            Some((&mut gradients, &slot)),
         ));
     });
     report("  backward (recomputing)", backward, 3.0 * operations);

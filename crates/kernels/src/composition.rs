@@ -11,6 +11,7 @@ use std::f64::consts::{FRAC_1_SQRT_2, PI};
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 
+use crate::precision::result;
 use crate::{Activation, Gradients, RotaryTable, Slot};
 
 pub use attention::{segment_attention, segment_attention_backward};
@@ -43,43 +44,50 @@ pub fn rms_norm(x: &Tensor<2>, weight: &Tensor<1>, epsilon: f64) -> (Tensor<2>, 
     )
 }
 
-/// dx = inverse · (w·dy − x · inverse² · mean(w·dy·x)); the weight's gradient is Σ dy · x · inverse over rows.
+/// dx = inverse · (w·dy − x · inverse² · mean(w·dy·x)).
 pub fn rms_norm_backward(
     dy: &Tensor<2>,
     x: &Tensor<2>,
     weight: &Tensor<1>,
     inverse: &Tensor<2>,
-    gradients: &mut Gradients,
-    slot: &Slot,
 ) -> Tensor<2> {
     let normal = x.clone() * inverse.clone();
-    gradients.accumulate(
-        slot,
-        (dy.clone() * normal.clone()).sum_dim(0).reshape([slot.len]),
-    );
     let scaled = dy.clone() * weight.clone().unsqueeze::<2>();
     let shared = (scaled.clone() * normal.clone()).mean_dim(1);
     (scaled - normal * shared) * inverse.clone()
 }
 
-/// x Wᵀ.
-pub fn linear(x: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
-    x.clone().matmul(weight.clone().transpose())
-}
-
-/// dy W; adds dyᵀ x.
-pub fn linear_backward(
+/// Adds Σ dy · x · inverse over rows.
+pub fn rms_norm_backward_weight(
     dy: &Tensor<2>,
     x: &Tensor<2>,
-    weight: &Tensor<2>,
+    inverse: &Tensor<2>,
     gradients: &mut Gradients,
     slot: &Slot,
-) -> Tensor<2> {
-    gradients.accumulate(
-        slot,
-        dy.clone().transpose().matmul(x.clone()).reshape([slot.len]),
-    );
-    dy.clone().matmul(weight.clone())
+) {
+    let products = dy.clone() * x.clone() * inverse.clone();
+    gradients.accumulate(slot, products.sum_dim(0).reshape([slot.len]));
+}
+
+/// x Wᵀ.
+pub fn linear(x: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
+    result(x.clone().matmul(weight.clone().transpose()))
+}
+
+/// dy W.
+pub fn linear_backward(dy: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
+    result(dy.clone().matmul(weight.clone()))
+}
+
+/// Adds dyᵀ x.
+pub fn linear_backward_weight(
+    dy: &Tensor<2>,
+    x: &Tensor<2>,
+    gradients: &mut Gradients,
+    slot: &Slot,
+) {
+    let product = result(dy.clone().transpose().matmul(x.clone()));
+    gradients.accumulate(slot, product.reshape([slot.len]));
 }
 
 /// x + bias in every row.
@@ -215,24 +223,34 @@ pub fn layer_norm(
     (y, mean, inverse)
 }
 
-/// dx = inverse · (w·dy − mean(w·dy) − normal · mean(w·dy·normal)); the weight's gradient is Σ dy · normal, the bias's Σ dy.
+/// dx = inverse · (w·dy − mean(w·dy) − normal · mean(w·dy·normal)).
 pub fn layer_norm_backward(
     dy: &Tensor<2>,
     x: &Tensor<2>,
     weight: &Tensor<1>,
     mean: &Tensor<2>,
     inverse: &Tensor<2>,
-    gradients: &mut Gradients,
-    [weight_slot, bias_slot]: [&Slot; 2],
 ) -> Tensor<2> {
     let normal = (x.clone() - mean.clone()) * inverse.clone();
-    let dweight = (dy.clone() * normal.clone()).sum_dim(0);
-    gradients.accumulate(weight_slot, dweight.reshape([weight_slot.len]));
-    bias_backward(dy, gradients, bias_slot);
     let scaled = dy.clone() * weight.clone().unsqueeze::<2>();
     let shared = (scaled.clone() * normal.clone()).mean_dim(1);
     let level = scaled.clone().mean_dim(1);
     (scaled - level - normal * shared) * inverse.clone()
+}
+
+/// Adds Σ dy · normal to the weight's gradient and Σ dy to the bias's.
+pub fn layer_norm_backward_weight(
+    dy: &Tensor<2>,
+    x: &Tensor<2>,
+    mean: &Tensor<2>,
+    inverse: &Tensor<2>,
+    gradients: &mut Gradients,
+    [weight_slot, bias_slot]: [&Slot; 2],
+) {
+    let normal = (x.clone() - mean.clone()) * inverse.clone();
+    let dweight = (dy.clone() * normal).sum_dim(0);
+    gradients.accumulate(weight_slot, dweight.reshape([weight_slot.len]));
+    bias_backward(dy, gradients, bias_slot);
 }
 
 /// Columns of queries, keys and values that lie head by head (q₀ k₀ v₀ q₁ k₁ v₁ …), apart.

@@ -3,7 +3,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::host;
+use crate::{Precision, host};
 
 /// Where one parameter lies: `len` elements from `offset` of bucket `bucket`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,19 +18,52 @@ pub struct Slot {
 
 /// The weights of a model on one device, one tensor per bucket.
 pub struct Flat {
+    /// f32: what an optimizer updates.
     buckets: Vec<Tensor<1>>,
+    /// The same as operands of products, where they are not f32; made anew whenever the buckets are put in place.
+    operands: Vec<Tensor<1>>,
+    precision: Precision,
     device: Device,
 }
 
 impl Flat {
     /// Buckets from host memory, which flex takes over without a copy.
-    pub fn from_host(buckets: Vec<Vec<f32>>, device: &Device) -> Self {
+    pub fn from_host(buckets: Vec<Vec<f32>>, precision: Precision, device: &Device) -> Self {
         let mut flat = Self {
             buckets: Vec::new(),
+            operands: Vec::new(),
+            precision,
             device: device.clone(),
         };
         flat.put_host(buckets);
         flat
+    }
+
+    /// What the weights are as operands of products.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Changes what the weights are as operands of products; the weights stay.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.precision = precision;
+        self.make_operands();
+    }
+
+    /// As [`Flat::view`], for a product: in the weights' [`Precision`].
+    pub fn operand<const D: usize>(&self, slot: &Slot, shape: [usize; D]) -> Tensor<D> {
+        match self.precision {
+            Precision::F32 => self.view(slot, shape),
+            Precision::Bf16 => view(&self.operands, slot, shape),
+        }
+    }
+
+    fn make_operands(&mut self) {
+        let made = |bucket| self.precision.operand(bucket);
+        self.operands = match self.precision {
+            Precision::F32 => Vec::new(),
+            Precision::Bf16 => self.buckets.iter().map(made).collect(),
+        };
     }
 
     /// The parameter at `slot` as a tensor of `shape`; on flex a view, not a copy.
@@ -38,28 +71,12 @@ impl Flat {
     /// # Panics
     /// If the weights have been taken, the slot lies outside its bucket, or the shape has another size.
     pub fn view<const D: usize>(&self, slot: &Slot, shape: [usize; D]) -> Tensor<D> {
-        assert!(
-            slot.bucket < self.buckets.len(),
-            "bucket {} of {}",
-            slot.bucket,
-            self.buckets.len()
-        );
-        assert_eq!(
-            shape.iter().product::<usize>(),
-            slot.len,
-            "elements of shape {shape:?} and of {slot:?}"
-        );
-        let bucket = self.buckets[slot.bucket].clone();
-        let [len] = bucket.dims();
-        assert!(
-            slot.offset + slot.len <= len,
-            "{slot:?} in a bucket of {len}"
-        );
-        bucket.narrow(0, slot.offset, slot.len).reshape(shape)
+        view(&self.buckets, slot, shape)
     }
 
     /// The buckets as host memory, leaving no weights behind. On flex nothing is copied, provided that no view is alive.
     pub fn take_host(&mut self) -> Vec<Vec<f32>> {
+        self.operands.clear();
         std::mem::take(&mut self.buckets)
             .into_iter()
             .map(host::into_vec)
@@ -76,10 +93,32 @@ impl Flat {
                 Tensor::from_data(TensorData::new(bucket, [len]), device)
             })
             .collect();
+        self.make_operands();
     }
 
     /// The device that holds the weights.
     pub fn device(&self) -> &Device {
         &self.device
     }
+}
+
+fn view<const D: usize>(buckets: &[Tensor<1>], slot: &Slot, shape: [usize; D]) -> Tensor<D> {
+    assert!(
+        slot.bucket < buckets.len(),
+        "bucket {} of {}",
+        slot.bucket,
+        buckets.len()
+    );
+    assert_eq!(
+        shape.iter().product::<usize>(),
+        slot.len,
+        "elements of shape {shape:?} and of {slot:?}"
+    );
+    let bucket = buckets[slot.bucket].clone();
+    let [len] = bucket.dims();
+    assert!(
+        slot.offset + slot.len <= len,
+        "{slot:?} in a bucket of {len}"
+    );
+    bucket.narrow(0, slot.offset, slot.len).reshape(shape)
 }

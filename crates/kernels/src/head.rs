@@ -66,7 +66,8 @@ pub fn logprob_head(
     (logps, HeadSaved { lse })
 }
 
-/// The gradient of `hidden` for dL/d(log-prob) `dlogps` of every row; adds the gradient of the weight at `slot`.
+/// The gradient of `hidden` for dL/d(log-prob) `dlogps` of every row; adds the gradient of the weight where `sums` says,
+/// unless the weight is frozen.
 pub fn logprob_head_backward(
     dlogps: &[f32],
     hidden: &Tensor<2>,
@@ -74,24 +75,24 @@ pub fn logprob_head_backward(
     targets: &[u32],
     soft_cap: Option<f64>,
     saved: &HeadSaved,
-    gradients: &mut Gradients,
-    slot: &Slot,
+    sums: Option<(&mut Gradients, &Slot)>,
 ) -> Tensor<2> {
     let shape = check(hidden, weight, targets);
     assert_eq!(dlogps.len(), shape.rows, "derivatives and rows");
     assert_eq!(saved.lse.len(), shape.rows, "saved rows and rows");
-    assert_eq!(
-        slot.len,
-        shape.vocabulary * shape.width,
-        "gradient of the head's weight"
-    );
-    let (Some(hidden), Some(weight), Some(sums)) =
-        (Host::read(hidden), Host::read(weight), gradients.host(slot))
-    else {
+    if let Some((_, slot)) = &sums {
+        let len = shape.vocabulary * shape.width;
+        assert_eq!(slot.len, len, "gradient of the head's weight");
+    }
+    let (Some(hidden), Some(weight)) = (Host::read(hidden), Host::read(weight)) else {
         return composition::logprob_head_backward(
-            dlogps, hidden, weight, targets, soft_cap, &saved.lse, gradients, slot,
+            dlogps, hidden, weight, targets, soft_cap, &saved.lse, sums,
         );
     };
+    let mut sums = sums.map(|(gradients, slot)| {
+        let sums = gradients.host(slot);
+        sums.expect("gradients lie where the weight lies")
+    });
     let width = shape.width;
     let mut dhidden = vec![0.0; shape.rows * width];
     let mut logits = scratch(&shape);
@@ -119,15 +120,17 @@ pub fn logprob_head_backward(
             weight,
             Threads::All,
         );
-        multiply(
-            &mut sums[tile.column * width..],
-            width,
-            Write::Add,
-            1.0,
-            dlogits.transposed(),
-            hidden,
-            Threads::All,
-        );
+        if let Some(sums) = &mut sums {
+            multiply(
+                &mut sums[tile.column * width..],
+                width,
+                Write::Add,
+                1.0,
+                dlogits.transposed(),
+                hidden,
+                Threads::All,
+            );
+        }
     }
     host::tensor(dhidden, [shape.rows, width])
 }

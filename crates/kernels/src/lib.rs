@@ -1,15 +1,16 @@
 //! The operations of a decoder, each as a forward that saves and a backward that accumulates.
 //!
 //! There is no autodiff tape here. A forward returns its output and, where its backward needs more than the inputs, a
-//! `…Saved` value; a backward returns the gradients of its inputs and adds the gradient of its weight straight into the
-//! flat [`Gradients`].
+//! `…Saved` value; a backward returns the gradients of its inputs. The gradient of a weight is added straight into the
+//! flat [`Gradients`] by a function of its own (`…_backward_weight`), which is not called for a frozen weight.
 //!
 //! Every operation has two forms with one signature:
 //! - the **reference composition** ([`composition`]) over burn tensors, for any device, and the oracle of the tests;
 //! - the **fused host form** on the slices of burn's flex backend, taken whenever all operands live there.
 //!
 //! # Shapes
-//! `Tensor<2>` is always `[rows, columns]`, f32, one row per token; weights are `[out, in]` as Hugging Face stores them.
+//! `Tensor<2>` is always `[rows, columns]`, one row per token; weights are `[out, in]` as Hugging Face stores them. Elements
+//! are f32; operands of products may be what [`Precision::operand`] makes of them.
 //!
 //! # What the host forms promise
 //! - A row of a forward result has the same bits whichever other rows share the call (the `gemm` module says how).
@@ -36,6 +37,7 @@ mod linear;
 mod math;
 mod norm;
 mod parallel;
+mod precision;
 mod residual;
 mod rotary;
 mod rows;
@@ -50,10 +52,12 @@ pub use flat::{Flat, Slot};
 pub use gradients::Gradients;
 pub use head::{HeadSaved, logprob_head, logprob_head_backward, logprob_head_bytes};
 pub use heads::{join_heads, split_heads};
-pub use linear::{add_bias, bias_backward, linear, linear_backward};
+pub use linear::{add_bias, bias_backward, linear, linear_backward, linear_backward_weight};
 pub use norm::{
-    LayerSaved, RmsSaved, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward,
+    LayerSaved, RmsSaved, layer_norm, layer_norm_backward, layer_norm_backward_weight, rms_norm,
+    rms_norm_backward, rms_norm_backward_weight,
 };
+pub use precision::Precision;
 pub use residual::add;
 pub use rotary::{RotaryTable, rotary, rotary_backward};
 pub use rows::{gather_rows, scatter_add_rows};

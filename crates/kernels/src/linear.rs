@@ -23,51 +23,45 @@ pub fn linear(x: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
     host::tensor(y, [rows, out])
 }
 
-/// The gradient of `x`, dy W; adds dyᵀ x to the gradient of the weight at `slot`.
-pub fn linear_backward(
+/// The gradient of `x`, dy W.
+pub fn linear_backward(dy: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
+    let ([rows, out], [weight_out, depth]) = (dy.dims(), weight.dims());
+    assert_eq!(out, weight_out, "columns of dy and rows of the weight");
+    let (Some(dy), Some(weight)) = (Host::read(dy), Host::read(weight)) else {
+        return composition::linear_backward(dy, weight);
+    };
+    let mut dx = vec![0.0; rows * depth];
+    let (lhs, rhs) = (
+        Matrix::new(&dy, rows, out),
+        Matrix::new(&weight, out, depth),
+    );
+    multiply(&mut dx, depth, Write::Set, 1.0, lhs, rhs, Threads::All);
+    host::tensor(dx, [rows, depth])
+}
+
+/// Adds dyᵀ x to the gradient of the weight at `slot`.
+pub fn linear_backward_weight(
     dy: &Tensor<2>,
     x: &Tensor<2>,
-    weight: &Tensor<2>,
     gradients: &mut Gradients,
     slot: &Slot,
-) -> Tensor<2> {
-    let ([rows, depth], [out, weight_depth]) = (x.dims(), weight.dims());
-    assert_eq!(depth, weight_depth, "columns of x and of the weight");
-    assert_eq!(dy.dims(), [rows, out], "dy for {rows} rows of {out}");
+) {
+    let ([rows, depth], [dy_rows, out]) = (x.dims(), dy.dims());
+    assert_eq!(dy_rows, rows, "rows of dy and x");
     assert_eq!(
         slot.len,
         out * depth,
         "gradient of a {out} × {depth} weight"
     );
-    let (Some(dy), Some(x), Some(weight), Some(sums)) = (
-        Host::read(dy),
-        Host::read(x),
-        Host::read(weight),
-        gradients.host(slot),
-    ) else {
-        return composition::linear_backward(dy, x, weight, gradients, slot);
+    let (Some(dy), Some(x), Some(sums)) = (Host::read(dy), Host::read(x), gradients.host(slot))
+    else {
+        return composition::linear_backward_weight(dy, x, gradients, slot);
     };
-    let (dy, x) = (Matrix::new(&dy, rows, out), Matrix::new(&x, rows, depth));
-    multiply(
-        sums,
-        depth,
-        Write::Add,
-        1.0,
-        dy.transposed(),
-        x,
-        Threads::All,
+    let (lhs, rhs) = (
+        Matrix::new(&dy, rows, out).transposed(),
+        Matrix::new(&x, rows, depth),
     );
-    let mut dx = vec![0.0; rows * depth];
-    multiply(
-        &mut dx,
-        depth,
-        Write::Set,
-        1.0,
-        dy,
-        Matrix::new(&weight, out, depth),
-        Threads::All,
-    );
-    host::tensor(dx, [rows, depth])
+    multiply(sums, depth, Write::Add, 1.0, lhs, rhs, Threads::All);
 }
 
 /// Adds `bias`, `[d]`, to every row of `x`, `[n, d]`; in place when nothing else holds `x`.

@@ -2,7 +2,7 @@
 //! Per-head norms are the same operation on `[tokens · heads, head_dim]`; for Gemma's the caller passes 1 + weight, whose
 //! gradient is the weight's. Layer normalisation as in GPT-NeoX: y = weight · (x − mean(x)) / √(variance(x) + ε) + bias.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 
 use crate::host::{self, Host};
 use crate::math::{dot, simd, sum_of};
@@ -59,51 +59,21 @@ pub fn rms_norm(x: &Tensor<2>, weight: &Tensor<1>, epsilon: f64) -> (Tensor<2>, 
     )
 }
 
-/// The gradient of `x`; adds the gradient of the weight at `slot`.
+/// The gradient of `x`.
 pub fn rms_norm_backward(
     dy: &Tensor<2>,
     x: &Tensor<2>,
     weight: &Tensor<1>,
     saved: &RmsSaved,
-    gradients: &mut Gradients,
-    slot: &Slot,
 ) -> Tensor<2> {
     let [rows, width] = x.dims();
     assert_eq!(dy.dims(), [rows, width], "dy and x");
-    assert_eq!(slot.len, width, "gradient of a norm weight");
-    let inverse = match &saved.0 {
-        Inverse::Host(inverse) => inverse,
-        Inverse::Device(inverse) => {
-            return composition::rms_norm_backward(dy, x, weight, inverse, gradients, slot);
-        }
-    };
-    let (Some(dy_host), Some(x_host), Some(weight_host), Some(sums)) = (
-        Host::read(dy),
-        Host::read(x),
-        Host::read(weight),
-        gradients.host(slot),
-    ) else {
-        let inverse = Tensor::from_data(
-            burn::tensor::TensorData::new(inverse.clone(), [rows, 1]),
-            &x.device(),
-        );
-        return composition::rms_norm_backward(dy, x, weight, &inverse, gradients, slot);
+    let (Inverse::Host(inverse), Some(dy_host), Some(x_host), Some(weight_host)) =
+        (&saved.0, Host::read(dy), Host::read(x), Host::read(weight))
+    else {
+        return composition::rms_norm_backward(dy, x, weight, &saved.tensor(x));
     };
     let (dy, x, weight): (&[f32], &[f32], &[f32]) = (&dy_host, &x_host, &weight_host);
-    simd(
-        #[inline(always)]
-        || {
-            for ((dy, x), inverse) in dy
-                .chunks_exact(width)
-                .zip(x.chunks_exact(width))
-                .zip(inverse)
-            {
-                for ((sum, &dy), &x) in sums.iter_mut().zip(dy).zip(x) {
-                    *sum += dy * (x * inverse);
-                }
-            }
-        },
-    );
     let mut out = vec![0.0; rows * width];
     parallel::row_blocks(&mut out, width, |first, block| {
         simd(
@@ -130,6 +100,59 @@ pub fn rms_norm_backward(
         );
     });
     host::tensor(out, [rows, width])
+}
+
+/// Adds Σ dy · x / √(mean(x²) + ε) over rows to the gradient of the weight at `slot`.
+pub fn rms_norm_backward_weight(
+    dy: &Tensor<2>,
+    x: &Tensor<2>,
+    saved: &RmsSaved,
+    gradients: &mut Gradients,
+    slot: &Slot,
+) {
+    let [rows, width] = x.dims();
+    assert_eq!(dy.dims(), [rows, width], "dy and x");
+    assert_eq!(slot.len, width, "gradient of a norm weight");
+    let (Inverse::Host(inverse), Some(dy_host), Some(x_host), Some(sums)) = (
+        &saved.0,
+        Host::read(dy),
+        Host::read(x),
+        gradients.host(slot),
+    ) else {
+        let inverse = saved.tensor(x);
+        return composition::rms_norm_backward_weight(dy, x, &inverse, gradients, slot);
+    };
+    let (dy, x): (&[f32], &[f32]) = (&dy_host, &x_host);
+    simd(
+        #[inline(always)]
+        || {
+            for ((dy, x), inverse) in dy
+                .chunks_exact(width)
+                .zip(x.chunks_exact(width))
+                .zip(inverse)
+            {
+                for ((sum, &dy), &x) in sums.iter_mut().zip(dy).zip(x) {
+                    *sum += dy * (x * inverse);
+                }
+            }
+        },
+    );
+}
+
+impl RmsSaved {
+    /// `[n, 1]`, where `x` is.
+    fn tensor(&self, x: &Tensor<2>) -> Tensor<2> {
+        match &self.0 {
+            Inverse::Host(inverse) => column(inverse.clone(), x),
+            Inverse::Device(inverse) => inverse.clone(),
+        }
+    }
+}
+
+/// A value per row of `x`, `[n, 1]`, where `x` is.
+fn column(values: Vec<f32>, x: &Tensor<2>) -> Tensor<2> {
+    let rows = values.len();
+    Tensor::from_data(TensorData::new(values, [rows, 1]), &x.device())
 }
 
 /// What [`layer_norm_backward`] needs beside the inputs: mean and 1 / √(variance + ε) of every row.
@@ -191,61 +214,22 @@ pub fn layer_norm(
     )
 }
 
-/// The gradient of `x`; adds the gradients of weight and bias at `slots`.
+/// The gradient of `x`.
 pub fn layer_norm_backward(
     dy: &Tensor<2>,
     x: &Tensor<2>,
     weight: &Tensor<1>,
     saved: &LayerSaved,
-    gradients: &mut Gradients,
-    slots: [&Slot; 2],
 ) -> Tensor<2> {
     let [rows, width] = x.dims();
     assert_eq!(dy.dims(), [rows, width], "dy and x");
-    for slot in slots {
-        assert_eq!(slot.len, width, "gradient of a norm's weight or bias");
-    }
-    let moments = match &saved.0 {
-        Moments::Host(moments) => moments,
-        Moments::Device(moments) => {
-            let [mean, inverse] = &**moments;
-            return composition::layer_norm_backward(
-                dy, x, weight, mean, inverse, gradients, slots,
-            );
-        }
-    };
-    let (Some(dy_host), Some(x_host), Some(weight_host), true) = (
-        Host::read(dy),
-        Host::read(x),
-        Host::read(weight),
-        gradients.host(slots[0]).is_some(),
-    ) else {
-        let column = |index: usize| {
-            let values = moments.iter().map(|moments| moments[index]).collect();
-            Tensor::from_data(
-                burn::tensor::TensorData::new::<f32, _>(values, [rows, 1]),
-                &x.device(),
-            )
-        };
-        let (mean, inverse) = (column(0), column(1));
-        return composition::layer_norm_backward(dy, x, weight, &mean, &inverse, gradients, slots);
+    let (Moments::Host(moments), Some(dy_host), Some(x_host), Some(weight_host)) =
+        (&saved.0, Host::read(dy), Host::read(x), Host::read(weight))
+    else {
+        let [mean, inverse] = saved.tensors(x);
+        return composition::layer_norm_backward(dy, x, weight, &mean, &inverse);
     };
     let (dy, x, weight): (&[f32], &[f32], &[f32]) = (&dy_host, &x_host, &weight_host);
-    for (slot, of_weight) in slots.into_iter().zip([true, false]) {
-        let sums = gradients.host(slot).expect("slots lie on one device");
-        simd(
-            #[inline(always)]
-            || {
-                let rows = dy.chunks_exact(width).zip(x.chunks_exact(width));
-                for ((dy, x), [mean, inverse]) in rows.zip(moments) {
-                    for ((sum, &dy), &x) in sums.iter_mut().zip(dy).zip(x) {
-                        let factor = if of_weight { (x - mean) * inverse } else { 1.0 };
-                        *sum += dy * factor;
-                    }
-                }
-            },
-        );
-    }
     let mut out = vec![0.0; rows * width];
     parallel::row_blocks(&mut out, width, |first, block| {
         simd(
@@ -273,4 +257,57 @@ pub fn layer_norm_backward(
         );
     });
     host::tensor(out, [rows, width])
+}
+
+/// Adds the gradients of weight and bias at `slots`.
+pub fn layer_norm_backward_weight(
+    dy: &Tensor<2>,
+    x: &Tensor<2>,
+    saved: &LayerSaved,
+    gradients: &mut Gradients,
+    slots: [&Slot; 2],
+) {
+    let [rows, width] = x.dims();
+    assert_eq!(dy.dims(), [rows, width], "dy and x");
+    for slot in slots {
+        assert_eq!(slot.len, width, "gradient of a norm's weight or bias");
+    }
+    let (Moments::Host(moments), Some(dy_host), Some(x_host), true) = (
+        &saved.0,
+        Host::read(dy),
+        Host::read(x),
+        gradients.host(slots[0]).is_some(),
+    ) else {
+        let [mean, inverse] = saved.tensors(x);
+        return composition::layer_norm_backward_weight(dy, x, &mean, &inverse, gradients, slots);
+    };
+    let (dy, x): (&[f32], &[f32]) = (&dy_host, &x_host);
+    for (slot, of_weight) in slots.into_iter().zip([true, false]) {
+        let sums = gradients.host(slot).expect("slots lie on one device");
+        simd(
+            #[inline(always)]
+            || {
+                let rows = dy.chunks_exact(width).zip(x.chunks_exact(width));
+                for ((dy, x), [mean, inverse]) in rows.zip(moments) {
+                    for ((sum, &dy), &x) in sums.iter_mut().zip(dy).zip(x) {
+                        let factor = if of_weight { (x - mean) * inverse } else { 1.0 };
+                        *sum += dy * factor;
+                    }
+                }
+            },
+        );
+    }
+}
+
+impl LayerSaved {
+    /// Mean and inverse deviation, `[n, 1]` each, where `x` is.
+    fn tensors(&self, x: &Tensor<2>) -> [Tensor<2>; 2] {
+        match &self.0 {
+            Moments::Host(moments) => [0, 1].map(|index| {
+                let values = moments.iter().map(|moments| moments[index]).collect();
+                column(values, x)
+            }),
+            Moments::Device(moments) => (**moments).clone(),
+        }
+    }
 }

@@ -41,8 +41,7 @@ fn log_probs_and_gradients_agree_with_composition_and_autodiff() {
             &targets,
             soft_cap,
             &saved,
-            &mut fused,
-            &whole(len),
+            Some((&mut fused, &whole(len))),
         );
         let dhidden_composed = composition::logprob_head_backward(
             &dlogps,
@@ -51,8 +50,7 @@ fn log_probs_and_gradients_agree_with_composition_and_autodiff() {
             &targets,
             soft_cap,
             &lse,
-            &mut reference,
-            &whole(len),
+            Some((&mut reference, &whole(len))),
         );
         let (hidden, weight) = (leaf(&hidden), leaf(&weight));
         let dlogp =
@@ -118,8 +116,7 @@ fn gradients_agree_with_finite_differences() {
         &targets,
         None,
         &saved,
-        &mut sums,
-        &slot,
+        Some((&mut sums, &slot)),
     );
     for (i, &got) in host(&dhidden).iter().enumerate() {
         let loss = |step: f32| {
@@ -156,8 +153,7 @@ fn a_head_without_rows_gives_nothing() {
         &[],
         None,
         &saved,
-        &mut sums,
-        &whole(40),
+        Some((&mut sums, &whole(40))),
     );
     assert_eq!(dhidden.dims(), [0, 4]);
     assert_eq!(sums.take_host()[0], vec![0.0; 40]);

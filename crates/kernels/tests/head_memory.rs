@@ -60,8 +60,7 @@ fn the_head_never_holds_rows_times_vocabulary() {
         &targets,
         None,
         &saved,
-        &mut gradients,
-        &slot,
+        Some((&mut gradients, &slot)),
     );
     let peak = PEAK.load(Relaxed) - before;
     assert!(

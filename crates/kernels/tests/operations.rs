@@ -31,7 +31,8 @@ fn linear_agrees_with_its_composition_and_autodiff() {
             1e-4,
         );
         let mut sums = gradients(out * depth);
-        let dx = kernels::linear_backward(&dy, &x, &weight, &mut sums, &whole(out * depth));
+        let dx = kernels::linear_backward(&dy, &weight);
+        kernels::linear_backward_weight(&dy, &x, &mut sums, &whole(out * depth));
         let (x, weight) = (leaf(&x), leaf(&weight));
         let y = composition::linear(&x, &weight);
         let grads = (y * on_autodiff(&dy)).sum().backward();
@@ -85,7 +86,8 @@ fn rms_norm_agrees_with_its_composition_and_autodiff() {
             1e-5,
         );
         let mut sums = gradients(width);
-        let dx = kernels::rms_norm_backward(&dy, &x, &weight, &saved, &mut sums, &whole(width));
+        let dx = kernels::rms_norm_backward(&dy, &x, &weight, &saved);
+        kernels::rms_norm_backward_weight(&dy, &x, &saved, &mut sums, &whole(width));
         let (x, weight) = (leaf(&x), leaf(&weight));
         let grads = (composition::rms_norm(&x, &weight, 1e-5).0 * on_autodiff(&dy))
             .sum()
@@ -264,16 +266,10 @@ fn layer_norm_agrees_with_its_composition_and_autodiff() {
             len: width,
         };
         let slots = [&slot(0), &slot(width)];
-        let dx = kernels::layer_norm_backward(&dy, &x, &weight, &saved, &mut fused, slots);
-        let composed = composition::layer_norm_backward(
-            &dy,
-            &x,
-            &weight,
-            &mean,
-            &inverse,
-            &mut reference,
-            slots,
-        );
+        let dx = kernels::layer_norm_backward(&dy, &x, &weight, &saved);
+        kernels::layer_norm_backward_weight(&dy, &x, &saved, &mut fused, slots);
+        let composed = composition::layer_norm_backward(&dy, &x, &weight, &mean, &inverse);
+        composition::layer_norm_backward_weight(&dy, &x, &mean, &inverse, &mut reference, slots);
         let (x, weight, bias) = (leaf(&x), leaf(&weight), leaf(&bias));
         let grads = (composition::layer_norm(&x, &weight, &bias, 1e-5).0 * on_autodiff(&dy))
             .sum()
@@ -341,8 +337,10 @@ fn gathered_rows_scatter_back() {
 fn the_composed_backwards_agree_with_the_fused_ones() {
     let (x, weight, dy) = (matrix(9, 20, 1), matrix(14, 20, 2), matrix(9, 14, 3));
     let (mut fused, mut composed) = (gradients(280), gradients(280));
-    let dx = kernels::linear_backward(&dy, &x, &weight, &mut fused, &whole(280));
-    let dx_composed = composition::linear_backward(&dy, &x, &weight, &mut composed, &whole(280));
+    let dx = kernels::linear_backward(&dy, &weight);
+    let dx_composed = composition::linear_backward(&dy, &weight);
+    kernels::linear_backward_weight(&dy, &x, &mut fused, &whole(280));
+    composition::linear_backward_weight(&dy, &x, &mut composed, &whole(280));
     close("linear dx", &host(&dx), &host(&dx_composed), 1e-5);
     close(
         "linear dw",
@@ -355,9 +353,10 @@ fn the_composed_backwards_agree_with_the_fused_ones() {
     let (_, saved) = kernels::rms_norm(&x, &norm, 1e-5);
     let (_, inverse) = composition::rms_norm(&x, &norm, 1e-5);
     let (mut fused, mut composed) = (gradients(20), gradients(20));
-    let dx = kernels::rms_norm_backward(&dy, &x, &norm, &saved, &mut fused, &whole(20));
-    let dx_composed =
-        composition::rms_norm_backward(&dy, &x, &norm, &inverse, &mut composed, &whole(20));
+    let dx = kernels::rms_norm_backward(&dy, &x, &norm, &saved);
+    let dx_composed = composition::rms_norm_backward(&dy, &x, &norm, &inverse);
+    kernels::rms_norm_backward_weight(&dy, &x, &saved, &mut fused, &whole(20));
+    composition::rms_norm_backward_weight(&dy, &x, &inverse, &mut composed, &whole(20));
     close("norm dx", &host(&dx), &host(&dx_composed), 1e-5);
     close(
         "norm dw",

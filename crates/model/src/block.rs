@@ -6,20 +6,20 @@
 
 use burn::tensor::Tensor;
 use kernels::{
-    AttentionPlan, AttentionSaved, Flat, Gradients, RotaryTable, activate, activate_backward, add,
-    gated, gated_backward, join_heads, rotary, rotary_backward, segment_attention,
+    AttentionPlan, AttentionSaved, Gradients, RotaryTable, activate, activate_backward, add, gated,
+    gated_backward, join_heads, rotary, rotary_backward, segment_attention,
     segment_attention_backward, split_heads,
 };
 
 use crate::ModelConfig;
 use crate::config::Residual;
-use crate::operations::Norm;
+use crate::operations::{Norm, NormSaved, Weights};
 use crate::pack::Segment;
 use crate::slots::{Affine, BlockSlots, ProjectionSlots};
 
 /// A block at its place in the model.
 pub(crate) struct Block<'a> {
-    pub weights: &'a Flat,
+    pub weights: Weights<'a>,
     pub slots: &'a BlockSlots,
     pub plan: &'a AttentionPlan,
     pub config: &'a ModelConfig,
@@ -41,7 +41,7 @@ pub(crate) struct Tables {
 pub(crate) struct BlockSaved {
     /// The block's input.
     x: Tensor<2>,
-    /// Turned to their positions; where heads are normalised, as they were before that.
+    /// Operands, turned to their positions; where heads are normalised, as they were before that.
     queries: Tensor<2>,
     keys: Tensor<2>,
     values: Tensor<2>,
@@ -62,7 +62,7 @@ struct MlpSaved {
     down: Option<Tensor<2>>,
 }
 
-/// Queries and keys ready for attention, and values.
+/// Queries, keys and values as attention's operands.
 pub(crate) struct Projected {
     pub queries: Tensor<2>,
     pub keys: Tensor<2>,
@@ -101,7 +101,7 @@ impl Block<'_> {
     /// Everything before attention.
     pub fn project(&self, x: &Tensor<2>, tables: &Tables) -> Projected {
         let slots = self.slots;
-        let (normed, _) = slots.attention_norm.norm(self.weights, x, self.norm());
+        let (normed, _) = self.normed(&slots.attention_norm, x);
         let [queries, keys, values] = match &slots.projections {
             ProjectionSlots::Apart(maps) => {
                 maps.each_ref().map(|map| map.linear(self.weights, &normed))
@@ -123,10 +123,11 @@ impl Block<'_> {
             None => (None, [queries, keys]),
         };
         let table = self.table(tables);
+        let operand = |x| self.weights.operand(&x);
         Projected {
-            queries: rotary(queries, table, self.plan.heads),
-            keys: rotary(keys, table, self.plan.kv_heads),
-            values,
+            queries: operand(rotary(queries, table, self.plan.heads)),
+            keys: operand(rotary(keys, table, self.plan.kv_heads)),
+            values: operand(values),
             raw,
         }
     }
@@ -138,13 +139,14 @@ impl Block<'_> {
 
     fn finish(&self, x: &Tensor<2>, attended: &Tensor<2>) -> (Tensor<2>, MlpSaved) {
         let slots = self.slots;
-        let projected = slots.output.linear(self.weights, attended);
+        let attended = self.weights.operand(attended);
+        let projected = slots.output.linear(self.weights, &attended);
         let (joined, projected) = self.join(projected, slots.attention_output_norm.as_ref());
         // The sum goes into the product's memory: `x` is still needed.
         let middle = add(joined, x);
         let parallel = self.config.residual == Residual::Parallel;
         let input = if parallel { x } else { &middle };
-        let (normed, _) = slots.mlp_norm.norm(self.weights, input, self.norm());
+        let (normed, _) = self.normed(&slots.mlp_norm, input);
         let gate = slots.gate.as_ref();
         let gate = gate.map(|gate| gate.linear(self.weights, &normed));
         let up = slots.up.linear(self.weights, &normed);
@@ -173,13 +175,19 @@ impl Block<'_> {
         }
     }
 
-    /// The MLP between its products.
+    /// The MLP between its products, as an operand.
     fn inner(&self, gate: Option<&Tensor<2>>, up: &Tensor<2>) -> Tensor<2> {
         let activation = self.config.mlp.activation;
-        match gate {
+        self.weights.operand(&match gate {
             Some(gate) => gated(gate, up, activation),
             None => activate(up, activation),
-        }
+        })
+    }
+
+    /// The rows of `x`, normalised, as an operand.
+    fn normed(&self, norm: &Affine, x: &Tensor<2>) -> (Tensor<2>, NormSaved) {
+        let (normed, saved) = norm.norm(self.weights, x, self.norm());
+        (self.weights.operand(&normed), saved)
     }
 
     /// The gradient of the block's input for that of its output; adds the gradients of its weights.
@@ -214,10 +222,12 @@ impl Block<'_> {
             slots.attention_output_norm.as_ref(),
             gradients,
         );
-        let dattended =
-            slots
-                .output
-                .linear_backward(self.weights, &dprojected, &attended, gradients);
+        let dattended = slots.output.linear_backward(
+            self.weights,
+            &dprojected,
+            &self.weights.operand(&attended),
+            gradients,
+        );
         drop(dprojected);
         let (dqueries, dkeys, dvalues) = {
             let turned = self.turned(&queries, &keys, rows.tables);
@@ -225,7 +235,7 @@ impl Block<'_> {
                 .as_ref()
                 .map_or([&queries, &keys], <[_; 2]>::each_ref);
             segment_attention_backward(
-                &dattended,
+                &self.weights.operand(&dattended),
                 queries,
                 keys,
                 &values,
@@ -242,7 +252,7 @@ impl Block<'_> {
             dqueries = self.norm_heads_backward(query_norm, &dqueries, &queries, gradients);
             dkeys = self.norm_heads_backward(key_norm, &dkeys, &keys, gradients);
         }
-        let (normed, norm_saved) = slots.attention_norm.norm(self.weights, &x, self.norm());
+        let (normed, norm_saved) = self.normed(&slots.attention_norm, &x);
         let dnormed = self.projections_backward([dqueries, dkeys, dvalues], &normed, gradients);
         drop(normed);
         let dx = slots.attention_norm.norm_backward(
@@ -312,7 +322,7 @@ impl Block<'_> {
             None => (None, activate_backward(&dinner, up, activation)),
         };
         let input = saved.middle.as_ref().unwrap_or(x);
-        let (normed, norm_saved) = slots.mlp_norm.norm(self.weights, input, self.norm());
+        let (normed, norm_saved) = self.normed(&slots.mlp_norm, input);
         let dnormed = match (&slots.gate, dgate) {
             (Some(map), Some(dgate)) => {
                 let dnormed = map.linear_backward(self.weights, &dgate, &normed, gradients);
@@ -363,17 +373,15 @@ impl Block<'_> {
         let (queries, _) = self.norm_heads(query_norm, queries);
         let (keys, _) = self.norm_heads(key_norm, keys);
         Some([
-            rotary(queries, table, self.plan.heads),
-            rotary(keys, table, self.plan.kv_heads),
+            self.weights
+                .operand(&rotary(queries, table, self.plan.heads)),
+            self.weights
+                .operand(&rotary(keys, table, self.plan.kv_heads)),
         ])
     }
 
     /// Every head of every row, normalised on its own.
-    fn norm_heads(
-        &self,
-        norm: &Affine,
-        x: &Tensor<2>,
-    ) -> (Tensor<2>, crate::operations::NormSaved) {
+    fn norm_heads(&self, norm: &Affine, x: &Tensor<2>) -> (Tensor<2>, NormSaved) {
         let shape = x.dims();
         let (y, saved) = norm.norm(self.weights, &self.head_rows(x), self.norm());
         (y.reshape(shape), saved)

@@ -25,6 +25,14 @@ pub enum ModelError {
         /// What is wrong and what would be right.
         reason: String,
     },
+    /// Modules that an adapter cannot be put on.
+    #[error("adapter.targets: {reason}; this model has {}", known.join(", "))]
+    Targets {
+        /// What is wrong with the names.
+        reason: String,
+        /// The modules that can be named.
+        known: Vec<&'static str>,
+    },
     /// No weight file in the directory.
     #[error(
         "{}: neither model.safetensors nor model.safetensors.index.json is here; save the weights as safetensors \

@@ -53,11 +53,19 @@ impl Layout {
 
     /// As [`Layout::new`] with another bound on buckets, for tests of what spans buckets.
     pub fn with_bucket_elements(config: &ModelConfig, elements_max: usize) -> Self {
+        Self::of(tensors(config), elements_max)
+    }
+
+    /// Tensors in order, packed into buckets.
+    pub(crate) fn of(
+        tensors: impl IntoIterator<Item = (String, Vec<usize>)>,
+        elements_max: usize,
+    ) -> Self {
         let mut layout = Self {
             buckets: Vec::new(),
             parameters: Vec::new(),
         };
-        for (name, shape) in tensors(config) {
+        for (name, shape) in tensors {
             layout.push(name, shape, elements_max);
         }
         layout
@@ -153,11 +161,12 @@ pub(crate) enum Part {
 /// One module of a block: a weight, and perhaps a bias.
 pub(crate) struct Module {
     pub part: Part,
-    name: &'static str,
+    /// Within its block.
+    pub name: &'static str,
     /// Length of its output, and of its bias.
-    out: usize,
+    pub out: usize,
     /// Columns of a matrix; norms have none.
-    columns: Option<usize>,
+    pub columns: Option<usize>,
     pub bias: bool,
 }
 
@@ -165,7 +174,7 @@ pub(crate) struct Module {
 pub(crate) struct Names {
     /// The embedding, which is also the head when tied.
     pub embedding: &'static str,
-    block: &'static str,
+    pub block: &'static str,
     norm: &'static str,
     pub head: &'static str,
 }

@@ -11,6 +11,7 @@
 //! Not here: losses (`objective`), data order and tokenization (`data`), optimizer and sharding (`trainer`), checkpoints
 //! (`checkpoint`), the arithmetic itself (`kernels`).
 
+mod adapter;
 mod block;
 mod config;
 mod error;
@@ -26,11 +27,12 @@ mod slots;
 mod weights;
 mod write;
 
+pub use adapter::{Lora, RANK_MAX, Targets, load_adapter};
 pub use burn::tensor::Device;
 pub use config::{Biases, Family, Gate, MlpPlan, ModelConfig, NormKind, Projections, Residual};
 pub use error::ModelError;
 pub use generate::Sampler;
-pub use kernels::{Activation, AttentionPlan, Gradients};
+pub use kernels::{Activation, AttentionPlan, Gradients, Precision};
 pub use layout::{BUCKET_ELEMENTS_MAX, Bucket, Layout, Parameter};
 pub use memory::{PackBytes, PackShape};
 pub use model::{Model, PackLogps, Saved, Saving, Trace};

@@ -3,7 +3,7 @@
 //!
 //! Not here: weights and gradients (their size is the layout's), and what an allocator makes of all this.
 
-use kernels::{AttentionBytes, AttentionPlan, logprob_head_bytes};
+use kernels::{AttentionBytes, AttentionPlan, Precision, logprob_head_bytes};
 
 use crate::config::{Gate, Projections, Residual};
 use crate::{ModelConfig, Saving};
@@ -50,8 +50,13 @@ impl PackBytes {
     }
 
     /// A forward alone, as in scoring.
-    pub fn scoring(config: &ModelConfig, shape: &PackShape, threads: usize) -> Self {
-        let widths = Widths::of(config, shape, threads);
+    pub fn scoring(
+        config: &ModelConfig,
+        shape: &PackShape,
+        precision: Precision,
+        threads: usize,
+    ) -> Self {
+        let widths = Widths::of(config, shape, precision, threads);
         let blocks = widths
             .iter()
             .map(|block| shape.tokens * block.kept() + block.forward());
@@ -70,6 +75,7 @@ impl PackBytes {
         config: &ModelConfig,
         shape: &PackShape,
         saving: Saving,
+        precision: Precision,
         threads: usize,
     ) -> Self {
         let PackShape {
@@ -78,7 +84,7 @@ impl PackBytes {
             ..
         } = *shape;
         let hidden = config.hidden;
-        let widths = Widths::of(config, shape, threads);
+        let widths = Widths::of(config, shape, precision, threads);
         let kept = |block: &Widths| match saving {
             Saving::Operands => block.kept(),
             Saving::BlockInputs => hidden,
@@ -132,11 +138,18 @@ struct Widths {
     head_norms: bool,
     projections: Projections,
     attention: AttentionBytes,
+    /// Copies of what is multiplied: 1 where operands are not the tensors themselves.
+    copies: usize,
 }
 
 impl Widths {
     /// Of all blocks, last to first.
-    fn of(config: &ModelConfig, shape: &PackShape, threads: usize) -> Vec<Self> {
+    fn of(
+        config: &ModelConfig,
+        shape: &PackShape,
+        precision: Precision,
+        threads: usize,
+    ) -> Vec<Self> {
         let intermediate = config.mlp.intermediate;
         let block = |plan: &AttentionPlan| Self {
             tokens: shape.tokens,
@@ -153,6 +166,7 @@ impl Widths {
             head_norms: config.head_norms,
             projections: config.projections,
             attention: AttentionBytes::new(shape.tokens, shape.longest, threads, plan),
+            copies: usize::from(precision != Precision::F32),
         };
         config.attention.iter().rev().map(block).collect()
     }
@@ -197,7 +211,7 @@ impl Widths {
             Residual::Sequential | Residual::Sandwich => 2 * self.hidden,
             Residual::Parallel => 3 * self.hidden,
         };
-        let mlp = self.tokens * (stream + 1 + self.intermediate);
+        let mlp = self.tokens * (stream + 1 + (1 + self.copies) * self.intermediate);
         early.saturating_sub(self.tokens * later).max(mlp)
     }
 
@@ -208,7 +222,8 @@ impl Widths {
             Residual::Sandwich => self.hidden,
             Residual::Sequential | Residual::Parallel => 0,
         };
-        let mlp = self.tokens * (2 * self.intermediate + self.inner + 3 * self.hidden + 1 + outer);
+        let inner = (2 + self.copies) * self.intermediate + self.inner;
+        let mlp = self.tokens * (inner + 3 * self.hidden + 1 + outer);
         // From here on the MLP's part of what was kept is gone.
         let stream = match self.residual {
             Residual::Sequential => self.hidden,

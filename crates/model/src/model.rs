@@ -7,27 +7,35 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
 use kernels::{
-    Flat, Gradients, HeadSaved, RotaryTable, composition::soft_cap, embedding, embedding_backward,
-    gather_rows, linear, logprob_head, logprob_head_backward, scatter_add_rows,
+    Flat, Gradients, HeadSaved, Precision, RotaryTable, composition::soft_cap, embedding,
+    embedding_backward, gather_rows, linear, logprob_head, logprob_head_backward, scatter_add_rows,
 };
 
 use crate::block::{Block, BlockSaved, Rows, Tables};
-use crate::operations::{Norm, NormSaved};
+use crate::operations::{AdapterWeights, Norm, NormSaved, Weights};
 use crate::pack::{Pack, Predictions};
 use crate::rotary::Frequencies;
 use crate::slots::Slots;
 use crate::write::little_endian;
-use crate::{Layout, ModelConfig, ModelError, weights};
+use crate::{Layout, Lora, ModelConfig, ModelError, weights};
 
-/// A decoder with its weights, f32, on one device.
+/// A decoder with its weights, f32, on one device. With an adapter only that is trained.
 pub struct Model {
     config: ModelConfig,
     layout: Layout,
     slots: Slots,
     weights: Flat,
+    adapter: Option<Adapter>,
     frequencies: Frequencies,
     window_frequencies: Option<Frequencies>,
     saving: Saving,
+}
+
+/// What [`Model::adapt`] put on.
+struct Adapter {
+    layout: Layout,
+    weights: Flat,
+    scale: f32,
 }
 
 /// Log-probs of a pack's completions, one entry per segment: `[chosen, rejected]`.
@@ -103,8 +111,9 @@ impl Model {
             return Err(ModelError::Buckets { expected, found });
         }
         Ok(Self {
-            slots: Slots::new(&layout, &config),
-            weights: Flat::from_host(weights, device),
+            slots: Slots::new(&layout, &config, None),
+            weights: Flat::from_host(weights, Precision::F32, device),
+            adapter: None,
             frequencies: config.rotary.frequencies(config.head_dim()),
             window_frequencies: config
                 .window_rotary
@@ -122,14 +131,41 @@ impl Model {
         Self::from_parts(config, weights, device).expect("random weights follow the layout")
     }
 
+    /// Puts `adapter` on; the model's own weights are frozen from here on.
+    ///
+    /// # Errors
+    /// Targets that the model does not have, or weights that are not theirs.
+    pub fn adapt(&mut self, lora: &Lora, weights: Vec<Vec<f32>>) -> Result<(), ModelError> {
+        let layout = lora.layout(&self.config)?;
+        let (expected, found) = (layout.bucket_lens(), weights.iter().map(Vec::len).collect());
+        if expected != found {
+            return Err(ModelError::Buckets { expected, found });
+        }
+        self.slots = Slots::new(&self.layout, &self.config, Some((lora, &layout)));
+        self.adapter = Some(Adapter {
+            weights: Flat::from_host(weights, self.precision(), self.device()),
+            scale: lora.scale() as f32,
+            layout,
+        });
+        Ok(())
+    }
+
     /// The decoder as data.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Where every parameter lies.
+    /// Where every parameter of the model itself lies.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// Where every parameter that is trained lies: the adapter's, or the model's own.
+    pub fn trained(&self) -> &Layout {
+        match &self.adapter {
+            Some(adapter) => &adapter.layout,
+            None => &self.layout,
+        }
     }
 
     /// The device that computes.
@@ -137,7 +173,7 @@ impl Model {
         self.weights.device()
     }
 
-    /// BLAKE3 of the f32 weights in layout order with their names and shapes: equal digests compute the same function.
+    /// BLAKE3 of the model's own f32 weights in layout order with their names and shapes: equal digests compute the same function.
     pub fn weights_digest(&self) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"caldpo weights 1\0");
@@ -159,6 +195,19 @@ impl Model {
             hashed.expect("hashing cannot fail");
         }
         *hasher.finalize().as_bytes()
+    }
+
+    /// The arithmetic of products.
+    pub fn precision(&self) -> Precision {
+        self.weights.precision()
+    }
+
+    /// Chooses the arithmetic of products.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.weights.set_precision(precision);
+        if let Some(adapter) = &mut self.adapter {
+            adapter.weights.set_precision(precision);
+        }
     }
 
     /// Chooses what [`Model::forward_train`] keeps.
@@ -215,6 +264,9 @@ impl Model {
             };
             block.backward(&dx, saved, &rows, gradients)
         });
+        if self.adapter.is_some() {
+            return;
+        }
         let dx = match self.config.embedding_scale {
             Some(scale) => dx.mul_scalar(scale),
             None => dx,
@@ -222,29 +274,44 @@ impl Model {
         embedding_backward(&dx, &tape.pack.tokens, gradients, &self.slots.embedding);
     }
 
-    /// Zeros laid out like the weights.
+    /// Zeros laid out like what is trained.
     pub fn zero_gradients(&self) -> Gradients {
-        Gradients::zeros(&self.layout.bucket_lens(), self.device())
+        Gradients::zeros(&self.trained().bucket_lens(), self.device())
     }
 
-    /// The flat weights as host memory, without a copy on the CPU; the model computes nothing until
+    /// The flat weights that are trained as host memory, without a copy on the CPU; the model computes nothing until
     /// [`Model::put_weights`].
     pub fn take_weights(&mut self) -> Vec<Vec<f32>> {
-        self.weights.take_host()
+        self.trained_weights().take_host()
     }
 
-    /// Puts the flat weights (back) in place.
+    /// Puts the flat weights that are trained (back) in place.
     ///
     /// # Panics
-    /// If their lengths are not the layout's.
+    /// If their lengths are not those of [`Model::trained`].
     pub fn put_weights(&mut self, weights: Vec<Vec<f32>>) {
         let lens: Vec<usize> = weights.iter().map(Vec::len).collect();
-        assert_eq!(
-            lens,
-            self.layout.bucket_lens(),
-            "lengths of the weight buckets"
-        );
-        self.weights.put_host(weights);
+        let expected = self.trained().bucket_lens();
+        assert_eq!(lens, expected, "lengths of the weight buckets");
+        self.trained_weights().put_host(weights);
+    }
+
+    fn trained_weights(&mut self) -> &mut Flat {
+        match &mut self.adapter {
+            Some(adapter) => &mut adapter.weights,
+            None => &mut self.weights,
+        }
+    }
+
+    fn both(&self) -> Weights<'_> {
+        let adapter = self.adapter.as_ref();
+        Weights {
+            base: &self.weights,
+            adapter: adapter.map(|adapter| AdapterWeights {
+                flat: &adapter.weights,
+                scale: adapter.scale,
+            }),
+        }
     }
 
     /// All hidden states and logits of one text.
@@ -297,6 +364,7 @@ impl Model {
         }
         let picked = gather_rows(&x, &predictions.rows);
         let (normed, norm) = self.final_norm(&picked);
+        let normed = self.both().operand(&normed);
         let (tokens, head) = logprob_head(
             &normed,
             &self.head(),
@@ -322,6 +390,8 @@ impl Model {
         gradients: &mut Gradients,
     ) -> Tensor<2> {
         let Predictions { rows, targets, .. } = &tape.predictions;
+        let sums = self.adapter.is_none();
+        let sums = sums.then_some((&mut *gradients, &self.slots.head));
         let dnormed = logprob_head_backward(
             &tape.predictions.spread(dlogps),
             &tape.normed,
@@ -329,11 +399,10 @@ impl Model {
             targets,
             self.config.logit_cap,
             &tape.head,
-            gradients,
-            &self.slots.head,
+            sums,
         );
         let dpicked = self.slots.norm.norm_backward(
-            &self.weights,
+            self.both(),
             &dnormed,
             &tape.picked,
             &tape.norm,
@@ -345,7 +414,7 @@ impl Model {
 
     pub(crate) fn block(&self, index: usize) -> Block<'_> {
         Block {
-            weights: &self.weights,
+            weights: self.both(),
             slots: &self.slots.blocks[index],
             plan: &self.config.attention[index],
             config: &self.config,
@@ -398,12 +467,12 @@ impl Model {
             kind: self.config.norm,
             epsilon: self.config.norm_epsilon,
         };
-        self.slots.norm.norm(&self.weights, x, norm)
+        self.slots.norm.norm(self.both(), x, norm)
     }
 
     /// Logits of rows after the final norm.
     fn logits(&self, normed: &Tensor<2>) -> Tensor<2> {
-        let logits = linear(normed, &self.head());
+        let logits = linear(&self.both().operand(normed), &self.head());
         match self.config.logit_cap {
             Some(cap) => soft_cap(logits, cap),
             None => logits,
@@ -416,7 +485,7 @@ impl Model {
     }
 
     fn head(&self) -> Tensor<2> {
-        self.weights.view(
+        self.weights.operand(
             &self.slots.head,
             [self.config.vocabulary, self.config.hidden],
         )

@@ -1,13 +1,28 @@
-//! Linear maps and norms at their slots: with or without a bias, in every kind of norm.
+//! Linear maps and norms at their slots: with or without a bias, with or without an adapter, in every kind of norm.
 
 use burn::tensor::Tensor;
 use kernels::{
-    Flat, Gradients, LayerSaved, RmsSaved, add_bias, bias_backward, layer_norm,
-    layer_norm_backward, linear, linear_backward, rms_norm, rms_norm_backward,
+    Flat, Gradients, LayerSaved, RmsSaved, add, add_bias, bias_backward, layer_norm,
+    layer_norm_backward, layer_norm_backward_weight, linear, linear_backward,
+    linear_backward_weight, rms_norm, rms_norm_backward, rms_norm_backward_weight,
 };
 
 use crate::config::NormKind;
-use crate::slots::Affine;
+use crate::slots::{Affine, LowRank};
+
+/// What a model computes with: its own weights, which are trained unless an adapter is.
+#[derive(Clone, Copy)]
+pub(crate) struct Weights<'a> {
+    pub base: &'a Flat,
+    pub adapter: Option<AdapterWeights<'a>>,
+}
+
+/// An adapter's weights, and the factor on what they add.
+#[derive(Clone, Copy)]
+pub(crate) struct AdapterWeights<'a> {
+    pub flat: &'a Flat,
+    pub scale: f32,
+}
 
 /// What a norm computes, and its ε.
 #[derive(Clone, Copy)]
@@ -23,39 +38,64 @@ pub(crate) enum NormSaved {
     Layer(LayerSaved),
 }
 
+impl Weights<'_> {
+    /// `x` as an operand of products with these weights.
+    pub fn operand(&self, x: &Tensor<2>) -> Tensor<2> {
+        self.base.precision().operand(x)
+    }
+
+    /// Whether the model's own weights are trained.
+    fn train(&self) -> bool {
+        self.adapter.is_none()
+    }
+}
+
 impl Affine {
-    /// x Wᵀ + b, `[n, out]`.
-    pub fn linear(&self, weights: &Flat, x: &Tensor<2>) -> Tensor<2> {
+    /// x Wᵀ + b of the operand `x`, `[n, out]`, and what the adapter adds.
+    pub fn linear(&self, weights: Weights<'_>, x: &Tensor<2>) -> Tensor<2> {
         let [_, columns] = x.dims();
-        let weight = weights.view(&self.weight, [self.weight.len / columns, columns]);
-        let y = linear(x, &weight);
-        match &self.bias {
-            Some(bias) => add_bias(y, &weights.view(bias, [bias.len])),
+        let shape = [self.weight.len / columns, columns];
+        let y = linear(x, &weights.base.operand(&self.weight, shape));
+        let y = match &self.bias {
+            Some(bias) => add_bias(y, &weights.base.view(bias, [bias.len])),
             None => y,
+        };
+        match (&self.adapter, weights.adapter) {
+            (Some(low_rank), Some(adapter)) => add(y, &low_rank.linear(adapter, x)),
+            _ => y,
         }
     }
 
-    /// The gradient of `x`; adds those of weight and bias.
+    /// The gradient of the operand `x`; adds those of what is trained.
     pub fn linear_backward(
         &self,
-        weights: &Flat,
+        weights: Weights<'_>,
         dy: &Tensor<2>,
         x: &Tensor<2>,
         gradients: &mut Gradients,
     ) -> Tensor<2> {
         let ([_, out], [_, columns]) = (dy.dims(), x.dims());
-        if let Some(bias) = &self.bias {
+        if let (Some(bias), true) = (&self.bias, weights.train()) {
             bias_backward(dy, gradients, bias);
         }
-        let weight = weights.view(&self.weight, [out, columns]);
-        linear_backward(dy, x, &weight, gradients, &self.weight)
+        let dy = &weights.operand(dy);
+        if weights.train() {
+            linear_backward_weight(dy, x, gradients, &self.weight);
+        }
+        let dx = linear_backward(dy, &weights.base.operand(&self.weight, [out, columns]));
+        match (&self.adapter, weights.adapter) {
+            (Some(low_rank), Some(adapter)) => {
+                add(dx, &low_rank.linear_backward(adapter, dy, x, gradients))
+            }
+            _ => dx,
+        }
     }
 
     /// The rows of `x`, normalised.
-    pub fn norm(&self, weights: &Flat, x: &Tensor<2>, norm: Norm) -> (Tensor<2>, NormSaved) {
+    pub fn norm(&self, weights: Weights<'_>, x: &Tensor<2>, norm: Norm) -> (Tensor<2>, NormSaved) {
         let weight = self.norm_weight(weights, norm.kind);
         if let Some(bias) = &self.bias {
-            let bias = weights.view(bias, [bias.len]);
+            let bias = weights.base.view(bias, [bias.len]);
             let (y, saved) = layer_norm(x, &weight, &bias, norm.epsilon);
             (y, NormSaved::Layer(saved))
         } else {
@@ -64,10 +104,10 @@ impl Affine {
         }
     }
 
-    /// The gradient of `x`; adds those of weight and bias.
+    /// The gradient of `x`; adds those of weight and bias where they are trained.
     pub fn norm_backward(
         &self,
-        weights: &Flat,
+        weights: Weights<'_>,
         dy: &Tensor<2>,
         x: &Tensor<2>,
         saved: &NormSaved,
@@ -77,22 +117,66 @@ impl Affine {
         let weight = self.norm_weight(weights, kind);
         match (saved, &self.bias) {
             (NormSaved::Layer(saved), Some(bias)) => {
-                let slots = [&self.weight, bias];
-                layer_norm_backward(dy, x, &weight, saved, gradients, slots)
+                if weights.train() {
+                    let slots = [&self.weight, bias];
+                    layer_norm_backward_weight(dy, x, saved, gradients, slots);
+                }
+                layer_norm_backward(dy, x, &weight, saved)
             }
             (NormSaved::Rms(saved), None) => {
-                rms_norm_backward(dy, x, &weight, saved, gradients, &self.weight)
+                if weights.train() {
+                    rms_norm_backward_weight(dy, x, saved, gradients, &self.weight);
+                }
+                rms_norm_backward(dy, x, &weight, saved)
             }
             _ => unreachable!("layer norms have a bias, and no others"),
         }
     }
 
     /// What the kernel multiplies by; its gradient is the weight's in every kind.
-    fn norm_weight(&self, weights: &Flat, kind: NormKind) -> Tensor<1> {
-        let weight = weights.view(&self.weight, [self.weight.len]);
+    fn norm_weight(&self, weights: Weights<'_>, kind: NormKind) -> Tensor<1> {
+        let weight = weights.base.view(&self.weight, [self.weight.len]);
         match kind {
             NormKind::RmsPlusOne => weight.add_scalar(1.0),
             NormKind::Rms | NormKind::Layer => weight,
         }
+    }
+}
+
+impl LowRank {
+    /// s·(x Aᵀ) Bᵀ.
+    fn linear(&self, adapter: AdapterWeights<'_>, x: &Tensor<2>) -> Tensor<2> {
+        linear(&self.narrow(adapter, x), &self.matrix_b(adapter))
+    }
+
+    /// The gradient of `x`; adds those of A and B.
+    fn linear_backward(
+        &self,
+        adapter: AdapterWeights<'_>,
+        dy: &Tensor<2>,
+        x: &Tensor<2>,
+        gradients: &mut Gradients,
+    ) -> Tensor<2> {
+        linear_backward_weight(dy, &self.narrow(adapter, x), gradients, &self.b);
+        let dnarrow = linear_backward(dy, &self.matrix_b(adapter)).mul_scalar(adapter.scale);
+        let dnarrow = adapter.flat.precision().operand(&dnarrow);
+        linear_backward_weight(&dnarrow, x, gradients, &self.a);
+        linear_backward(&dnarrow, &self.matrix_a(adapter, x))
+    }
+
+    /// s·x Aᵀ as an operand, `[n, rank]`.
+    fn narrow(&self, adapter: AdapterWeights<'_>, x: &Tensor<2>) -> Tensor<2> {
+        let narrow = linear(x, &self.matrix_a(adapter, x)).mul_scalar(adapter.scale);
+        adapter.flat.precision().operand(&narrow)
+    }
+
+    fn matrix_a(&self, adapter: AdapterWeights<'_>, x: &Tensor<2>) -> Tensor<2> {
+        let [_, columns] = x.dims();
+        adapter.flat.operand(&self.a, [self.rank, columns])
+    }
+
+    fn matrix_b(&self, adapter: AdapterWeights<'_>) -> Tensor<2> {
+        let shape = [self.b.len / self.rank, self.rank];
+        adapter.flat.operand(&self.b, shape)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::f64::consts::TAU;
 
+use crate::adapter::A;
 use crate::{Layout, ModelConfig, NormKind};
 
 /// Weights for a new model, flat as in its layout: matrices normal with deviation 0.02, norms the identity, biases 0.
@@ -22,6 +23,26 @@ pub fn random_weights(config: &ModelConfig, seed: u64) -> Vec<Vec<f32>> {
             }
         } else if config.norm != NormKind::RmsPlusOne && !is_bias {
             values.fill(1.0);
+        }
+    }
+    buckets
+}
+
+/// Weights for a fresh adapter, flat as in its `layout`: A uniform within ±1/√columns (as PEFT's default does), B zero, so
+/// that the adapted model computes what the model does.
+pub(crate) fn adapter_weights(layout: &Layout, seed: u64) -> Vec<Vec<f32>> {
+    let mut random = Random::new(seed);
+    let mut buckets: Vec<Vec<f32>> = layout
+        .bucket_lens()
+        .into_iter()
+        .map(|len| vec![0.0; len])
+        .collect();
+    for parameter in &layout.parameters {
+        if parameter.name.ends_with(A) {
+            let bound = 1.0 / (parameter.shape[1] as f64).sqrt();
+            for value in &mut buckets[parameter.bucket][parameter.range()] {
+                *value = (bound * (2.0 * random.uniform() - 1.0)) as f32;
+            }
         }
     }
     buckets

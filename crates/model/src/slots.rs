@@ -3,8 +3,8 @@
 use kernels::{AttentionPlan, Slot};
 
 use crate::config::{NormKind, Projections};
-use crate::layout::{Part, modules};
-use crate::{Layout, ModelConfig};
+use crate::layout::{Module, Part, modules};
+use crate::{Layout, Lora, ModelConfig, Parameter};
 
 /// Slots of the whole model.
 pub(crate) struct Slots {
@@ -20,6 +20,22 @@ pub(crate) struct Slots {
 pub(crate) struct Affine {
     pub weight: Slot,
     pub bias: Option<Slot>,
+    /// What an adapter adds to a linear map.
+    pub adapter: Option<LowRank>,
+}
+
+/// A and B of an adapter, slots of its own layout.
+#[derive(Clone, Copy)]
+pub(crate) struct LowRank {
+    pub a: Slot,
+    pub b: Slot,
+    pub rank: usize,
+}
+
+/// Which modules have an adapter, and its slots in order.
+struct Adapters<'a> {
+    lora: Option<&'a Lora>,
+    slots: Box<dyn Iterator<Item = Slot> + 'a>,
 }
 
 /// Slots of one block.
@@ -37,6 +53,10 @@ pub(crate) struct BlockSlots {
 }
 
 /// Queries, keys and values.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one a block, and usually the large one"
+)]
 pub(crate) enum ProjectionSlots {
     /// A product for each; they may lie in one tensor.
     Apart([Affine; 3]),
@@ -45,21 +65,32 @@ pub(crate) enum ProjectionSlots {
 }
 
 impl Slots {
-    /// Reads the module order of `layout::tensors`.
-    pub fn new(layout: &Layout, config: &ModelConfig) -> Self {
-        let mut slots = layout.parameters.iter().map(crate::Parameter::slot);
+    /// Reads the module order of `layout::tensors`, and of the adapter's layout where there is one.
+    pub fn new(layout: &Layout, config: &ModelConfig, adapter: Option<(&Lora, &Layout)>) -> Self {
+        let mut slots = layout.parameters.iter().map(Parameter::slot);
         let mut next = || slots.next().expect("a slot for every parameter");
+        let (lora, adapter) = adapter.unzip();
+        let mut adapters = Adapters {
+            lora,
+            slots: Box::new(
+                adapter
+                    .into_iter()
+                    .flat_map(|layout| layout.parameters.iter().map(Parameter::slot)),
+            ),
+        };
         let embedding = next();
         let blocks = config.attention.iter();
         let blocks = blocks
-            .map(|plan| BlockSlots::new(config, plan, &mut next))
+            .map(|plan| BlockSlots::new(config, plan, &mut next, &mut adapters))
             .collect();
         let norm = Affine {
             weight: next(),
             bias: (config.norm == NormKind::Layer).then(&mut next),
+            adapter: None,
         };
         let head = if config.tied { embedding } else { next() };
-        assert!(slots.next().is_none(), "a parameter for every slot");
+        let left = slots.next().or_else(|| adapters.slots.next());
+        assert!(left.is_none(), "a slot in use for every parameter");
         Self {
             embedding,
             blocks,
@@ -70,12 +101,18 @@ impl Slots {
 }
 
 impl BlockSlots {
-    fn new(config: &ModelConfig, plan: &AttentionPlan, next: &mut impl FnMut() -> Slot) -> Self {
+    fn new(
+        config: &ModelConfig,
+        plan: &AttentionPlan,
+        next: &mut impl FnMut() -> Slot,
+        adapters: &mut Adapters<'_>,
+    ) -> Self {
         let mut found = Vec::new();
         for module in modules(config, plan) {
             let affine = Affine {
                 weight: next(),
                 bias: module.bias.then(&mut *next),
+                adapter: adapters.of(&module),
             };
             found.push((module.part, affine));
         }
@@ -118,6 +155,18 @@ impl BlockSlots {
     }
 }
 
+impl Adapters<'_> {
+    fn of(&mut self, module: &Module) -> Option<LowRank> {
+        let lora = self.lora.filter(|lora| lora.adapts(module))?;
+        let mut next = || self.slots.next().expect("an adapter has A and B");
+        Some(LowRank {
+            a: next(),
+            b: next(),
+            rank: lora.rank,
+        })
+    }
+}
+
 impl Affine {
     /// Linear maps whose rows lie one after another in this one's.
     fn cut<const PARTS: usize>(&self, outs: [usize; PARTS], columns: usize) -> [Self; PARTS] {
@@ -131,6 +180,11 @@ impl Affine {
             let affine = Self {
                 weight: part(self.weight, columns),
                 bias: self.bias.map(|bias| part(bias, 1)),
+                // All parts read the same A and their own rows of B.
+                adapter: self.adapter.map(|adapter| LowRank {
+                    b: part(adapter.b, adapter.rank),
+                    ..adapter
+                }),
             };
             row += out;
             affine

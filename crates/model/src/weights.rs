@@ -21,23 +21,28 @@ pub(crate) fn load(
     config: &ModelConfig,
 ) -> Result<Vec<Vec<f32>>, ModelError> {
     let source = Source::open(dir)?;
-    source.check(layout, config)?;
-    let mut buckets: Vec<Vec<f32>> = layout
-        .bucket_lens()
-        .into_iter()
-        .map(|len| vec![0.0; len])
-        .collect();
-    for parameter in &layout.parameters {
-        let file = source.file(&parameter.name)?;
-        file.read(
-            &parameter.name,
-            &mut buckets[parameter.bucket][parameter.range()],
-        )?;
+    // Old files carry rotary frequencies and GPT-NeoX's masks as buffers; transformers ignores them too.
+    let mut others = vec![
+        ".rotary_emb.inv_freq",
+        ".attention.bias",
+        ".attention.masked_bias",
+    ];
+    if config.tied {
+        others.push(Names::of(config.family).head);
     }
+    source.check(layout, &others)?;
+    let buckets = source.read(layout)?;
     if config.tied {
         source.check_tie(layout, &Names::of(config.family), &buckets)?;
     }
     Ok(buckets)
+}
+
+/// All weights of an adapter, from one file, bucket by bucket.
+pub(crate) fn load_adapter(path: &Path, layout: &Layout) -> Result<Vec<Vec<f32>>, ModelError> {
+    let source = Source::single(path)?;
+    source.check(layout, &[])?;
+    source.read(layout)
 }
 
 /// The weight files of a directory and which of them holds which tensor.
@@ -54,13 +59,7 @@ impl Source {
     fn open(dir: &Path) -> Result<Self, ModelError> {
         let single = dir.join("model.safetensors");
         if single.exists() {
-            let file = WeightFile::open(&single)?;
-            let holders = file.names().map(|name| (name, 0)).collect();
-            return Ok(Self {
-                root: single,
-                files: vec![file],
-                holders,
-            });
+            return Self::single(&single);
         }
         let index = dir.join("model.safetensors.index.json");
         match fs::read_to_string(&index) {
@@ -73,6 +72,15 @@ impl Source {
                 source,
             }),
         }
+    }
+
+    fn single(path: &Path) -> Result<Self, ModelError> {
+        let file = WeightFile::open(path)?;
+        Ok(Self {
+            root: path.to_owned(),
+            holders: file.names().map(|name| (name, 0)).collect(),
+            files: vec![file],
+        })
     }
 
     fn open_shards(dir: &Path, index: PathBuf, text: &str) -> Result<Self, ModelError> {
@@ -124,8 +132,8 @@ impl Source {
         })
     }
 
-    /// The names and shapes of the files are those of the layout.
-    fn check(&self, layout: &Layout, config: &ModelConfig) -> Result<(), ModelError> {
+    /// The names and shapes of the files are those of the layout; names that end in one of `others` may be there too.
+    fn check(&self, layout: &Layout, others: &[&str]) -> Result<(), ModelError> {
         for parameter in &layout.parameters {
             self.file(&parameter.name)?
                 .check(&parameter.name, &parameter.shape)?;
@@ -136,16 +144,8 @@ impl Source {
             .map(|parameter| parameter.name.as_str())
             .collect();
         for (name, &number) in &self.holders {
-            // Old files carry rotary frequencies and GPT-NeoX's masks as buffers; transformers ignores them too.
-            let derived = [
-                ".rotary_emb.inv_freq",
-                ".attention.bias",
-                ".attention.masked_bias",
-            ]
-            .iter()
-            .any(|buffer| name.ends_with(buffer))
-                || (config.tied && name == Names::of(config.family).head);
-            if !derived && !known.contains(name.as_str()) {
+            let other = others.iter().any(|ending| name.ends_with(ending));
+            if !other && !known.contains(name.as_str()) {
                 return Err(ModelError::Extra {
                     path: self.files[number].path().to_owned(),
                     tensor: name.clone(),
@@ -153,6 +153,20 @@ impl Source {
             }
         }
         Ok(())
+    }
+
+    /// All tensors of the layout, which [`Source::check`] has vouched for.
+    fn read(&self, layout: &Layout) -> Result<Vec<Vec<f32>>, ModelError> {
+        let mut buckets: Vec<Vec<f32>> = layout
+            .bucket_lens()
+            .into_iter()
+            .map(|len| vec![0.0; len])
+            .collect();
+        for parameter in &layout.parameters {
+            let values = &mut buckets[parameter.bucket][parameter.range()];
+            self.file(&parameter.name)?.read(&parameter.name, values)?;
+        }
+        Ok(buckets)
     }
 
     /// A head stored beside a tied embedding must be its copy.

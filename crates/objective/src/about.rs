@@ -26,6 +26,15 @@ impl ObjectiveConfig {
         };
         match *self {
             Self::CalDpo {
+                score_scale: Some(_),
+                ..
+            } => of(
+                "Cal-DPO with targets from scores",
+                "2412.14516",
+                None,
+                "L = −log σ(r_w − r_l) + λ·[(r_w − (1 − s)·κ·g/β)² + (r_l + s·κ·g/β)²], g = score_w − score_l",
+            ),
+            Self::CalDpo {
                 calibration_shift, ..
             } if calibration_shift != 0.5 => of(
                 "Cal-DPO",
@@ -146,6 +155,30 @@ impl ObjectiveConfig {
                 "2408.06266",
                 Some(8),
                 "L = σ(β·r_w) + 1 − σ(β·(r_w − r_l))",
+            ),
+            Self::BcoPair { .. } => of(
+                "BCO on pairs",
+                "2404.04656",
+                None,
+                "L = −log σ(β·r_w − δ) − log σ(−(β·r_l − δ)), δ = β·(running mean of r)",
+            ),
+            Self::Aot { .. } => of(
+                "paired AOT",
+                "2406.05882",
+                None,
+                "L = −(1 − ε)·log σ(β·x) − ε·log σ(−β·x), x = sorted(log π_w − log π_l) − sorted(log π_ref,w − log π_ref,l)",
+            ),
+            Self::AotUnpaired { .. } => of(
+                "unpaired AOT",
+                "2406.05882",
+                None,
+                "L = −(1 − ε)·log σ(β·x) − ε·log σ(−β·x), x = sorted(r_w) − sorted(r_l)",
+            ),
+            Self::Kto { .. } => of(
+                "KTO",
+                "2402.01306",
+                None,
+                "L = λ_D·(1 − σ(β·(r_w − z))) or λ_U·(1 − σ(β·(z − r_l))), z = max(0, mean of mismatched r)",
             ),
             Self::Discopop { .. } => of(
                 "DiscoPOP",

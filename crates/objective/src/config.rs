@@ -16,7 +16,7 @@ use serde::{
 #[schemars(transform = complete_parts)]
 pub enum ObjectiveConfig {
     /// L = −log σ(D) + λ·[(r_w − (1−s)/β)² + (r_l + s/β)²] (Xiao et al. 2024, arXiv 2412.14516, Eq. 10, where s is ½). β sets
-    /// the targets, which are ±t for s = ½, and is not inside the sigmoid.
+    /// the targets, which are ±t for s = ½, and is not inside the sigmoid. With κ the targets are a pair's own, of its scores.
     CalDpo {
         /// β of the targets. Default 0.1.
         #[serde(default = "default_beta")]
@@ -30,6 +30,12 @@ pub enum ObjectiveConfig {
         #[serde(default = "half")]
         #[schemars(range(min = 0, max = 1))]
         calibration_shift: f64,
+        /// κ: both targets are multiplied by κ·(score_chosen − score_rejected), so that a gap of 1/κ has the fixed ones. Of
+        /// scores only the gap enters: log-ratios know rewards up to a constant of the prompt (log Z in the paper). Needs
+        /// scores in the data. Left out by default: fixed targets.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
+        score_scale: Option<f64>,
     },
     /// L = −(1 − ε)·log σ(βD) − ε·log σ(−βD) (Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; ε > 0 is cDPO). With a divergence
     /// D is of scores f′(e^r) in place of r (Wang et al. 2023, arXiv 2309.16240).
@@ -146,6 +152,55 @@ pub enum ObjectiveConfig {
         #[schemars(extend("exclusiveMinimum" = 0))]
         beta: f64,
     },
+    /// L = −log σ(βr_w − δ) − log σ(−(βr_l − δ)), δ = β·(mean r of both sides, averaged over the batches so far and this one),
+    /// through which no gradient flows (Jung et al. 2024, arXiv 2404.04656; on pairs as in TRL 0.24, while TRL 1.16 has no δ).
+    BcoPair {
+        /// β of the sigmoids. Default 0.1.
+        #[serde(default = "default_beta")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
+        beta: f64,
+    },
+    /// L = −(1 − ε)·log σ(βx) − ε·log σ(−βx), x = sorted(log π_w − log π_l) − sorted(log π_ref,w − log π_ref,l) over the global
+    /// batch: the policy's margins as a whole are to exceed the reference's (Melnyk et al. 2024, arXiv 2406.05882, paired).
+    Aot {
+        /// β of the sigmoid. Default 0.1.
+        #[serde(default = "default_beta")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
+        beta: f64,
+        /// ε, the assumed share of flipped labels, in [0, 0.5). Default 0.
+        #[serde(default)]
+        #[schemars(range(min = 0), extend("exclusiveMaximum" = 0.5))]
+        label_smoothing: f64,
+    },
+    /// L = −(1 − ε)·log σ(βx) − ε·log σ(−βx), x = sorted(r_w) − sorted(r_l) over the global batch: chosen as a whole are to exceed
+    /// rejected, whoever was paired with whom (Melnyk et al. 2024, arXiv 2406.05882, unpaired). Rows have both all the same.
+    AotUnpaired {
+        /// β of the sigmoid. Default 0.1.
+        #[serde(default = "default_beta")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
+        beta: f64,
+        /// ε, the assumed share of flipped labels, in [0, 0.5). Default 0.
+        #[serde(default)]
+        #[schemars(range(min = 0), extend("exclusiveMaximum" = 0.5))]
+        label_smoothing: f64,
+    },
+    /// L = λ_D·(1 − σ(β(r_w − z))) for a desirable completion, λ_U·(1 − σ(β(z − r_l))) for an undesirable one (Ethayarajh et
+    /// al. 2024, arXiv 2402.01306), a mean over the global batch's completions. z = max(0, mean r of completions after
+    /// prompts of other rows), without gradient. Rows may have one side only.
+    Kto {
+        /// β of the sigmoids. Default 0.1.
+        #[serde(default = "default_beta")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
+        beta: f64,
+        /// λ_D, of desirable completions. Default 1.
+        #[serde(default = "one")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
+        desirable_weight: f64,
+        /// λ_U, of undesirable completions. Default 1.
+        #[serde(default = "one")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
+        undesirable_weight: f64,
+    },
     /// L = (1 − m)·(−log σ(βD)) + m·e^(−βD) with m = σ(βD/τ) (Lu et al. 2024, arXiv 2406.08414, Eq. 5).
     Discopop {
         /// β inside all of them. Default 0.1.
@@ -256,6 +311,17 @@ pub struct Targets {
     pub rejected: f64,
 }
 
+/// Which completions an objective reads of a row, from the fewest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sides {
+    /// The chosen one alone.
+    Chosen,
+    /// Whichever are there: a row may lack one.
+    Either,
+    /// Both, and every row has them.
+    Both,
+}
+
 /// A number of an objective.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Parameter {
@@ -265,8 +331,8 @@ pub struct Parameter {
     pub symbol: &'static str,
     /// Its value.
     pub value: f64,
-    /// Its default.
-    pub usual: f64,
+    /// Its default; `None` for one that is off by default.
+    pub usual: Option<f64>,
     range: Range,
 }
 
@@ -342,6 +408,10 @@ impl ObjectiveConfig {
             Self::NcaPair { .. } => "nca_pair",
             Self::ApoZero { .. } => "apo_zero",
             Self::ApoDown { .. } => "apo_down",
+            Self::BcoPair { .. } => "bco_pair",
+            Self::Aot { .. } => "aot",
+            Self::AotUnpaired { .. } => "aot_unpaired",
+            Self::Kto { .. } => "kto",
             Self::Discopop { .. } => "discopop",
             Self::Cpo { .. } => "cpo",
             Self::Simpo { .. } => "simpo",
@@ -358,7 +428,7 @@ impl ObjectiveConfig {
             key,
             symbol,
             value,
-            usual,
+            usual: Some(usual),
             range,
         };
         let beta = |value, usual| parameter("beta", "β", value, usual, Positive);
@@ -372,11 +442,39 @@ impl ObjectiveConfig {
                 beta,
                 calibration_weight,
                 calibration_shift: shift,
+                score_scale,
+            } => {
+                let mut all = vec![
+                    usual_beta(beta),
+                    weight(calibration_weight, one(), Positive),
+                    parameter("calibration_shift", "s", shift, half(), UpToOne),
+                ];
+                all.extend(score_scale.map(|value| Parameter {
+                    key: "score_scale",
+                    symbol: "κ",
+                    value,
+                    usual: None,
+                    range: Positive,
+                }));
+                all
+            }
+            Self::Kto {
+                beta,
+                desirable_weight: desirable,
+                undesirable_weight: undesirable,
             } => vec![
                 usual_beta(beta),
-                weight(calibration_weight, one(), Positive),
-                parameter("calibration_shift", "s", shift, half(), UpToOne),
+                parameter("desirable_weight", "λ_D", desirable, one(), Positive),
+                parameter("undesirable_weight", "λ_U", undesirable, one(), Positive),
             ],
+            Self::Aot {
+                beta,
+                label_smoothing,
+            }
+            | Self::AotUnpaired {
+                beta,
+                label_smoothing,
+            } => vec![usual_beta(beta), smoothing(label_smoothing, 0.0, BelowHalf)],
             Self::Dpo {
                 beta,
                 label_smoothing,
@@ -430,6 +528,7 @@ impl ObjectiveConfig {
             | Self::NcaPair { beta }
             | Self::ApoZero { beta }
             | Self::ApoDown { beta }
+            | Self::BcoPair { beta }
             | Self::Orpo { beta } => vec![usual_beta(beta)],
             Self::SigmoidNorm { beta: value } => vec![beta(value, default_beta_per_token())],
             Self::Discopop { beta, tau } => vec![
@@ -458,12 +557,14 @@ impl ObjectiveConfig {
         betas.next().map_or(1.0, |beta| beta.value)
     }
 
-    /// Where the objective calibrates r_w and r_l to. `None` without a calibration term, and for a mix whose parts disagree.
+    /// Where the objective calibrates r_w and r_l to. `None` without a calibration term, where the targets are each pair's own
+    /// (`score_scale`), and for a mix whose parts disagree.
     pub fn targets(&self) -> Option<Targets> {
         match *self {
             Self::CalDpo {
                 beta,
                 calibration_shift,
+                score_scale: None,
                 ..
             } => Some(Targets::new(beta, calibration_shift)),
             Self::SppoHard { beta } => Some(Targets::new(beta, half())),
@@ -477,9 +578,10 @@ impl ObjectiveConfig {
                 ..
             } => (calibration_weight > 0.0).then(|| Targets::new(beta, half())),
             Self::Mix { ref parts } => {
-                let mut all = parts.iter().filter_map(|part| part.objective.targets());
-                let first = all.next()?;
-                all.all(|other| other == first).then_some(first)
+                let objectives = parts.iter().map(|part| &part.objective);
+                let mut all = objectives.filter(|it| it.calibrates()).map(Self::targets);
+                let first = all.next()??;
+                all.all(|other| other == Some(first)).then_some(first)
             }
             _ => None,
         }
@@ -487,27 +589,75 @@ impl ObjectiveConfig {
 
     /// Whether the loss has a calibration term.
     pub fn calibrates(&self) -> bool {
-        match self {
-            Self::Mix { parts } => parts.iter().any(|part| part.objective.calibrates()),
-            _ => self.targets().is_some(),
-        }
+        self.any(|it| it.targets().is_some() || it.needs_scores())
     }
 
     /// Whether the loss reads reference log-probs.
     pub fn needs_reference(&self) -> bool {
+        self.any(|it| {
+            !matches!(
+                it,
+                Self::Cpo { .. } | Self::Simpo { .. } | Self::Orpo { .. } | Self::Sft {}
+            )
+        })
+    }
+
+    /// Whether rows need a score of each completion.
+    pub fn needs_scores(&self) -> bool {
+        self.any(|it| {
+            matches!(
+                it,
+                Self::CalDpo {
+                    score_scale: Some(_),
+                    ..
+                }
+            )
+        })
+    }
+
+    /// Whether the log-probs of all pairs have to be known before any derivative.
+    pub fn reads_batch(&self) -> bool {
+        self.any(|it| {
+            matches!(
+                it,
+                Self::BcoPair { .. } | Self::Aot { .. } | Self::AotUnpaired { .. }
+            )
+        })
+    }
+
+    /// Whether log-ratios of completions after prompts of other rows have to be known before any derivative.
+    pub fn reads_mismatched(&self) -> bool {
+        self.any(|it| matches!(it, Self::Kto { .. }))
+    }
+
+    /// Which completions it reads. A mix reads what the most demanding part does.
+    pub fn sides(&self) -> Sides {
         match self {
-            Self::Cpo { .. } | Self::Simpo { .. } | Self::Orpo { .. } | Self::Sft {} => false,
-            Self::Mix { parts } => parts.iter().any(|part| part.objective.needs_reference()),
-            _ => true,
+            Self::Sft {} => Sides::Chosen,
+            Self::Kto { .. } => Sides::Either,
+            Self::Mix { parts } => {
+                let sides = parts.iter().map(|part| part.objective.sides());
+                sides.max().unwrap_or(Sides::Both)
+            }
+            _ => Sides::Both,
         }
     }
 
-    /// Whether rows need a rejected completion.
+    /// Whether it reads rejected completions, be it only of the rows that have one.
     pub fn needs_rejected(&self) -> bool {
+        self.sides() != Sides::Chosen
+    }
+
+    /// Whether rows may lack a completion.
+    pub fn takes_unpaired(&self) -> bool {
+        self.sides() != Sides::Both
+    }
+
+    /// Whether `is` holds for it or, of a mix, for a part.
+    pub(crate) fn any(&self, is: fn(&Self) -> bool) -> bool {
         match self {
-            Self::Sft {} => false,
-            Self::Mix { parts } => parts.iter().any(|part| part.objective.needs_rejected()),
-            _ => true,
+            Self::Mix { parts } => parts.iter().any(|part| part.objective.any(is)),
+            _ => is(self),
         }
     }
 
@@ -551,6 +701,13 @@ impl Targets {
         Self {
             chosen: (1.0 - shift) / beta,
             rejected: -shift / beta,
+        }
+    }
+
+    pub(crate) fn times(self, factor: f64) -> Self {
+        Self {
+            chosen: factor * self.chosen,
+            rejected: factor * self.rejected,
         }
     }
 }

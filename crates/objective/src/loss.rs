@@ -1,10 +1,11 @@
 //! One pair's share of the loss and its derivatives by the policy's log-probs.
 //!
-//! A share depends on its pair and on the global counts alone, so that a rank can run the backward of a pack before it
-//! knows the other ranks' log-probs, and the sum over all pairs is the mean over the global batch however it was packed.
+//! A share depends on its pair, on the global counts and, for the objectives that read them, on statistics of the whole batch.
+//! For all others a rank can run the backward of a pack before it knows the other ranks' log-probs. The sum over all pairs is
+//! the mean over the global batch however it was packed.
 
 use crate::{
-    Divergence, ObjectiveConfig,
+    BatchStatistics, Divergence, ObjectiveConfig,
     config::Targets,
     curves::{
         Curve, blended, hinge, kl_from, log_odds, logistic, smoothed, square, step, unbiased,
@@ -12,21 +13,25 @@ use crate::{
     divergence,
 };
 
-/// What the loss reads of one pair: log-probs summed over completion tokens, in nats, and the token counts.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// What the loss reads of one pair: log-probs summed over completion tokens, in nats, and the token counts. A row may lack a
+/// completion where the objective [takes unpaired rows](ObjectiveConfig::takes_unpaired): that side has no tokens then, and
+/// log-probs of 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PairLogps {
     /// log π(chosen | prompt).
     pub chosen: f64,
-    /// log π(rejected | prompt); 0 for rows without a rejected completion.
+    /// log π(rejected | prompt).
     pub rejected: f64,
     /// log π_ref(chosen | prompt); ignored by objectives that need no reference.
     pub reference_chosen: f64,
     /// log π_ref(rejected | prompt); ignored by objectives that need no reference.
     pub reference_rejected: f64,
-    /// Scored tokens of the chosen completion.
+    /// Scored tokens of the chosen completion; 0 if the row has none.
     pub chosen_tokens: u32,
-    /// Scored tokens of the rejected completion.
+    /// Scored tokens of the rejected completion; 0 if the row has none.
     pub rejected_tokens: u32,
+    /// Scores of the chosen and the rejected completion, for objectives that [need them](ObjectiveConfig::needs_scores).
+    pub scores: Option<[f64; 2]>,
 }
 
 /// A completion's mean log-prob (or log-ratio) per token.
@@ -63,6 +68,22 @@ impl PairLogps {
         )
     }
 
+    /// log π_w − log π_l, and the same of the reference.
+    pub(crate) fn margins(&self) -> (f64, f64) {
+        (
+            self.chosen - self.rejected,
+            self.reference_chosen - self.reference_rejected,
+        )
+    }
+
+    pub(crate) fn has_chosen(&self) -> bool {
+        self.chosen_tokens > 0
+    }
+
+    pub(crate) fn has_rejected(&self) -> bool {
+        self.rejected_tokens > 0
+    }
+
     /// Log-probs by token, chosen and rejected.
     pub(crate) fn per_token(&self) -> (PerToken, PerToken) {
         self.by_tokens((self.chosen, self.rejected))
@@ -79,8 +100,10 @@ impl PairLogps {
 /// Sizes of the global batch, over all ranks and packs of the step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GlobalCounts {
-    /// Pairs.
+    /// Pairs, and rows that lack a completion.
     pub pairs: u64,
+    /// Completions that are there: two of a pair.
+    pub completions: u64,
     /// Scored tokens of the chosen completions.
     pub chosen_tokens: u64,
 }
@@ -149,38 +172,55 @@ impl PairLoss {
     }
 }
 
-/// The share of `pair` in the mean over `counts`.
+/// The share of `pair`, which is in `slot` of the global batch, in the mean over `counts`. `statistics` are that batch's.
 ///
 /// # Panics
-/// If the global batch is empty: a caller that scores a pair has counted it, and its tokens.
-pub fn pair_loss(config: &ObjectiveConfig, pair: &PairLogps, counts: GlobalCounts) -> PairLoss {
+/// If the global batch is empty: a caller that scores a pair has counted it, its completions and its tokens. If the objective
+/// reads statistics, or scores, that are not there.
+pub fn pair_loss(
+    config: &ObjectiveConfig,
+    slot: usize,
+    pair: &PairLogps,
+    counts: GlobalCounts,
+    statistics: &BatchStatistics,
+) -> PairLoss {
     assert!(
         counts.pairs > 0,
         "a pair was scored in a global batch of 0 pairs"
     );
-    let share = 1.0 / counts.pairs as f64;
+    let over_pairs = || of_pair(config, slot, pair, statistics).times(1.0 / counts.pairs as f64);
     match *config {
         ObjectiveConfig::Sft {} => negative_log_likelihood(pair, counts),
-        ObjectiveConfig::Cpo { nll_weight, .. } if nll_weight > 0.0 => {
-            let likelihood = negative_log_likelihood(pair, counts).times(nll_weight);
-            of_pair(config, pair).times(share).plus(likelihood)
+        ObjectiveConfig::Kto {
+            beta,
+            desirable_weight,
+            undesirable_weight,
+        } => {
+            let weights = [desirable_weight, undesirable_weight];
+            of_completions(beta, weights, pair, counts, statistics.baseline())
         }
-        ObjectiveConfig::Orpo { .. } => of_pair(config, pair)
-            .times(share)
-            .plus(negative_log_likelihood(pair, counts)),
+        ObjectiveConfig::Cpo { nll_weight, .. } if nll_weight > 0.0 => {
+            over_pairs().plus(negative_log_likelihood(pair, counts).times(nll_weight))
+        }
+        ObjectiveConfig::Orpo { .. } => over_pairs().plus(negative_log_likelihood(pair, counts)),
         ObjectiveConfig::Mix { ref parts } => {
             let parts = parts.iter().map(|part| {
-                let share = pair_loss(&part.objective, pair, counts);
+                let share = pair_loss(&part.objective, slot, pair, counts, statistics);
                 share.times(part.weight)
             });
             parts.fold(PairLoss::default(), PairLoss::plus)
         }
-        _ => of_pair(config, pair).times(share),
+        _ => over_pairs(),
     }
 }
 
-/// What is a mean over pairs. Means over tokens and sums of objectives are [`pair_loss`]'s.
-fn of_pair(config: &ObjectiveConfig, pair: &PairLogps) -> PairLoss {
+/// What is a mean over pairs. Means over tokens or completions and sums of objectives are [`pair_loss`]'s.
+fn of_pair(
+    config: &ObjectiveConfig,
+    slot: usize,
+    pair: &PairLogps,
+    statistics: &BatchStatistics,
+) -> PairLoss {
     let ratios = pair.log_ratios();
     let (chosen, rejected) = ratios;
     let margin = chosen - rejected;
@@ -189,8 +229,10 @@ fn of_pair(config: &ObjectiveConfig, pair: &PairLogps) -> PairLoss {
             beta,
             calibration_weight,
             calibration_shift,
+            score_scale,
         } => {
-            let targets = Targets::new(beta, calibration_shift);
+            let fixed = Targets::new(beta, calibration_shift);
+            let targets = score_scale.map_or(fixed, |scale| fixed.times(scale * score_gap(pair)));
             PairLoss::contrast(1.0, logistic(margin))
                 .plus(calibration(targets, ratios).times(calibration_weight))
         }
@@ -275,6 +317,31 @@ fn of_pair(config: &ObjectiveConfig, pair: &PairLogps) -> PairLoss {
                 beta * lost.slope,
             )
         }
+        ObjectiveConfig::BcoPair { beta } => {
+            let shift = statistics.shift();
+            let up = logistic(beta * (chosen - shift));
+            let down = logistic(beta * (shift - rejected));
+            PairLoss::pairwise(up.value + down.value, beta * up.slope, -beta * down.slope)
+        }
+        ObjectiveConfig::Aot {
+            beta,
+            label_smoothing,
+        } => {
+            let above = pair.margins().0 - statistics.reference_margin(slot);
+            PairLoss::contrast(beta, smoothed(beta * above, label_smoothing))
+        }
+        // The pair's completions are in two terms of the sum, each with its opposite of the same rank. A term's value is in the
+        // share of its chosen completion.
+        ObjectiveConfig::AotUnpaired {
+            beta,
+            label_smoothing,
+        } => {
+            let [below, above] = statistics.opposites(slot);
+            let of_chosen = smoothed(beta * (chosen - below), label_smoothing);
+            let of_rejected = smoothed(beta * (above - rejected), label_smoothing);
+            let (up, down) = (beta * of_chosen.slope, -beta * of_rejected.slope);
+            PairLoss::pairwise(of_chosen.value, up, down)
+        }
         ObjectiveConfig::Discopop { beta, tau } => {
             PairLoss::contrast(beta, blended(beta * margin, tau))
         }
@@ -299,7 +366,7 @@ fn of_pair(config: &ObjectiveConfig, pair: &PairLogps) -> PairLoss {
                 -beta * slope * unlikely.slope * rejected.slope,
             )
         }
-        ObjectiveConfig::Sft {} | ObjectiveConfig::Mix { .. } => {
+        ObjectiveConfig::Sft {} | ObjectiveConfig::Kto { .. } | ObjectiveConfig::Mix { .. } => {
             unreachable!("{} is no mean over pairs", config.kind())
         }
     }
@@ -321,9 +388,45 @@ fn symmetric_calibration(beta: f64, ratios: (f64, f64)) -> PairLoss {
     calibration(Targets::new(beta, 0.5), ratios)
 }
 
+fn score_gap(pair: &PairLogps) -> f64 {
+    let [chosen, rejected] = pair
+        .scores
+        .expect("a pair without scores was given to an objective whose targets are of scores");
+    chosen - rejected
+}
+
+/// λ_D·σ(−β(r_w − z)) + λ_U·σ(β(r_l − z)) of the completions that are there, as a share of the mean over the global batch's.
+fn of_completions(
+    beta: f64,
+    [desirable, undesirable]: [f64; 2],
+    pair: &PairLogps,
+    counts: GlobalCounts,
+    baseline: f64,
+) -> PairLoss {
+    if !pair.has_chosen() && !pair.has_rejected() {
+        return PairLoss::default();
+    }
+    assert!(
+        counts.completions > 0,
+        "a completion was scored in a global batch of 0 completions"
+    );
+    let share = 1.0 / counts.completions as f64;
+    let of_side = |weight: f64, is_there: bool| if is_there { share * weight } else { 0.0 };
+    let desirable = of_side(desirable, pair.has_chosen());
+    let undesirable = of_side(undesirable, pair.has_rejected());
+    let (chosen, rejected) = pair.log_ratios();
+    let lost = step(beta * (baseline - chosen));
+    let low = step(beta * (rejected - baseline));
+    PairLoss::pairwise(
+        desirable * lost.value + undesirable * low.value,
+        -desirable * beta * lost.slope,
+        undesirable * beta * low.slope,
+    )
+}
+
 /// −log π(chosen) as a share of the mean over the global batch's chosen tokens.
 fn negative_log_likelihood(pair: &PairLogps, counts: GlobalCounts) -> PairLoss {
-    if pair.chosen_tokens == 0 && counts.chosen_tokens == 0 {
+    if !pair.has_chosen() {
         return PairLoss::default();
     }
     assert!(

@@ -10,8 +10,9 @@ use toml::Table;
 use crate::sections::Spec;
 
 /// Sections of a job that training reads, in the order in which they are written out.
-pub const SECTIONS: [&str; 8] = [
+pub const SECTIONS: [&str; 9] = [
     "model",
+    "adapter",
     "data",
     "objective",
     "reference",
@@ -22,8 +23,9 @@ pub const SECTIONS: [&str; 8] = [
 ];
 
 /// Sections whose change makes another run; with the seed they are a run's identity.
-const IDENTITY: [&str; 6] = [
+const IDENTITY: [&str; 7] = [
     "model",
+    "adapter",
     "data",
     "objective",
     "optimizer",
@@ -103,11 +105,21 @@ pub fn resolve(sections: &Table) -> Result<Resolved, JobError> {
     );
     let mut identity = serde_json::Map::new();
     for name in IDENTITY {
+        // A section that is optional and absent is no difference to runs from before it was known.
         let section = resolved.get(name).map(serde_json::to_value);
-        identity.insert(
-            name.into(),
-            section.and_then(Result::ok).unwrap_or(Value::Null),
-        );
+        if let Some(mut section) = section.and_then(Result::ok) {
+            if let (Some(keys), "data") = (section.as_object_mut(), name) {
+                // Where tokens are kept has no part in what is computed.
+                keys.remove("cache");
+            }
+            identity.insert(name.into(), section);
+        }
+    }
+    // AdamW was once the only one, and the runs of that time are still the same runs.
+    if let Some(Value::Object(optimizer)) = identity.get_mut("optimizer")
+        && optimizer.get("kind").is_some_and(|kind| kind == "adamw")
+    {
+        optimizer.remove("kind");
     }
     identity.insert("seed".into(), job.seed.into());
     Ok(Resolved {
@@ -148,11 +160,12 @@ fn deserialize<T: for<'de> Deserialize<'de>>(
 fn explain(key: String, message: &str) -> JobError {
     // toml adds lines that repeat the place.
     let message = message.trim().lines().next().unwrap_or_default();
-    // A mix's parts are read behind serde's back, which knows the place no more; they say it themselves.
-    if message.starts_with("parts[")
-        && let Some((part, message)) = message.split_once(": ")
-    {
-        return explain(format!("{key}.{part}"), message);
+    // What is read behind serde's back, whose path ends at the section then, says its place itself: a mix's parts, and keys
+    // that belong to another kind of optimizer.
+    let has_place = message.starts_with("parts[")
+        || (key == "optimizer" && !message.starts_with("unknown field"));
+    if has_place && let Some((place, message)) = message.split_once(": ") {
+        return explain(format!("{key}.{place}"), message);
     }
     let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
     let Some((field, valid)) = quoted.split_first() else {
@@ -273,6 +286,76 @@ mod tests {
         assert!(error.starts_with("objective.beta: "), "{error}");
         let error = refused(&SMALL.replace("cal_dpo", "caldpo"));
         assert!(error.contains("did you mean `cal_dpo`"), "{error}");
+    }
+
+    #[test]
+    fn a_key_of_another_optimizer_is_refused_with_its_path() {
+        let with = |keys: &str| format!("{SMALL}\n[optimizer]\n{keys}");
+        for (keys, says) in [
+            (
+                "kind = \"rmsprop\"\nbetas = [0.9, 0.99]",
+                "optimizer.betas: belongs to optimizer.kind = \"adamw\"",
+            ),
+            (
+                "kind = \"rmsprop\"\nweight_decay = 0.1",
+                "optimizer.weight_decay: rmsprop has none, got 0.1",
+            ),
+            (
+                "alpha = 0.9",
+                "optimizer.alpha: belongs to optimizer.kind = \"rmsprop\"",
+            ),
+            (
+                "kind = \"rmsprop\"\nalpha = 1.0",
+                "optimizer.alpha: must be at least 0 and below 1",
+            ),
+            (
+                "kind = \"rmsprob\"",
+                "optimizer.kind: `rmsprob` is not a choice; did you mean `rmsprop`",
+            ),
+            (
+                "epps = 1",
+                "optimizer.epps: unknown key; did you mean `eps`",
+            ),
+            ("betas = [0.9]", "optimizer.betas: invalid length 1"),
+            ("eps = \"small\"", "optimizer.eps: invalid type: string"),
+        ] {
+            let error = refused(&with(keys));
+            assert!(error.starts_with(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_optimizer_resolves_to_the_keys_of_its_kind() {
+        for (keys, resolved) in [
+            (
+                "",
+                "betas eps kind learning_rate max_grad_norm weight_decay",
+            ),
+            (
+                "[optimizer]\nkind = \"rmsprop\"\nweight_decay = 0\nalpha = 0.5",
+                "alpha eps kind learning_rate max_grad_norm",
+            ),
+        ] {
+            let first = resolve(&table(&format!("{SMALL}\n{keys}"))).unwrap();
+            let section = first.resolved["optimizer"].as_table().unwrap();
+            let mut found: Vec<&str> = section.keys().map(String::as_str).collect();
+            found.sort_unstable();
+            assert_eq!(found.join(" "), resolved);
+            let again = resolve(&first.resolved).unwrap();
+            assert_eq!(again.spec, first.spec);
+            assert_eq!(again.identity, first.identity);
+        }
+    }
+
+    #[test]
+    fn a_run_with_adamw_is_the_run_that_it_was_when_there_was_no_other_kind() {
+        let identity = |keys: &str| resolve(&table(&format!("{SMALL}{keys}"))).unwrap().identity;
+        let adamw = serde_json::json!({
+            "learning_rate": 5e-7, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0,
+        });
+        assert_eq!(identity("")["optimizer"], adamw);
+        let rmsprop = identity("\n[optimizer]\nkind = \"rmsprop\"");
+        assert_eq!(rmsprop["optimizer"]["kind"], "rmsprop");
     }
 
     #[test]

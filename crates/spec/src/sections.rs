@@ -7,6 +7,7 @@ use objective::ObjectiveConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::AdapterSection;
 use crate::metric::{self, Metric};
 use crate::optimizer::OptimizerSection;
 use crate::schedule::{Schedule, ScheduleSection};
@@ -21,6 +22,10 @@ pub struct Spec {
     pub seed: u64,
     /// `[model]`: what is trained.
     pub model: ModelSection,
+    /// `[adapter]`: what is trained in place of the model's own weights. Default nothing: these are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "AdapterSection")]
+    pub adapter: Option<AdapterSection>,
     /// `[data]`: the pairs and how to read them.
     pub data: DataConfig,
     /// `[objective]`: what is minimised. Default Cal-DPO with β = 0.1 and λ = 1.
@@ -29,7 +34,7 @@ pub struct Spec {
     /// `[reference]`: log-probs of the frozen model, computed once.
     #[serde(default)]
     pub reference: ReferenceSection,
-    /// `[optimizer]`: AdamW and the clipping before it.
+    /// `[optimizer]`: the update rule and the clipping before it.
     #[serde(default)]
     pub optimizer: OptimizerSection,
     /// `[schedule]`: the learning rate over the run.
@@ -68,8 +73,7 @@ pub enum Dtype {
     /// 32 bits throughout.
     #[default]
     F32,
-    /// Matrix products in bfloat16; refused by [`Spec::validate`], and therefore not in the schema.
-    #[schemars(skip)]
+    /// Matrix products of bfloat16 operands; weights that are trained, sums, norms, softmax and gradients stay f32.
     Bf16,
 }
 
@@ -172,7 +176,7 @@ pub struct EvaluateSection {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0.0))]
     pub early_stopping_min_delta: Option<f64>,
-    /// Held-out prompts to continue before and after training, and with a metric at every evaluation. Default 3.
+    /// Held-out prompts to continue at every evaluation, with the likeliest tokens. Default 3.
     pub samples: usize,
     /// Most tokens of a continuation. Default 64.
     pub sample_tokens: usize,
@@ -209,12 +213,6 @@ impl Spec {
     /// # Errors
     /// The first value that cannot work.
     pub fn validate(&self) -> Result<(), SpecError> {
-        if self.model.dtype == Dtype::Bf16 {
-            return refuse(
-                "model.dtype",
-                "bf16 arithmetic is not available in this build; set model.dtype = \"f32\"",
-            );
-        }
         self.data.validate().map_err(|error| SpecError {
             key: error.key,
             reason: error.reason,
@@ -223,6 +221,9 @@ impl Spec {
             key: error.key,
             reason: error.reason,
         })?;
+        if let Some(adapter) = &self.adapter {
+            adapter.validate()?;
+        }
         if self.reference.store.as_os_str().is_empty() {
             return refuse("reference.store", "is empty; name a folder");
         }
@@ -289,5 +290,6 @@ fn default_objective() -> ObjectiveConfig {
         beta: 0.1,
         calibration_weight: 1.0,
         calibration_shift: 0.5,
+        score_scale: None,
     }
 }

@@ -29,6 +29,7 @@ impl<'a> Batch<'a> {
         let own = packs.drain(data::deal(&loads, rank, world)).collect();
         let counts = GlobalCounts {
             pairs: pairs.len() as u64,
+            completions: pairs.iter().map(|pair| pair.completions()).sum(),
             chosen_tokens: pairs.iter().map(|pair| pair.chosen.len() as u64).sum(),
         };
         Self {

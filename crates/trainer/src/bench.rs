@@ -14,7 +14,7 @@ use crate::error::TrainError;
 use crate::learner::{Learner, Times};
 use crate::measure::measure;
 use crate::process::peak_bytes;
-use crate::setup::check_vocabulary;
+use crate::setup::{check_vocabulary, needs, precision};
 
 /// What to time.
 #[derive(Clone, Debug)]
@@ -74,9 +74,22 @@ pub struct Profile {
 /// A value or a file that cannot be used.
 pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, TrainError> {
     request.validate()?;
+    let objective = ObjectiveConfig::CalDpo {
+        beta: 0.1,
+        calibration_weight: 1.0,
+        calibration_shift: 0.5,
+        score_scale: None,
+    };
     let tokenizer = Tokenizer::load(&request.model, request.data.chat_template.as_deref())?;
-    let pairs = data::load(&request.data.train, &request.data, &tokenizer, true)?.pairs;
+    let pairs = data::load(
+        &request.data.train,
+        &request.data,
+        &tokenizer,
+        needs(&objective),
+    )?
+    .pairs;
     let mut model = Model::load(&request.model, device)?;
+    model.set_precision(precision(request.dtype));
     check_vocabulary(&pairs, model.config().vocabulary, &request.model)?;
     if request.gradient_checkpointing {
         model.set_saving(Saving::BlockInputs);
@@ -85,12 +98,6 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
     let alone = Box::new(collective::single(0));
     let patience = Duration::from_mins(1);
     let mut learner = Learner::new(model, OptimizerSection::default(), alone, patience);
-    let objective = ObjectiveConfig::CalDpo {
-        beta: 0.1,
-        calibration_weight: 1.0,
-        calibration_shift: 0.5,
-    };
-
     let mut start = Instant::now();
     let (mut pairs_done, mut tokens) = (0, 0);
     for step in 1..=request.warmup + request.steps {
@@ -102,8 +109,13 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
         let batch = order.pairs.iter().map(|&pair| &pairs[pair]);
         let batch = learner.batch(batch.collect(), request.micro_batch_tokens);
         // The policy as its own reference costs nothing and keeps the gradients of a run's first step.
-        let prepared = learner.prepare(&batch, None, &objective)?;
-        let measures = measure(&objective, &prepared.pairs, batch.counts);
+        let prepared = learner.prepare(&batch, None, None, &objective)?;
+        let measures = measure(
+            &objective,
+            &prepared.pairs,
+            batch.counts,
+            &prepared.statistics,
+        );
         tracing::debug!(step, loss = measures.loss, "timed step");
         learner.apply(prepared.reduced, OptimizerSection::default().learning_rate)?;
         if step > request.warmup {
@@ -143,12 +155,6 @@ impl BenchRequest {
                 reason: reason.into(),
             })
         };
-        if self.dtype == Dtype::Bf16 {
-            return refuse(
-                "--dtype",
-                "bf16 arithmetic is not available in this build; use f32",
-            );
-        }
         for (key, value) in [
             ("--batch-pairs", self.batch_pairs as u64),
             ("--micro-batch-tokens", self.micro_batch_tokens as u64),

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use data::{Prompt, Tokenizer};
 use model::{Device, Model, Sampler};
 
+use crate::adapter::put_on;
 use crate::error::TrainError;
 use crate::setup::check_ids;
 
@@ -13,6 +14,8 @@ use crate::setup::check_ids;
 pub struct GenerateRequest {
     /// Hugging Face directory.
     pub model: PathBuf,
+    /// An adapter to put on it, in PEFT's format.
+    pub adapter: Option<PathBuf>,
     /// What to continue.
     pub prompts: Prompts,
     /// Whether a text is a user's turn of a conversation, and not itself what is continued.
@@ -63,7 +66,8 @@ pub fn generate<E: From<TrainError>>(
 ) -> Result<(), E> {
     let tokenizer = Tokenizer::load(&request.model, None).map_err(TrainError::from)?;
     let prompts = read(request, &tokenizer)?;
-    let model = Model::load(&request.model, device).map_err(TrainError::from)?;
+    let mut model = Model::load(&request.model, device).map_err(TrainError::from)?;
+    put_on(request.adapter.as_deref(), &mut model)?;
     for (place, _, ids) in &prompts {
         check_ids(ids, place, model.config().vocabulary, &request.model)?;
     }

@@ -3,21 +3,24 @@
 
 use std::time::{Duration, Instant};
 
+use checkpoint::MeanState;
 use collective::{Collective, CollectiveError};
 use model::{Gradients, Model};
-use objective::{ObjectiveConfig, PairLogps, pair_loss};
+use objective::{BatchStatistics, ObjectiveConfig, PairLogps, RunningMean, pair_loss};
 use spec::OptimizerSection;
 
 use crate::batch::Batch;
 use crate::exchange::share_logps;
 use crate::measure::pair_logps;
-use crate::shards::{Buckets, Reduced, ShardedAdamW, Stretch};
+use crate::shards::{Buckets, Reduced, ShardedOptimizer, Stretch};
 
 /// The policy, its optimizer's share, and the way to the other ranks.
 pub(crate) struct Learner {
     pub model: Model,
-    pub optimizer: ShardedAdamW,
+    pub optimizer: ShardedOptimizer,
     pub collective: Box<dyn Collective>,
+    /// Of `bco_pair`'s rewards over the steps that were applied.
+    pub shift: RunningMean,
     gradients: Gradients,
     /// How long to wait for the other ranks in any one operation.
     patience: Duration,
@@ -40,6 +43,18 @@ pub(crate) struct Prepared {
     pub pairs: Vec<PairLogps>,
     /// The gradient, whose norm is not finite if any element on any rank is not.
     pub reduced: Reduced,
+    /// What the objective read of the whole batch.
+    pub statistics: BatchStatistics,
+    /// [`Learner::shift`] if the step is applied.
+    pub shift: RunningMean,
+}
+
+/// Completions after prompts of other rows, of which an objective reads the mean log-ratio.
+pub(crate) struct Mismatched<'a> {
+    /// In the chosen completions' place, in the order of the step's slots.
+    pub batch: Batch<'a>,
+    /// By slot.
+    pub references: Vec<[f64; 2]>,
 }
 
 impl Learner {
@@ -50,7 +65,7 @@ impl Learner {
         collective: Box<dyn Collective>,
         patience: Duration,
     ) -> Self {
-        let optimizer = ShardedAdamW::new(
+        let optimizer = ShardedOptimizer::new(
             section,
             &stretches(&model),
             collective.world(),
@@ -61,6 +76,7 @@ impl Learner {
             model,
             optimizer,
             collective,
+            shift: RunningMean::default(),
             patience,
             times: Times::default(),
         }
@@ -78,8 +94,13 @@ impl Learner {
         &mut self,
         batch: &Batch<'_>,
         references: Option<&[[f64; 2]]>,
+        mismatched: Option<&Mismatched<'_>>,
         objective: &ObjectiveConfig,
     ) -> Result<Prepared, CollectiveError> {
+        let mut shift = self.shift;
+        let start = Instant::now();
+        let statistics = self.statistics(batch, references, mismatched, objective, &mut shift)?;
+        self.times.forward += start.elapsed();
         let scored = |slot: usize, logps: [f64; 2]| {
             let reference = references.map(|references| references[slot]);
             pair_logps(batch.pairs[slot], logps, reference)
@@ -93,7 +114,8 @@ impl Learner {
             let start = Instant::now();
             let mut dlogps = Vec::with_capacity(slots.len());
             for (&slot, logps) in slots.iter().zip(&result.logps) {
-                let share = pair_loss(objective, &scored(slot, logps.map(f64::from)), batch.counts);
+                let pair = scored(slot, logps.map(f64::from));
+                let share = pair_loss(objective, slot, &pair, batch.counts, &statistics);
                 dlogps.push([share.d_chosen as f32, share.d_rejected as f32]);
                 own.push((slot, *logps));
             }
@@ -115,7 +137,50 @@ impl Learner {
                 .map(|(slot, logps)| scored(slot, logps))
                 .collect(),
             reduced,
+            statistics,
+            shift,
         })
+    }
+
+    /// What `objective` reads of the whole batch before any derivative: it costs a forward of its own.
+    fn statistics(
+        &mut self,
+        batch: &Batch<'_>,
+        references: Option<&[[f64; 2]]>,
+        mismatched: Option<&Mismatched<'_>>,
+        objective: &ObjectiveConfig,
+        shift: &mut RunningMean,
+    ) -> Result<BatchStatistics, CollectiveError> {
+        let pairs = if objective.reads_batch() {
+            let logps = self.score(batch, &mut |_| ())?;
+            let slots = logps.into_iter().enumerate();
+            slots
+                .map(|(slot, logps)| {
+                    let reference = references.map(|references| references[slot]);
+                    pair_logps(batch.pairs[slot], logps, reference)
+                })
+                .collect()
+        } else {
+            Vec::new()
+        };
+        let ratios = match mismatched {
+            Some(mismatched) => self.mismatched_ratios(mismatched, &mut |_| ())?,
+            None => Vec::new(),
+        };
+        Ok(BatchStatistics::new(objective, &pairs, &ratios, shift))
+    }
+
+    /// Log-ratios of mismatched completions; `progress` after each of the own packs.
+    pub fn mismatched_ratios(
+        &mut self,
+        mismatched: &Mismatched<'_>,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Vec<f64>, CollectiveError> {
+        let logps = self.score(&mismatched.batch, progress)?;
+        let sides = logps.into_iter().zip(&mismatched.references);
+        Ok(sides
+            .map(|([logp, _], [reference, _])| logp - reference)
+            .collect())
     }
 
     /// Updates the weights on all ranks.
@@ -131,6 +196,12 @@ impl Learner {
         self.reset(memory);
         self.times.update += start.elapsed();
         Ok(())
+    }
+
+    /// The running mean for a checkpoint; none where no objective has one.
+    pub fn kept_shift(&self) -> Option<MeanState> {
+        let RunningMean { mean, count } = self.shift;
+        (count > 0).then_some(MeanState { mean, count })
     }
 
     /// Drops the gradient; nothing else changes (T6).
@@ -174,7 +245,7 @@ impl Learner {
 
 /// Which elements of every bucket decay.
 fn stretches(model: &Model) -> Vec<Vec<Stretch>> {
-    let layout = model.layout();
+    let layout = model.trained();
     let buckets = layout.buckets.iter();
     buckets
         .map(|bucket| {

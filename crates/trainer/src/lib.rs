@@ -12,7 +12,7 @@
 //! Not here: who is a member, when to save or to evaluate, what a decision is based on (`protocol`, behind [`StepGate`]);
 //! which checkpoint is whole (`checkpoint`); losses (`objective`); data formats and order (`data`).
 
-mod adamw;
+mod adapter;
 mod batch;
 mod bench;
 mod error;
@@ -31,6 +31,7 @@ mod setup;
 mod shards;
 mod snapshot;
 mod trainer;
+mod update;
 
 pub use bench::{BenchRequest, BenchResult, Profile, bench};
 pub use error::{Cause, TrainError};

@@ -3,7 +3,8 @@
 
 use data::Pair;
 use objective::{
-    GlobalCounts, ObjectiveConfig, PairLogps, RewardStatistics, pair_loss, reward_statistics,
+    BatchStatistics, GlobalCounts, ObjectiveConfig, PairLogps, RewardStatistics, pair_loss,
+    reward_statistics,
 };
 
 /// Means over a batch.
@@ -26,6 +27,7 @@ pub(crate) fn pair_logps(pair: &Pair, logps: [f64; 2], reference: Option<[f64; 2
         reference_rejected,
         chosen_tokens: pair.chosen.len() as u32,
         rejected_tokens: pair.rejected.len() as u32,
+        scores: pair.scores,
     }
 }
 
@@ -37,10 +39,11 @@ pub(crate) fn measure(
     objective: &ObjectiveConfig,
     pairs: &[PairLogps],
     counts: GlobalCounts,
+    statistics: &BatchStatistics,
 ) -> Measures {
     let mut measures = Measures::default();
-    for pair in pairs {
-        let share = pair_loss(objective, pair, counts);
+    for (slot, pair) in pairs.iter().enumerate() {
+        let share = pair_loss(objective, slot, pair, counts, statistics);
         measures.loss_pairwise += share.pairwise;
         measures.loss_calibration += share.calibration;
     }

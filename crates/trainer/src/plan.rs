@@ -12,7 +12,7 @@ mod memory;
 mod probe;
 
 use data::{Dataset, Pair, epoch_steps};
-use model::{Layout, ModelConfig};
+use model::{Layout, ModelConfig, Precision};
 use serde::Serialize;
 use spec::Spec;
 
@@ -22,9 +22,11 @@ pub use probe::{Probe, ProbeRequest};
 
 pub use crate::reference::ReferenceAmount;
 
+use crate::adapter::Adapter;
 use crate::error::TrainError;
 use crate::process::{peak_bytes, resident_bytes};
-use crate::setup::{Tokens, held_out};
+use crate::setup::{Kept, MismatchedPairs, Tokens, held_out, precision};
+use crate::update::has_first_moment;
 
 /// Steps whose packs are looked at; the largest pack of so many is not exceeded by much later.
 const STEPS_MAX: u64 = 20_000;
@@ -34,6 +36,7 @@ pub struct Draft {
     spec: Spec,
     train: Dataset,
     eval: Option<Dataset>,
+    mismatched: MismatchedPairs,
     workload: Workload,
     program: Program,
 }
@@ -52,6 +55,11 @@ pub struct Program {
 pub struct Workload {
     config: ModelConfig,
     layout: Layout,
+    /// What is trained: all of the model, or an adapter.
+    trained: Layout,
+    precision: Precision,
+    /// Moments that the optimizer keeps of a parameter.
+    moments: u64,
     /// Parameters of a reference model of its own.
     reference: Option<(ModelConfig, Layout)>,
     /// Whether the objective reads reference log-probs.
@@ -72,6 +80,8 @@ pub struct Amount {
     pub held_out_pairs: u64,
     /// Parameters; tied weights count once.
     pub parameters: u64,
+    /// Those of them, or of an adapter beside them, that are trained.
+    pub trained_parameters: u64,
     /// Pairs of one optimizer step.
     pub batch_pairs: u64,
     /// Optimizer steps.
@@ -84,10 +94,8 @@ pub struct Amount {
     pub packed_tokens: u64,
     /// Packed tokens of the held-out pairs.
     pub held_out_packed_tokens: u64,
-    /// Tokens of the continuations that are written at once.
+    /// Tokens of the continuations that an evaluation writes.
     pub sample_tokens: u64,
-    /// Whether every evaluation writes them, and not only the first and the last.
-    pub samples_at_every_evaluation: bool,
     /// Reference log-probs, those in the store included.
     pub reference: ReferenceAmount,
 }
@@ -114,7 +122,8 @@ impl Draft {
             tokenizer,
             train,
             eval,
-        } = Tokens::load(spec, &mut |_, _, _| ())?;
+        } = Tokens::load(spec, Kept::IfThere, &mut |_, _, _| ())?;
+        let mismatched = MismatchedPairs::of(spec, &train, eval.as_ref())?;
         let config = ModelConfig::load(&spec.model.path)?;
         let workload = Workload::new(spec, config, &train.pairs, held_out(spec, eval.as_ref()))?;
         // A worker has read the same by now, in the same way.
@@ -124,6 +133,7 @@ impl Draft {
             spec: spec.clone(),
             train,
             eval,
+            mismatched,
             workload,
             program,
         })
@@ -153,6 +163,7 @@ impl Draft {
             pairs: pairs.len() as u64,
             held_out_pairs: held_out.len() as u64,
             parameters: self.workload.layout.elements() as u64,
+            trained_parameters: self.workload.trained.elements() as u64,
             batch_pairs: spec.train.batch_pairs as u64,
             steps,
             epochs: share,
@@ -160,9 +171,8 @@ impl Draft {
             packed_tokens: (packed(pairs) as f64 * share).round() as u64,
             held_out_packed_tokens: packed(held_out) as u64,
             sample_tokens: (samples * spec.evaluate.sample_tokens) as u64,
-            samples_at_every_evaluation: spec.evaluate.metric.is_some(),
             reference: if spec.objective.needs_reference() {
-                ReferenceAmount::all(pairs, held_out)
+                ReferenceAmount::all(&self.lists())
             } else {
                 ReferenceAmount::default()
             },
@@ -171,6 +181,12 @@ impl Draft {
 
     fn held_out(&self) -> &[Pair] {
         held_out(&self.spec, self.eval.as_ref())
+    }
+
+    /// All pairs of which the reference's log-probs are read.
+    fn lists(&self) -> [&[Pair]; 4] {
+        let MismatchedPairs { train, eval } = &self.mismatched;
+        [&self.train.pairs, self.held_out(), train, eval]
     }
 }
 
@@ -211,6 +227,16 @@ impl Workload {
         };
         Ok(Self {
             layout: Layout::new(&config),
+            trained: match Adapter::of(spec, &config)? {
+                Some(adapter) => adapter.lora.layout(&config)?,
+                None => Layout::new(&config),
+            },
+            precision: precision(spec.model.dtype),
+            moments: if has_first_moment(&spec.optimizer) {
+                2
+            } else {
+                1
+            },
             config,
             reference: reference.map(|config| {
                 let layout = Layout::new(&config);

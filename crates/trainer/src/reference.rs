@@ -64,7 +64,12 @@ impl References {
             tracing::warn!(store = %folder.display(), "{tail}");
         }
         let references = Self { store, folder };
-        let entries = entries(&setup.train.pairs, setup.held_out());
+        let entries = entries(&[
+            &setup.train.pairs,
+            setup.held_out(),
+            &setup.mismatched.train,
+            &setup.mismatched.eval,
+        ]);
         let slice = &entries[shard_range(entries.len(), world, rank)];
         let (found, missing): (Vec<Entry<'_>>, Vec<Entry<'_>>) = slice
             .iter()
@@ -186,8 +191,8 @@ pub struct ReferenceAmount {
 
 impl ReferenceAmount {
     /// All values of a run.
-    pub(crate) fn all(train: &[Pair], held_out: &[Pair]) -> Self {
-        Self::of(&entries(train, held_out))
+    pub(crate) fn all(lists: &[&[Pair]]) -> Self {
+        Self::of(&entries(lists))
     }
 
     /// The values of a run that its store does not have. `model` is the reference.
@@ -197,12 +202,11 @@ impl ReferenceAmount {
     pub(crate) fn missing(
         spec: &Spec,
         model: &Model,
-        train: &[Pair],
-        held_out: &[Pair],
+        lists: &[&[Pair]],
     ) -> Result<Self, StoreError> {
         let scope = scope(spec, model_digest(model), model.device());
         let store = Store::open_existing(&spec.reference.store, &scope)?;
-        let mut entries = entries(train, held_out);
+        let mut entries = entries(lists);
         if let Some(store) = store {
             entries.retain(|entry| store.get(&entry.key).is_none());
         }
@@ -223,7 +227,8 @@ fn load_reference(setup: &Setup) -> Result<Option<Model>, TrainError> {
     let Some(path) = &setup.spec.model.reference else {
         return Ok(None);
     };
-    let model = Model::load(path, &setup.device)?;
+    let mut model = Model::load(path, &setup.device)?;
+    model.set_precision(setup.model.precision());
     let (expected, found) = (setup.model.config().vocabulary, model.config().vocabulary);
     if expected != found {
         return Err(TrainError::ReferenceVocabulary {
@@ -235,12 +240,11 @@ fn load_reference(setup: &Setup) -> Result<Option<Model>, TrainError> {
     Ok(Some(model))
 }
 
-/// Every distinct completion of the run in the order of its first occurrence, training pairs first: the same list on all
-/// ranks.
-fn entries<'a>(train: &'a [Pair], held_out: &'a [Pair]) -> Vec<Entry<'a>> {
+/// Every distinct completion of the run's lists of pairs in the order of its first occurrence: the same list on all ranks.
+fn entries<'a>(lists: &[&'a [Pair]]) -> Vec<Entry<'a>> {
     let mut seen = HashSet::new();
     let mut entries = Vec::new();
-    for pair in train.iter().chain(held_out) {
+    for pair in lists.iter().copied().flatten() {
         for completion in [&pair.chosen, &pair.rejected] {
             let key = EntryKey::new(&pair.prompt, completion);
             if !completion.is_empty() && seen.insert(key) {

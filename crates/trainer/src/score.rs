@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use data::{DataConfig, Format, Pair, Tokenizer};
+use data::{DataConfig, Format, Needs, Pair, Sides, Tokenizer};
 use model::{Device, Model};
 
+use crate::adapter::put_on;
 use crate::batch::Batch;
 use crate::error::TrainError;
 use crate::setup::check_vocabulary;
@@ -14,6 +15,8 @@ use crate::setup::check_vocabulary;
 pub struct ScoreRequest {
     /// Hugging Face directory.
     pub model: PathBuf,
+    /// An adapter to put on it, in PEFT's format.
+    pub adapter: Option<PathBuf>,
     /// Files and how to read them; `data.train` is what is scored.
     pub data: DataConfig,
     /// Most tokens that go through the model at once.
@@ -27,9 +30,9 @@ pub struct ScoredPair {
     pub index: usize,
     /// The pair.
     pub pair: Pair,
-    /// log π(chosen | prompt).
-    pub chosen_logp: f32,
-    /// log π(rejected | prompt); `None` for completion data.
+    /// log π(chosen | prompt); `None` for an undesirable row of unpaired data.
+    pub chosen_logp: Option<f32>,
+    /// log π(rejected | prompt); `None` for completion data and desirable rows.
     pub rejected_logp: Option<f32>,
 }
 
@@ -59,7 +62,7 @@ pub fn score<E: From<TrainError>>(
         for (slot, (pair, [chosen, rejected])) in pairs.iter().zip(logps).enumerate() {
             each(ScoredPair {
                 index: group * GROUP_PAIRS + slot,
-                chosen_logp: chosen,
+                chosen_logp: (!pair.chosen.is_empty()).then_some(chosen),
                 rejected_logp: (!pair.rejected.is_empty()).then_some(rejected),
                 pair: pair.clone(),
             })?;
@@ -72,9 +75,16 @@ fn load(request: &ScoreRequest, device: &Device) -> Result<(Model, Vec<Pair>), T
     let data = &request.data;
     let tokenizer = Tokenizer::load(&request.model, data.chat_template.as_deref())?;
     // A file without a rejected side is read for its completions.
-    let needs_rejected = data.format != Format::Completion;
-    let pairs = data::load(&data.train, data, &tokenizer, needs_rejected)?.pairs;
-    let model = Model::load(&request.model, device)?;
+    let needs = Needs {
+        sides: match data.format {
+            Format::Completion => Sides::Chosen,
+            _ => Sides::Either,
+        },
+        scores: false,
+    };
+    let pairs = data::load(&data.train, data, &tokenizer, needs)?.pairs;
+    let mut model = Model::load(&request.model, device)?;
+    put_on(request.adapter.as_deref(), &mut model)?;
     check_vocabulary(&pairs, model.config().vocabulary, &request.model)?;
     Ok((model, pairs))
 }

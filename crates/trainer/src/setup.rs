@@ -1,13 +1,15 @@
 //! Everything a run reads before it has peers: tokens, starting weights, digests. What depends on rank and world comes after.
 
 use std::fmt::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use data::{Dataset, Pair, Report, Tokenizer};
-use model::{Device, Model, ModelConfig, Saving};
+use data::{Dataset, Hub, Needs, Pair, Report, Sides, Tokenizer};
+use model::{Device, Model, ModelConfig, Precision, Saving};
+use objective::ObjectiveConfig;
 use serde::Serialize;
-use spec::Spec;
+use spec::{Dtype, Spec};
 
+use crate::adapter::Adapter;
 use crate::error::TrainError;
 use crate::plan::{Program, WorkerMemory, Workload};
 
@@ -21,8 +23,12 @@ pub struct Setup {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) train: Dataset,
     pub(crate) eval: Option<Dataset>,
+    pub(crate) mismatched: MismatchedPairs,
     pub(crate) model: Model,
     pub(crate) digest: [u8; 32],
+    /// What is trained in place of the model's weights; put on once the reference is known.
+    pub(crate) adapter: Option<Adapter>,
+    notes: Vec<String>,
 }
 
 /// What all members of a run must find alike before the first step. Digests are hexadecimal.
@@ -55,14 +61,18 @@ impl Setup {
             tokenizer,
             train,
             eval,
-        } = Tokens::load(spec, progress)?;
+        } = Tokens::load(spec, Kept::Always, progress)?;
+        let mismatched = MismatchedPairs::of(spec, &train, eval.as_ref())?;
         progress("load model", 0, 1);
         let mut model = Model::load(&spec.model.path, device)?;
         if spec.model.gradient_checkpointing {
             model.set_saving(Saving::BlockInputs);
         }
+        model.set_precision(precision(spec.model.dtype));
         check_positions(&model, spec.data.max_length);
         let digest = model_digest(&model);
+        let adapter = Adapter::of(spec, model.config())?;
+        let notes = notes(&model, adapter.as_ref())?;
         progress("load model", 1, 1);
         Ok(Self {
             spec: spec.clone(),
@@ -70,8 +80,11 @@ impl Setup {
             tokenizer,
             train,
             eval,
+            mismatched,
             model,
             digest,
+            adapter,
+            notes,
         })
     }
 
@@ -87,9 +100,21 @@ impl Setup {
             pairs: self.train.pairs.len() as u64,
             eval_pairs: self.held_out().len() as u64,
             parameters: self.model.layout().elements() as u64,
-            model_digest: hex(&self.digest),
+            model_digest: hex(&self.starting_digest()),
             tokenizer_digest: hex(&self.tokenizer.digest()),
             data_digest: hex(data.finalize().as_bytes()),
+        }
+    }
+
+    /// Digest of the model that training starts with, its adapter included.
+    fn starting_digest(&self) -> [u8; 32] {
+        match &self.adapter {
+            None => self.digest,
+            Some(adapter) => {
+                let mut hasher = blake3::Hasher::new();
+                hasher.update(&self.digest).update(&adapter.digest());
+                *hasher.finalize().as_bytes()
+            }
         }
     }
 
@@ -98,12 +123,18 @@ impl Setup {
     /// # Errors
     /// A folder that cannot be written.
     pub fn keep_source(&self, checkpoints: &Path) -> Result<(), TrainError> {
-        Ok(checkpoint::keep_source(&self.spec.model.path, checkpoints)?)
+        checkpoint::keep_source(&self.spec.model.path, checkpoints)?;
+        if let Some(adapter) = &self.adapter {
+            let base = self.spec.model.path.to_string_lossy();
+            let peft = adapter.lora.to_peft(self.model.config(), &base)?;
+            checkpoint::keep_adapter(&format!("{peft:#}\n"), checkpoints)?;
+        }
+        Ok(())
     }
 
-    /// What the model's config.json asks for and training does otherwise, in words.
+    /// What a person should know about the model before it is trained, in words.
     pub fn notes(&self) -> &[String] {
-        &self.model.config().notes
+        &self.notes
     }
 
     /// What became of the rows.
@@ -130,13 +161,35 @@ impl Setup {
     }
 }
 
+/// What config.json asks for and training does otherwise, and what is trained if that is not the model.
+fn notes(model: &Model, adapter: Option<&Adapter>) -> Result<Vec<String>, TrainError> {
+    let mut notes = model.config().notes.clone();
+    if let Some(adapter) = adapter {
+        let trained = adapter.lora.layout(model.config())?.elements();
+        let all = model.layout().elements();
+        let share = 100.0 * trained as f64 / all as f64;
+        notes.push(format!(
+            "an adapter of {trained} parameters is trained, {share:.2} % of the model's {all}, which stay as they are"
+        ));
+    }
+    Ok(notes)
+}
+
+/// The arithmetic of `dtype`.
+pub(crate) fn precision(dtype: Dtype) -> Precision {
+    match dtype {
+        Dtype::F32 => Precision::F32,
+        Dtype::Bf16 => Precision::Bf16,
+    }
+}
+
 /// What became of the rows of a job's files, found without its model.
 ///
 /// # Errors
 /// The first thing that training would refuse about them.
 pub fn reports(spec: &Spec) -> Result<Reports, TrainError> {
     spec.validate()?;
-    let tokens = Tokens::load(spec, &mut |_, _, _| ())?;
+    let tokens = Tokens::load(spec, Kept::IfThere, &mut |_, _, _| ())?;
     Ok(Reports::of(&tokens.train, tokens.eval.as_ref()))
 }
 
@@ -147,17 +200,85 @@ pub(crate) struct Tokens {
     pub eval: Option<Dataset>,
 }
 
+/// Completions behind prompts of other rows, one for each pair in the same order; none where the objective reads none.
+#[derive(Default)]
+pub(crate) struct MismatchedPairs {
+    pub train: Vec<Pair>,
+    pub eval: Vec<Pair>,
+}
+
+impl MismatchedPairs {
+    pub fn of(spec: &Spec, train: &Dataset, eval: Option<&Dataset>) -> Result<Self, TrainError> {
+        if !spec.objective.reads_mismatched() {
+            return Ok(Self::default());
+        }
+        let of = |pairs: &[Pair]| match pairs {
+            [] => Ok(Vec::new()),
+            _ => data::mismatched(pairs, spec.data.max_length),
+        };
+        Ok(Self {
+            train: of(&train.pairs)?,
+            eval: of(held_out(spec, eval))?,
+        })
+    }
+}
+
+/// `entries` with data sets of a hub downloaded and in their place the files.
+fn local(entries: &[PathBuf]) -> Result<Vec<PathBuf>, TrainError> {
+    let mut files = Vec::new();
+    for entry in entries {
+        match entry.to_str().filter(|text| text.starts_with("hf://")) {
+            Some(hub) => files.extend(Hub::from_env().fetch(hub)?),
+            None => files.push(entry.clone()),
+        }
+    }
+    Ok(files)
+}
+
+/// What `objective` needs of every row.
+pub(crate) fn needs(objective: &ObjectiveConfig) -> Needs {
+    Needs {
+        sides: match objective.sides() {
+            objective::Sides::Chosen => Sides::Chosen,
+            objective::Sides::Either => Sides::Either,
+            objective::Sides::Both => Sides::Both,
+        },
+        scores: objective.needs_scores(),
+    }
+}
+
+/// Whether tokens are kept for the next time.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kept {
+    /// By what trains.
+    Always,
+    /// Where there is a folder of them already: what only looks leaves nothing behind.
+    IfThere,
+}
+
 impl Tokens {
-    pub fn load(spec: &Spec, progress: Progress<'_>) -> Result<Self, TrainError> {
+    pub fn load(spec: &Spec, kept: Kept, progress: Progress<'_>) -> Result<Self, TrainError> {
         let config = &spec.data;
-        progress("tokenize pairs", 0, 2);
         let tokenizer = Tokenizer::load(&spec.model.path, config.chat_template.as_deref())?;
-        let load = |files| data::load(files, config, &tokenizer, spec.objective.needs_rejected());
-        let train = load(&config.train)?;
-        progress("tokenize pairs", 1, 2);
+        let beside = spec.reference.store.with_file_name("data-cache");
+        let cache = config.cache.as_deref().unwrap_or(&beside);
+        let cache = (kept == Kept::Always || cache.exists()).then_some(cache);
+        let needs = needs(&spec.objective);
+        let mut load = |entries: &[PathBuf], phase: &str| {
+            progress(phase, 0, 1);
+            let files = local(entries)?;
+            let mut progress = |done, total| progress(phase, done, total);
+            let loaded =
+                data::load_cached(&files, config, &tokenizer, needs, cache, &mut progress)?;
+            for warning in loaded.warnings {
+                tracing::warn!("{warning}");
+            }
+            Ok::<_, TrainError>(loaded.dataset)
+        };
+        let train = load(&config.train, "tokenize pairs")?;
         let eval = match config.eval.as_slice() {
             [] => None,
-            _ => Some(load(&config.eval)?),
+            entries => Some(load(entries, "tokenize held-out pairs")?),
         };
         let vocabulary = ModelConfig::load(&spec.model.path)?.vocabulary;
         for dataset in [Some(&train), eval.as_ref()].into_iter().flatten() {

@@ -4,7 +4,7 @@
 //! ```text
 //! gradients (whole, own pairs) ──reduce-scatter──► sums of the own shard ──Σ²──all-reduce──► norm
 //!                                                        │ commit
-//!                                         AdamW on the own shard ──all-gather──► weights (whole, equal on all ranks)
+//!                                         update of the own shard ──all-gather──► weights (whole, equal on all ranks)
 //! ```
 //! Between the two halves lies the coordinator's decision, so nothing is changed by the first.
 
@@ -13,7 +13,7 @@ use std::{ops::Range, time::Instant};
 use collective::{Collective, CollectiveError, Op, Region, shard_range};
 use spec::OptimizerSection;
 
-use crate::adamw::Update;
+use crate::update::{Update, has_first_moment};
 
 /// Flat memory in the layout's buckets.
 pub type Buckets = Vec<Vec<f32>>;
@@ -29,7 +29,7 @@ pub struct Stretch {
 
 /// Moments of this rank's share of every bucket.
 #[derive(Debug)]
-pub struct ShardedAdamW {
+pub struct ShardedOptimizer {
     section: OptimizerSection,
     buckets: Vec<Shard>,
     /// Updates applied so far: what the bias corrections count. Skipped steps are no updates.
@@ -41,7 +41,7 @@ pub struct ShardedAdamW {
 pub struct Shard {
     /// The own elements within the bucket.
     pub range: Range<usize>,
-    /// First moments of them.
+    /// First moments of them; empty for a rule that has none.
     pub first: Vec<f32>,
     /// Second moments of them.
     pub second: Vec<f32>,
@@ -59,7 +59,7 @@ pub struct Reduced {
     pub norm: f64,
 }
 
-impl ShardedAdamW {
+impl ShardedOptimizer {
     /// Fresh moments for buckets of `stretches` that cover them in order.
     pub fn new(
         section: OptimizerSection,
@@ -72,8 +72,13 @@ impl ShardedAdamW {
             .map(|stretches| {
                 let len = stretches.last().map_or(0, |stretch| stretch.range.end);
                 let range = shard_range(len, world, rank);
+                let first = if has_first_moment(&section) {
+                    range.len()
+                } else {
+                    0
+                };
                 Shard {
-                    first: vec![0.0; range.len()],
+                    first: vec![0.0; first],
                     second: vec![0.0; range.len()],
                     stretches: cut(stretches, &range),
                     range,
@@ -92,7 +97,7 @@ impl ShardedAdamW {
         &self.buckets
     }
 
-    /// The shards, for filling in what a checkpoint holds, together with [`ShardedAdamW::set_updates`].
+    /// The shards, for filling in what a checkpoint holds, together with [`ShardedOptimizer::set_updates`].
     pub fn shards_mut(&mut self) -> &mut [Shard] {
         &mut self.buckets
     }
@@ -178,9 +183,13 @@ impl Shard {
         for stretch in &self.stretches {
             let range = stretch.range.clone();
             let own = range.start - start..range.end - start;
+            let first = match self.first.as_mut_slice() {
+                [] => &mut [],
+                first => &mut first[own.clone()],
+            };
             update.apply(
                 &mut weights[range.clone()],
-                &mut self.first[own.clone()],
+                first,
                 &mut self.second[own],
                 &gradient[range],
                 stretch.decay,

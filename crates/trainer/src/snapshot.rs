@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 
 use checkpoint::{Checkpoint, Kind, Piece, TensorSpec, TrainState};
 use model::Layout;
+use objective::RunningMean;
 
 use crate::error::TrainError;
 use crate::gate::{SavedReporter, SavedShard};
@@ -103,10 +104,10 @@ impl Saver {
 impl Snapshot {
     fn take(&mut self, learner: &mut Learner) {
         if self.parts.is_empty() {
-            self.tensors = tensor_specs(learner.model.layout());
+            self.tensors = tensor_specs(learner.model.trained());
             let shards = learner.optimizer.shards().iter();
             let ranges: Vec<_> = shards.map(|shard| shard.range.clone()).collect();
-            self.parts = parts(learner.model.layout(), &ranges);
+            self.parts = parts(learner.model.trained(), &ranges);
         }
         self.weights.clear();
         self.first.clear();
@@ -127,6 +128,10 @@ impl Snapshot {
             (Kind::FirstMoment, &self.first),
             (Kind::SecondMoment, &self.second),
         ] {
+            if values.is_empty() {
+                // A rule without this moment.
+                continue;
+            }
             let mut rest = &values[..];
             for part in &self.parts {
                 let (own, others) = rest.split_at(part.range.len());
@@ -195,7 +200,7 @@ pub(crate) fn restore(
             )));
         }
     }
-    let layout = learner.model.layout().clone();
+    let layout = learner.model.trained().clone();
     let expected = tensor_specs(&layout);
     if checkpoint.manifest().tensors != expected {
         return Err(resume(
@@ -218,10 +223,18 @@ pub(crate) fn restore(
     for part in parts(&layout, &ranges) {
         let shard = &mut shards[part.bucket];
         let own = part.range.start - shard.range.start..part.range.end - shard.range.start;
-        read(&part, Kind::FirstMoment, &mut shard.first[own.clone()])?;
+        if !shard.first.is_empty() {
+            read(&part, Kind::FirstMoment, &mut shard.first[own.clone()])?;
+        }
         read(&part, Kind::SecondMoment, &mut shard.second[own])?;
     }
     learner.optimizer.set_updates(state.updates);
+    learner.shift = state
+        .shift
+        .map_or_else(RunningMean::default, |kept| RunningMean {
+            mean: kept.mean,
+            count: kept.count,
+        });
     Ok(state)
 }
 

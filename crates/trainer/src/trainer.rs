@@ -6,18 +6,18 @@ use std::time::Duration;
 use checkpoint::TrainState;
 use collective::Collective;
 use data::{Dataset, Pair, StepPairs, Tokenizer, step_pairs};
-use objective::PairLogps;
+use objective::{BatchStatistics, PairLogps};
 use spec::{Schedule, Spec};
 
 use crate::batch::Batch;
 use crate::error::TrainError;
 use crate::evaluate;
 use crate::gate::{EvaluationRow, Next, StepGate, StepReport, Verdict};
-use crate::learner::{Learner, Prepared};
+use crate::learner::{Learner, Mismatched, Prepared};
 use crate::measure::{measure, pair_logps};
 use crate::process::peak_bytes;
 use crate::reference::{ReferenceCounts, References};
-use crate::setup::{Progress, Setup, held_out};
+use crate::setup::{MismatchedPairs, Progress, Setup, held_out};
 use crate::snapshot::{Destination, Saver, restore};
 
 /// A rank's place among the others, for one generation.
@@ -49,6 +49,7 @@ pub struct Trainer {
     tokenizer: Tokenizer,
     train: Dataset,
     eval: Option<Dataset>,
+    mismatched: MismatchedPairs,
     learner: Learner,
     references: Reference,
     saver: Saver,
@@ -63,6 +64,14 @@ fn tell_memory() {
     }
 }
 
+/// The reference's log-probs, by pair of each list.
+struct Values {
+    train: Vec<[f64; 2]>,
+    eval: Vec<[f64; 2]>,
+    mismatched_train: Vec<[f64; 2]>,
+    mismatched_eval: Vec<[f64; 2]>,
+}
+
 /// Where the reference's log-probs stand.
 enum Reference {
     /// The objective reads none.
@@ -70,10 +79,7 @@ enum Reference {
     /// This rank's part is durable; the others' may not be.
     Stored(Box<References>),
     /// Values by pair.
-    Loaded {
-        train: Vec<[f64; 2]>,
-        eval: Vec<[f64; 2]>,
-    },
+    Loaded(Box<Values>),
 }
 
 impl Trainer {
@@ -100,9 +106,14 @@ impl Trainer {
             tokenizer,
             train,
             eval,
-            model,
+            mismatched,
+            mut model,
+            adapter,
             ..
         } = setup;
+        if let Some(adapter) = adapter {
+            adapter.put_on(&mut model)?;
+        }
         let mut learner = Learner::new(model, spec.optimizer, collective, membership.step_deadline);
         let state = match &membership.resume {
             Some(path) => {
@@ -114,6 +125,7 @@ impl Trainer {
                 epoch: 0,
                 updates: 0,
                 seed: spec.seed,
+                shift: None,
             },
         };
         let saver = Saver::new(Destination {
@@ -128,6 +140,7 @@ impl Trainer {
             tokenizer,
             train,
             eval,
+            mismatched,
             learner,
             references,
             saver,
@@ -188,14 +201,26 @@ impl Trainer {
             .learner
             .batch(batch.collect(), self.spec.train.micro_batch_tokens);
         let references = self.references.of_train(&order);
+        let mismatched = self.references.mismatched_of(&order).map(|references| {
+            let pairs = order.pairs.iter().map(|&pair| &self.mismatched.train[pair]);
+            let capacity = self.spec.train.micro_batch_tokens;
+            Mismatched {
+                batch: self.learner.batch(pairs.collect(), capacity),
+                references,
+            }
+        });
 
-        let prepared = self
-            .learner
-            .prepare(&batch, references.as_deref(), &self.spec.objective)?;
+        let prepared = self.learner.prepare(
+            &batch,
+            references.as_deref(),
+            mismatched.as_ref(),
+            &self.spec.objective,
+        )?;
         let report = self.report(step, order.epoch, &batch, &prepared);
         let verdict: Verdict = gate.prepared(&report)?;
         if verdict.apply {
             self.learner.apply(prepared.reduced, report.learning_rate)?;
+            self.learner.shift = prepared.shift;
         } else {
             self.learner.skip(prepared.reduced);
         }
@@ -204,6 +229,7 @@ impl Trainer {
             epoch: order.epoch,
             updates: self.learner.optimizer.updates(),
             seed: self.spec.seed,
+            shift: self.learner.kept_shift(),
         };
 
         if verdict.save {
@@ -217,7 +243,12 @@ impl Trainer {
     }
 
     fn report(&self, step: u64, epoch: u64, batch: &Batch<'_>, prepared: &Prepared) -> StepReport {
-        let measures = measure(&self.spec.objective, &prepared.pairs, batch.counts);
+        let measures = measure(
+            &self.spec.objective,
+            &prepared.pairs,
+            batch.counts,
+            &prepared.statistics,
+        );
         let grad_norm = prepared.reduced.norm;
         StepReport {
             step,
@@ -242,11 +273,31 @@ impl Trainer {
         }
         let capacity = self.spec.train.micro_batch_tokens;
         let batch = self.learner.batch(pairs.iter().collect(), capacity);
-        let packs = batch.own.len() as u64;
+        let mismatched = match &self.references {
+            Reference::Loaded(values) if !values.mismatched_eval.is_empty() => {
+                let pairs = self.mismatched.eval.iter();
+                Some(Mismatched {
+                    batch: self.learner.batch(pairs.collect(), capacity),
+                    references: values.mismatched_eval.clone(),
+                })
+            }
+            _ => None,
+        };
+        let own = batch.own.len();
+        let more = mismatched.as_ref().map_or(0, |it| it.batch.own.len());
+        let packs = (own + more) as u64;
         let mut progress = |done: usize| gate.progress("evaluate", done as u64, packs);
         let logps = self.learner.score(&batch, &mut progress)?;
         let scored = self.references.with_eval(pairs, logps);
-        let measures = measure(&self.spec.objective, &scored, batch.counts);
+        let mut progress = |done: usize| progress(own + done);
+        let ratios = match &mismatched {
+            Some(mismatched) => self.learner.mismatched_ratios(mismatched, &mut progress)?,
+            None => Vec::new(),
+        };
+        let objective = &self.spec.objective;
+        let mut shift = self.learner.shift;
+        let statistics = BatchStatistics::new(objective, &scored, &ratios, &mut shift);
+        let measures = measure(objective, &scored, batch.counts, &statistics);
         let row = EvaluationRow {
             step: self.state.step,
             pairs: batch.counts.pairs,
@@ -255,10 +306,7 @@ impl Trainer {
             loss_calibration: measures.loss_calibration,
             rewards: measures.rewards,
         };
-        let ends = [0, self.rates.steps].contains(&row.step);
-        // Where evaluations are compared, any of them may be the one whose weights are exported.
-        let shown = ends || self.spec.evaluate.metric.is_some();
-        let samples = if shown && self.learner.collective.rank() == 0 {
+        let samples = if self.learner.collective.rank() == 0 {
             let model = &self.learner.model;
             evaluate::samples(model, &self.tokenizer, pairs, &self.spec.evaluate)
         } else {
@@ -273,8 +321,15 @@ impl Trainer {
         self.references = match std::mem::replace(&mut self.references, Reference::None) {
             Reference::Stored(references) => {
                 let held_out = held_out(&self.spec, self.eval.as_ref());
-                let [train, eval] = references.collect([&self.train.pairs, held_out])?;
-                Reference::Loaded { train, eval }
+                let MismatchedPairs { train, eval } = &self.mismatched;
+                let lists = [&self.train.pairs, held_out, train, eval];
+                let [train, eval, mismatched_train, mismatched_eval] = references.collect(lists)?;
+                Reference::Loaded(Box::new(Values {
+                    train,
+                    eval,
+                    mismatched_train,
+                    mismatched_eval,
+                }))
             }
             other => other,
         };
@@ -286,8 +341,20 @@ impl Reference {
     /// Values of a step's pairs, by slot; `None` for an objective without a reference.
     fn of_train(&self, order: &StepPairs) -> Option<Vec<[f64; 2]>> {
         match self {
-            Self::Loaded { train, .. } => {
+            Self::Loaded(values) => {
+                let train = &values.train;
                 Some(order.pairs.iter().map(|&pair| train[pair]).collect())
+            }
+            _ => None,
+        }
+    }
+
+    /// Values of the mismatched completions of a step's pairs, by slot; `None` for an objective that reads none.
+    fn mismatched_of(&self, order: &StepPairs) -> Option<Vec<[f64; 2]>> {
+        match self {
+            Self::Loaded(values) if !values.mismatched_train.is_empty() => {
+                let all = &values.mismatched_train;
+                Some(order.pairs.iter().map(|&pair| all[pair]).collect())
             }
             _ => None,
         }
@@ -296,7 +363,7 @@ impl Reference {
     /// The held-out pairs' log-probs beside the reference's.
     fn with_eval(&self, pairs: &[Pair], logps: Vec<[f64; 2]>) -> Vec<PairLogps> {
         let eval = match self {
-            Self::Loaded { eval, .. } => Some(eval),
+            Self::Loaded(values) => Some(&values.eval),
             _ => None,
         };
         let scored = pairs.iter().zip(logps).enumerate();

@@ -97,6 +97,9 @@ struct Score {
     /// Hugging Face directory.
     #[arg(long)]
     model: PathBuf,
+    /// An adapter to put on it, in PEFT's format.
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// Preference pairs, JSONL.
     #[arg(long)]
     data: PathBuf,
@@ -157,6 +160,9 @@ struct Generate {
     /// Hugging Face directory.
     #[arg(long)]
     model: PathBuf,
+    /// An adapter to put on it, in PEFT's format.
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// A text to continue.
     #[arg(long, value_name = "TEXT", required_unless_present = "prompts")]
     prompt: Option<String>,
@@ -404,6 +410,7 @@ fn run_score(arguments: &Score) -> anyhow::Result<()> {
     let device = arguments.compute.prepare()?;
     let request = ScoreRequest {
         model: arguments.model.clone(),
+        adapter: arguments.adapter.clone(),
         data: data_config(&arguments.data, arguments.max_length)?,
         micro_batch_tokens: arguments.micro_batch_tokens,
     };
@@ -464,6 +471,7 @@ fn run_generate(arguments: &Generate) -> anyhow::Result<()> {
     let echo = matches!(prompts, Prompts::File(_));
     let request = GenerateRequest {
         model: arguments.model.clone(),
+        adapter: arguments.adapter.clone(),
         prompts,
         chat: arguments.chat,
         max_tokens: arguments.max_tokens,

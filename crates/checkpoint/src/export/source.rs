@@ -1,16 +1,17 @@
 //! What an export takes from the model that the run began with, and whether that model fits the checkpoint.
 
-use std::{
-    collections::HashMap,
-    fs::{self, File},
-    io::{self, Read},
-    path::Path,
-};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
-use safetensors::tensor::Metadata;
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{ExportDtype, ExportError};
+use super::{
+    ExportError,
+    directory::{header, weight_files},
+    dtype::{ExportDtype, WeightDtype},
+    shards::Tensor,
+};
 use crate::{
     folder::{self, at},
     parts::TensorSpec,
@@ -18,8 +19,8 @@ use crate::{
 
 pub(super) const CONFIG: &str = "config.json";
 
-/// Longest header that safetensors itself accepts.
-const HEADER_BYTES_MAX: u64 = 100_000_000;
+/// In a kept source, what the headers of the model's weights said: the weights themselves are not kept.
+pub(super) const TENSORS: &str = "tensors.json";
 
 /// Files of a tokenizer and of generation that do not begin with `tokenizer` or `chat_template`.
 const COPIED: [&str; 7] = [
@@ -32,8 +33,16 @@ const COPIED: [&str; 7] = [
     "vocab.txt",
 ];
 
+/// A tensor of the source, as in the header of its file.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SourceTensor {
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
 /// The source's config.json with the dtype of the exported weights.
-pub(super) fn config(source: &Path, dtype: ExportDtype) -> Result<Vec<u8>, ExportError> {
+pub(super) fn config(source: &Path, dtype: WeightDtype) -> Result<Vec<u8>, ExportError> {
     let path = source.join(CONFIG);
     let bytes = match fs::read(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -49,10 +58,7 @@ pub(super) fn config(source: &Path, dtype: ExportDtype) -> Result<Vec<u8>, Expor
     };
     let mut config: Value =
         serde_json::from_slice(&bytes).map_err(|error| refused(error.to_string()))?;
-    let name = match dtype {
-        ExportDtype::F32 => "float32",
-        ExportDtype::Bf16 => "bfloat16",
-    };
+    let name = dtype.torch();
     let changed = set_dtype(&mut config, name);
     let Value::Object(fields) = &mut config else {
         return Err(refused("not a JSON object".into()));
@@ -97,53 +103,66 @@ pub(super) fn files(source: &Path) -> Result<Vec<String>, ExportError> {
     Ok(names)
 }
 
-/// Checks that the source's weights, where it has them, hold the checkpoint's tensors with their shapes: config and weights
-/// of two models would load and be nonsense.
-pub(super) fn check_tensors(source: &Path, tensors: &[TensorSpec]) -> Result<(), ExportError> {
-    let mut shapes: HashMap<String, Vec<usize>> = HashMap::new();
-    for name in folder::names(source)? {
-        if name.starts_with("model") && name.ends_with(".safetensors") {
-            let header = header(&source.join(name))?;
-            let entries = header.tensors().into_iter();
-            shapes.extend(entries.map(|(name, info)| (name, info.shape.clone())));
+/// The source's tensors by name: from the headers of its weights, else from what was kept of them; none where neither is
+/// there.
+pub(super) fn tensors(source: &Path) -> Result<BTreeMap<String, SourceTensor>, ExportError> {
+    let mut tensors = BTreeMap::new();
+    for path in weight_files(source)? {
+        let header = header(&path)?;
+        let entries = header.tensors().into_iter().map(|(name, info)| {
+            let (dtype, shape) = (info.dtype, info.shape.clone());
+            (name, SourceTensor { dtype, shape })
+        });
+        tensors.extend(entries);
+    }
+    if !tensors.is_empty() {
+        return Ok(tensors);
+    }
+    let path = source.join(TENSORS);
+    match fs::read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(tensors),
+        bytes => {
+            let bytes = bytes.map_err(at("read", &path))?;
+            serde_json::from_slice(&bytes).map_err(|error| ExportError::Source {
+                path,
+                reason: error.to_string(),
+            })
         }
     }
-    if shapes.is_empty() {
-        return Ok(());
-    }
-    for spec in tensors {
-        let shape = shapes.get(&spec.name);
-        if shape != Some(&spec.shape) {
+}
+
+/// The checkpoint's tensors with the types that they are exported in. Where the source tells its tensors they must have the
+/// checkpoint's shapes: config and weights of two models would load and be nonsense.
+pub(super) fn typed<'a>(
+    source: &Path,
+    specs: &'a [TensorSpec],
+    dtype: ExportDtype,
+) -> Result<Vec<Tensor<'a>>, ExportError> {
+    let known = tensors(source)?;
+    let typed = specs.iter().map(|spec| {
+        let found = known.get(&spec.name);
+        if !known.is_empty() && found.is_none_or(|found| found.shape != spec.shape) {
             let missing = || "is not there".to_owned();
             return Err(ExportError::OtherModel {
                 path: source.to_owned(),
                 tensor: spec.name.clone(),
                 expected: spec.shape.clone(),
-                found: shape.map_or_else(missing, |shape| format!("is {shape:?}")),
+                found: found.map_or_else(missing, |found| format!("is {:?}", found.shape)),
             });
         }
-    }
-    Ok(())
-}
-
-/// The header of a safetensors file.
-pub(super) fn header(path: &Path) -> Result<Metadata, ExportError> {
-    let refused = |reason: String| ExportError::Source {
-        path: path.to_owned(),
-        reason: format!("not a safetensors file: {reason}"),
-    };
-    let read = |source: io::Error| at("read", path)(source);
-    let mut file = File::open(path).map_err(read)?;
-    let bytes = file.metadata().map_err(read)?.len();
-    let mut length = [0; 8];
-    file.read_exact(&mut length).map_err(read)?;
-    let length = u64::from_le_bytes(length);
-    if length > HEADER_BYTES_MAX || length > bytes {
-        return Err(refused(format!(
-            "it announces a header of {length} bytes in a file of {bytes}"
-        )));
-    }
-    let mut header = vec![0; length as usize];
-    file.read_exact(&mut header).map_err(read)?;
-    serde_json::from_slice(&header).map_err(|error| refused(error.to_string()))
+        let dtype = match (dtype, found) {
+            (ExportDtype::F32, _) | (ExportDtype::Source, None) => WeightDtype::F32,
+            (ExportDtype::Bf16, _) => WeightDtype::Bf16,
+            (ExportDtype::F16, _) => WeightDtype::F16,
+            (ExportDtype::Source, Some(found)) => {
+                WeightDtype::of(found.dtype).ok_or_else(|| ExportError::SourceDtype {
+                    path: source.to_owned(),
+                    tensor: spec.name.clone(),
+                    found: found.dtype,
+                })?
+            }
+        };
+        Ok(Tensor { spec, dtype })
+    });
+    typed.collect()
 }

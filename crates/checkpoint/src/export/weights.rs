@@ -1,54 +1,49 @@
-//! `model.safetensors` of an export, streamed from the checkpoint a block at a time.
+//! A safetensors file of an export, streamed a block at a time.
 
 use std::path::Path;
 
-use half::bf16;
 use serde_json::{Map, json};
 use storage::DurableFile;
 
-use super::{ExportDtype, ExportError};
-use crate::{
-    manifest::Manifest,
-    parts::{Kind, TensorSpec},
-    rank_file::{encode, safetensors_header},
-    read::Checkpoint,
+use super::{
+    ExportError,
+    directory::{RUN_KEY, STEP_KEY},
+    shards::Tensor,
 };
-
-pub(super) const FILE: &str = "model.safetensors";
-/// Names the run in the file's metadata: what makes a folder an export that a later one of the same run may replace.
-pub(super) const RUN_KEY: &str = "caldpo_run";
+use crate::{manifest::Manifest, rank_file::safetensors_header};
 
 /// Elements read, converted and written at once.
 const BLOCK: usize = 1 << 20;
 
-/// Number of elements of all tensors.
-pub(super) fn parameters(manifest: &Manifest) -> usize {
-    manifest.tensors.iter().map(elements).sum()
-}
+/// Fills a slice with a tensor's values from an element on.
+pub(super) type Reader<'a> = &'a mut dyn FnMut(&str, usize, &mut [f32]) -> Result<(), ExportError>;
 
-/// Writes all weights to `path`; returns the size of the file.
+/// Writes `tensors`, whose values `read` gives, to `path`; returns the size of the file.
 pub(super) fn write(
     path: &Path,
-    checkpoint: &Checkpoint,
-    dtype: ExportDtype,
+    manifest: &Manifest,
+    tensors: &[Tensor],
+    read: Reader<'_>,
 ) -> Result<u64, ExportError> {
-    let header = header(checkpoint.manifest(), dtype);
+    let header = header(manifest, tensors);
     let mut file = DurableFile::create(path)?;
     file.append(&header)?;
     let mut written = header.len() as u64;
     let mut values = Vec::with_capacity(BLOCK);
     let mut bytes = Vec::with_capacity(4 * BLOCK);
-    for spec in &checkpoint.manifest().tensors {
-        let len = elements(spec);
+    for tensor in tensors {
+        let (name, len) = (&tensor.spec.name, tensor.elements());
         for start in (0..len).step_by(BLOCK) {
             values.resize(BLOCK.min(len - start), 0.0);
-            checkpoint.read(&spec.name, Kind::Weight, start, &mut values)?;
-            match dtype {
-                ExportDtype::F32 => encode(&values, f32::to_le_bytes, &mut bytes),
-                ExportDtype::Bf16 => {
-                    encode(&values, |it| bf16::from_f32(it).to_le_bytes(), &mut bytes);
-                }
+            read(name, start, &mut values)?;
+            if let Some(value) = tensor.dtype.overflow(&values) {
+                return Err(ExportError::Overflow {
+                    tensor: name.clone(),
+                    value,
+                    dtype: tensor.dtype.torch(),
+                });
             }
+            tensor.dtype.encode(&values, &mut bytes);
             file.append(&bytes)?;
             written += bytes.len() as u64;
         }
@@ -57,29 +52,24 @@ pub(super) fn write(
     Ok(written)
 }
 
-fn header(manifest: &Manifest, dtype: ExportDtype) -> Vec<u8> {
-    let (name, size) = match dtype {
-        ExportDtype::F32 => ("F32", 4),
-        ExportDtype::Bf16 => ("BF16", 2),
-    };
+fn header(manifest: &Manifest, tensors: &[Tensor]) -> Vec<u8> {
     let mut header = Map::new();
     let about = json!({
         "format": "pt",
         RUN_KEY: manifest.info.run_digest,
-        "caldpo_step": manifest.state.step.to_string(),
+        STEP_KEY: manifest.state.step.to_string(),
     });
     header.insert("__metadata__".into(), about);
     let mut start = 0;
-    for spec in &manifest.tensors {
-        let end = start + size * elements(spec);
-        let entry = json!({ "dtype": name, "shape": spec.shape, "data_offsets": [start, end] });
-        header.insert(spec.name.clone(), entry);
+    for tensor in tensors {
+        let end = start + tensor.bytes();
+        let entry = json!({
+            "dtype": tensor.dtype.safetensors(),
+            "shape": tensor.spec.shape,
+            "data_offsets": [start, end],
+        });
+        header.insert(tensor.spec.name.clone(), entry);
         start = end;
     }
     safetensors_header(header)
-}
-
-fn elements(spec: &TensorSpec) -> usize {
-    spec.elements()
-        .expect("an open checkpoint's shapes are checked")
 }

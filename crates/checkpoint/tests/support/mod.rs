@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use checkpoint::{
-    CommittedCheckpoint, Kind, ManifestInfo, Piece, RankFile, TensorSpec, TrainState, commit,
-    write_rank,
+    CommittedCheckpoint, Kind, ManifestInfo, MeanState, Piece, RankFile, TensorSpec, TrainState,
+    commit, write_rank,
 };
 
 pub const GENERATION: u64 = 4;
@@ -30,6 +30,10 @@ pub fn state(step: u64) -> TrainState {
         epoch: 1,
         updates: step - 1,
         seed: u64::MAX,
+        shift: Some(MeanState {
+            mean: 0.1 + 0.2,
+            count: step,
+        }),
     }
 }
 

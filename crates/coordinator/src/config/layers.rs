@@ -1,6 +1,6 @@
 //! Layers of values, each of which remembers where it came from, merged through the `config` crate.
 //!
-//! Every leaf carries its origin (`FILE:LINE`, the variable's name, `--set KEY`), so that a refusal can name it. What the
+//! Every leaf carries its origin (`FILE:LINE`, `preset NAME:LINE`, the variable's name, `--set KEY`), so that a refusal can name it. What the
 //! keys mean is not known here.
 
 use std::path::{Path, PathBuf};
@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use config::{Map, Source, Value, ValueKind};
 use toml::{Spanned, de::DeTable, de::DeValue};
 
-use super::refusal::ConfigError;
+use super::{presets, refusal::ConfigError};
 
 pub(super) const ENVIRONMENT_PREFIX: &str = "CALDPO__";
 /// What holds where no layer says otherwise.
 pub(super) const DEFAULTS: &str = include_str!("defaults.toml");
 
-/// What a configuration is made of; later kinds win over earlier ones, and all over the built-in defaults.
+/// What a configuration is made of; later kinds win over earlier ones, and all over the preset that they name and the built-in
+/// defaults.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
     /// Texts that came some other way than as files, with the name of their origin; files win over them.
@@ -45,20 +46,38 @@ impl Source for Layer {
     }
 }
 
-/// Reads and merges all sources over the defaults.
+/// Reads and merges all sources over the defaults, and over the preset that they name.
 pub(crate) fn merge(sources: &Sources) -> Result<Merged, ConfigError> {
+    let given = given_layers(sources)?;
     let defaults = parse_document(DEFAULTS, None).expect("the built-in defaults are valid TOML");
-    let mut builder = config::Config::builder().add_source(Layer(defaults));
+    let preset = presets::layer(&merge_layers(given.clone())?)?;
+    let below = [Some(defaults), preset].into_iter().flatten().map(Layer);
+    merge_layers(below.chain(given).collect())
+}
+
+fn merge_layers(layers: Vec<Layer>) -> Result<Merged, ConfigError> {
+    let mut builder = config::Config::builder();
+    for layer in layers {
+        builder = builder.add_source(layer);
+    }
+    let merged = builder.build();
+    let merged = merged.map_err(|error| ConfigError::Merge(error.to_string()))?;
+    Ok(Merged(merged.cache))
+}
+
+/// What somebody gave, the strongest last.
+fn given_layers(sources: &Sources) -> Result<Vec<Layer>, ConfigError> {
+    let mut layers = Vec::new();
     for (name, text) in &sources.texts {
         let values = parse_document(text, Some(Path::new(name)));
         let values = values.map_err(|reason| ConfigError::Syntax {
             path: name.into(),
             reason,
         })?;
-        builder = builder.add_source(Layer(values));
+        layers.push(Layer(values));
     }
     for path in &sources.files {
-        builder = builder.add_source(file_layer(path)?);
+        layers.push(file_layer(path)?);
     }
     for (name, text) in &sources.environment {
         if let Some(key) = name.strip_prefix(ENVIRONMENT_PREFIX) {
@@ -70,20 +89,35 @@ pub(crate) fn merge(sources: &Sources) -> Result<Merged, ConfigError> {
                     reason: "expected CALDPO__SECTION__KEY, two underscores between names".into(),
                 });
             }
-            builder = builder.add_source(single(&path, text, name));
+            layers.push(single(&path, text, name));
         }
     }
     for argument in &sources.set {
         let (path, text) = split_set(argument)?;
         let origin = format!("--set {}", path.join("."));
-        builder = builder.add_source(single(&path, text, &origin));
+        layers.push(single(&path, text, &origin));
     }
-    let merged = builder.build();
-    let merged = merged.map_err(|error| ConfigError::Merge(error.to_string()))?;
-    Ok(Merged(merged.cache))
+    Ok(layers)
 }
 
 impl Merged {
+    /// These values alone.
+    pub(super) fn of(values: Map<String, Value>) -> Self {
+        Self(values.into())
+    }
+
+    /// The value at a dotted path of names.
+    pub(super) fn value(&self, key: &str) -> Option<&Value> {
+        let mut value = &self.0;
+        for name in key.split('.') {
+            let ValueKind::Table(table) = &value.kind else {
+                return None;
+            };
+            value = table.get(name)?;
+        }
+        Some(value)
+    }
+
     /// Where the value at a dotted path came from; for a table, where its first value came from.
     pub(crate) fn origin(&self, key: &str) -> Option<String> {
         let mut value = &self.0;
@@ -98,7 +132,7 @@ impl Merged {
         first_origin(value)
     }
 
-    /// Dotted paths of all values that somebody gave, sorted: those that are not built-in defaults.
+    /// Dotted paths of all values that somebody gave or a preset has, sorted: those that are not built-in defaults.
     pub(crate) fn given(&self) -> Vec<String> {
         let mut given = Vec::new();
         collect_given("", &self.0, &mut given);
@@ -161,7 +195,10 @@ fn file_layer(path: &Path) -> Result<Layer, ConfigError> {
     Ok(Layer(values))
 }
 
-fn parse_document(text: &str, path: Option<&Path>) -> Result<Map<String, Value>, String> {
+pub(super) fn parse_document(
+    text: &str,
+    path: Option<&Path>,
+) -> Result<Map<String, Value>, String> {
     let document = DeTable::parse(text).map_err(|error| error.to_string())?;
     let origin = |offset: usize| {
         let line = text[..offset].matches('\n').count() + 1;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{
     layers::Merged,
+    presets,
     refusal::{ConfigError, unknown},
 };
 
@@ -24,6 +25,12 @@ pub struct JobSection {
     /// Run directory. Default `runs/<name>`.
     #[schemars(length(min = 1))]
     pub output: PathBuf,
+    /// A published run whose values hold where nothing else is given: `cal-dpo-zephyr` (Zephyr-7B on UltraFeedback, the released
+    /// code), `cal-dpo-hh` (Pythia-2.8B on HH dialogues), `cal-dpo-tldr` (Pythia-2.8B on TL;DR summaries). The resolved
+    /// configuration has these values and not the name. Default none.
+    #[serde(skip_serializing)]
+    #[schemars(extend("enum" = presets::NAMES))]
+    pub preset: Option<String>,
 }
 
 /// `[checkpoint]`: saved state.

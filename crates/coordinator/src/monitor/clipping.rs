@@ -19,7 +19,7 @@ pub(super) struct Clipping {
 
 impl Clipping {
     pub(super) fn step(&mut self, watched: &Watched, row: &MetricsRow) -> Option<String> {
-        let limit = watched.max_grad_norm;
+        let limit = watched.optimizer.max_grad_norm;
         let full = self.norms.push(row.report.grad_norm);
         if self.said || !full || limit == 0.0 {
             return None;
@@ -45,8 +45,9 @@ impl Clipping {
         };
         Some(format!(
             "the gradient was longer than optimizer.max_grad_norm = {limit} in {clipped} of the last {STEPS} steps (median \
-             {}): AdamW only sees its direction. {meaning}; optimizer.max_grad_norm = {} would clip only the outliers",
+             {}): {} only sees its direction. {meaning}; optimizer.max_grad_norm = {} would clip only the outliers",
             plain(median),
+            watched.optimizer.kind.label(),
             plain(round_up(2.0 * median))
         ))
     }

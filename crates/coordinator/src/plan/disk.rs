@@ -45,7 +45,7 @@ pub(super) fn disks(config: &Config, run: &Amount, cadence: &Cadence) -> Vec<Dis
     let best = u64::from(config.checkpoint.keep_best);
     let most = config.checkpoint.keep_last as u64 + best + 1;
     let kept = cadence.saves.min(most);
-    let checkpoint = PARAMETER_BYTES * run.parameters + FILES_BYTES;
+    let checkpoint = PARAMETER_BYTES * run.trained_parameters + FILES_BYTES;
     let output = &config.job.output;
     let store = config.training_value("reference", "store");
     let store = store.and_then(toml::Value::as_str).unwrap_or_default();

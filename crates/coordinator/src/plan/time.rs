@@ -47,20 +47,15 @@ impl Time {
             0
         };
         let evaluation_seconds = scoring(run.held_out_packed_tokens);
-        let sampled = if run.samples_at_every_evaluation {
-            evaluations
-        } else {
-            evaluations.min(2)
-        };
-        let samples_seconds = sampled as f64
+        let samples_seconds = evaluations as f64
             * run.sample_tokens as f64
             * probe.seconds_per_sample_token.unwrap_or(0.0);
-        let bytes = 12.0 * run.parameters as f64;
+        let bytes = 12.0 * run.trained_parameters as f64;
         let disk = |bytes: f64| {
             let write = bytes / probe.write_bytes_per_second?;
             Some(write + bytes / probe.verify_bytes_per_second?)
         };
-        let (checkpoint_seconds, export_seconds) = (disk(bytes), disk(bytes / 3.0));
+        let (checkpoint_seconds, export_seconds) = (disk(bytes), disk(4.0 * run.parameters as f64));
         let load_seconds = read_seconds + probe.load_seconds;
         let reference_seconds = scoring(probe.reference.packed_tokens);
         let total_seconds = load_seconds

@@ -17,7 +17,7 @@ use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 use serde_json::{Value, json};
 
-use crate::support::{Folder, TEMPLATE, config};
+use crate::support::{BOTH, Folder, TEMPLATE, config};
 
 /// More rows than a batch and than what waits for tokenization.
 const ROWS: usize = 1500;
@@ -30,7 +30,7 @@ fn folder() -> Folder {
 
 fn read(folder: &Folder, entries: &[&str]) -> Result<Dataset, DataError> {
     let files: Vec<PathBuf> = entries.iter().map(|it| folder.path().join(it)).collect();
-    load(&files, &config(64), &folder.tokenizer(), true)
+    load(&files, &config(64), &folder.tokenizer(), BOTH)
 }
 
 fn refusal(folder: &Folder, entry: &str) -> String {
@@ -60,7 +60,7 @@ fn lines(rows: &[Value]) -> String {
 
 /// The same rows as a table. Messages have a key that no row uses, as tables of mixed conversations do; other columns have types
 /// that JSON does not know.
-fn table(rows: std::ops::Range<usize>) -> RecordBatch {
+pub fn table(rows: std::ops::Range<usize>) -> RecordBatch {
     let text = || Box::new(StringBuilder::new()) as Box<dyn arrow_array::builder::ArrayBuilder>;
     let fields: Vec<Field> = ["content", "role", "tool_calls"]
         .map(|name| Field::new(name, DataType::Utf8, true))
@@ -298,7 +298,7 @@ fn entries_that_name_nothing_to_read_say_so() {
 }
 
 #[test]
-fn a_data_set_of_a_hub_is_refused_with_how_to_download_it() {
+fn a_data_set_of_a_hub_that_was_not_downloaded_is_refused_with_how_to_do_that() {
     let mut config = config(64);
     for (entry, words) in [
         (
@@ -320,15 +320,19 @@ fn a_data_set_of_a_hub_is_refused_with_how_to_download_it() {
             ["hf download OWNER/NAME ", "never goes to the network"],
         ),
     ] {
-        let error = load(&[entry.into()], &config, &folder().tokenizer(), true).unwrap_err();
+        let error = load(&[entry.into()], &config, &folder().tokenizer(), BOTH).unwrap_err();
+        let message = error.to_string();
+        for words in [&[entry][..], &words].concat() {
+            assert!(message.contains(words), "{message}");
+        }
+        // A configuration may name it: whoever reads the files downloads it first.
         config.train = vec!["x.jsonl".into()];
         config.eval = vec![entry.into()];
-        let early = config.validate().unwrap_err();
-        assert_eq!(early.key, "data.eval");
-        for message in [error.to_string(), early.to_string()] {
-            assert!(message.contains(entry), "{message}");
-            for words in words {
-                assert!(message.contains(words), "{message}");
+        match config.validate() {
+            Ok(()) => assert_ne!(entry, "hf://"),
+            Err(early) => {
+                assert_eq!((early.key.as_str(), entry), ("data.eval", "hf://"));
+                assert!(early.reason.contains("hf://datasets/OWNER/NAME"));
             }
         }
     }

@@ -1,26 +1,26 @@
 //! Every row layout gives the same three parts.
 
-use data::{DataConfig, Layout, load};
+use data::{DataConfig, Layout, Needs, load};
 use serde_json::{Value, json};
 
-use crate::support::{Folder, TEMPLATE, config};
+use crate::support::{BOTH, CHOSEN, Folder, TEMPLATE, config};
 
 /// Loads `rows` and compares the decoded parts of the first.
-fn check(rows: &[Value], config: &DataConfig, needs_rejected: bool, expected: [&str; 3]) {
+fn check(rows: &[Value], config: &DataConfig, needs: Needs, expected: [&str; 3]) {
     let folder = Folder::with_tokenizer();
     folder.write("chat_template.jinja", TEMPLATE);
     let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
     let file = folder.write("pairs.jsonl", lines.join("\n"));
     let tokenizer = folder.tokenizer();
     let dataset =
-        load(&[file], config, &tokenizer, needs_rejected).unwrap_or_else(|error| panic!("{error}"));
+        load(&[file], config, &tokenizer, needs).unwrap_or_else(|error| panic!("{error}"));
     let pair = &dataset.pairs[0];
     let parts = [&pair.prompt, &pair.chosen, &pair.rejected].map(|ids| tokenizer.decode(ids));
     assert_eq!(parts, expected, "{rows:?}");
 }
 
 fn pairs(row: &Value, expected: [&str; 3]) {
-    check(std::slice::from_ref(row), &config(128), true, expected);
+    check(std::slice::from_ref(row), &config(128), BOTH, expected);
 }
 
 fn turn(role: &str, content: &str) -> Value {
@@ -104,7 +104,7 @@ fn shared_turns_reach_to_the_last_common_one_and_leave_an_answer() {
 
 #[test]
 fn sft_reads_completions_and_the_chosen_side_of_pairs() {
-    let sft = |row: Value, expected| check(&[row], &config(128), false, expected);
+    let sft = |row: Value, expected| check(&[row], &config(128), CHOSEN, expected);
     sft(
         json!({ "prompt": "q", "completion": "y" }),
         ["<s>q", "y</s>", ""],
@@ -184,7 +184,7 @@ fn sft_takes_the_last_answer_of_a_whole_conversation() {
         json!({ "messages": messages }),
         json!({ "conversations": conversations }),
     ] {
-        check(&[row], &config(128), false, expected);
+        check(&[row], &config(128), CHOSEN, expected);
     }
 }
 
@@ -240,12 +240,12 @@ fn column_names_lead_into_objects_and_lists() {
     check(
         &[json!({ "in": { "text": "q" }, "out": out })],
         &config,
-        true,
+        BOTH,
         expected,
     );
     // A column that is called so comes first.
     let row = json!({ "in.text": "q", "in": { "text": "?" }, "out": out });
-    check(&[row], &config, true, expected);
+    check(&[row], &config, BOTH, expected);
 }
 
 #[test]
@@ -254,7 +254,7 @@ fn columns_may_have_other_names() {
     config.columns.prompt = "question".into();
     config.columns.rejected = "bad".into();
     let row = json!({ "question": "q", "chosen": "y", "bad": "n", "prompt": 7 });
-    check(&[row], &config, true, ["<s>q", "y</s>", "n</s>"]);
+    check(&[row], &config, BOTH, ["<s>q", "y</s>", "n</s>"]);
 }
 
 #[test]
@@ -284,7 +284,7 @@ fn several_files_read_as_one_list() {
         folder.write("a.jsonl", row("1")),
         folder.write("b.jsonl", row("2")),
     ];
-    let dataset = load(&files, &config(64), &folder.tokenizer(), true).unwrap();
+    let dataset = load(&files, &config(64), &folder.tokenizer(), BOTH).unwrap();
     let names: Vec<_> = dataset
         .pairs
         .iter()

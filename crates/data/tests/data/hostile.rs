@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use data::{DataConfig, Tokenizer, load};
+use data::{DataConfig, Needs, Tokenizer, load};
 use parquet::basic::{Compression, ZstdLevel};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -12,7 +12,7 @@ use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Map, Value};
 
 use crate::files::{gzip, small_table, write_arrow_file, write_arrow_stream, write_parquet, zstd};
-use crate::support::{Folder, TEMPLATE, config};
+use crate::support::{BOTH, CHOSEN, EITHER, Folder, TEMPLATE, config};
 
 /// A folder to read from again and again.
 struct Reader {
@@ -32,12 +32,16 @@ impl Reader {
         }
     }
 
-    /// Reads as pairs, as completions and as prompts; an error says which file.
+    /// Reads as every objective does and as prompts; an error says which file.
     fn survives(&self, name: &str, bytes: &[u8]) {
         let file = self.folder.write(name, bytes);
-        let loaded = [true, false].map(|needs_rejected| {
+        let scored = Needs {
+            scores: true,
+            ..EITHER
+        };
+        let loaded = [BOTH, EITHER, CHOSEN, scored].map(|needs| {
             let files = std::slice::from_ref(&file);
-            load(files, &self.config, &self.tokenizer, needs_rejected).map(drop)
+            load(files, &self.config, &self.tokenizer, needs).map(drop)
         });
         let prompts = data::prompts(&file).map(drop);
         for error in loaded.into_iter().chain([prompts]).filter_map(Result::err) {
@@ -102,6 +106,9 @@ fn any_json_rows_are_survived() {
             "chosen",
             "rejected",
             "completion",
+            "label",
+            "score_chosen",
+            "score_rejected",
             "conversations",
             "messages",
             "system",

@@ -3,7 +3,7 @@
 use data::{DataConfig, load};
 use serde_json::{Value, json};
 
-use crate::support::{Folder, TEMPLATE, config};
+use crate::support::{BOTH, Folder, TEMPLATE, config};
 
 const GOOD: &str = r#"{"prompt": "q", "chosen": "y", "rejected": "n"}"#;
 
@@ -71,7 +71,7 @@ fn other_containers_are_named() {
 fn a_missing_file_is_named() {
     let folder = Folder::with_tokenizer();
     let file = folder.path().join("absent.jsonl");
-    let error = load(&[file], &config(64), &folder.tokenizer(), true).unwrap_err();
+    let error = load(&[file], &config(64), &folder.tokenizer(), BOTH).unwrap_err();
     let message = folder.message(&error);
     assert!(
         message.starts_with("absent.jsonl: No such file"),

@@ -3,13 +3,27 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use data::{DataConfig, DataError, Dataset, Tokenizer};
+use data::{DataConfig, DataError, Dataset, Needs, Sides, Tokenizer};
 use serde_json::{Value, json};
 
 /// A template with a turn per line that starts with BOS and raises on role "narrator".
 pub const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{% if m.role == 'narrator' %}\
     {{ raise_exception('no narrators') }}{% endif %}{{ m.role[:1] + ':' + m.content + '\\n' }}{% endfor %}\
     {% if add_generation_prompt %}a:{% endif %}";
+
+/// What most objectives need.
+pub const BOTH: Needs = needs(Sides::Both);
+/// What `kto` needs.
+pub const EITHER: Needs = needs(Sides::Either);
+/// What `sft` needs.
+pub const CHOSEN: Needs = needs(Sides::Chosen);
+
+const fn needs(sides: Sides) -> Needs {
+    Needs {
+        sides,
+        scores: false,
+    }
+}
 
 /// `../shared`, unless it is absent, which is said aloud.
 pub fn shared() -> Option<PathBuf> {
@@ -68,8 +82,18 @@ impl Folder {
         content: impl AsRef<[u8]>,
         config: &DataConfig,
     ) -> Result<Dataset, DataError> {
+        self.load_for(BOTH, content, config)
+    }
+
+    /// Loads one file of `content` for an objective.
+    pub fn load_for(
+        &self,
+        needs: Needs,
+        content: impl AsRef<[u8]>,
+        config: &DataConfig,
+    ) -> Result<Dataset, DataError> {
         let file = self.write("pairs.jsonl", content);
-        data::load(&[file], config, &self.tokenizer(), true)
+        data::load(&[file], config, &self.tokenizer(), needs)
     }
 
     /// The message of an error, the folder's path taken out.

@@ -5,7 +5,7 @@ use std::path::Path;
 use data::{Dataset, Tokenizer, TokenizerError, load};
 use serde_json::{Value, json};
 
-use crate::support::{Folder, TEMPLATE, config, read_json, shared};
+use crate::support::{BOTH, Folder, TEMPLATE, config, read_json, shared};
 
 fn ids(value: &Value) -> Vec<u32> {
     serde_json::from_value(value.clone()).unwrap()
@@ -13,7 +13,7 @@ fn ids(value: &Value) -> Vec<u32> {
 
 fn load_with(model: &Path, file: &Path, max_length: usize) -> Dataset {
     let tokenizer = Tokenizer::load(model, None).unwrap();
-    load(&[file.into()], &config(max_length), &tokenizer, true).unwrap()
+    load(&[file.into()], &config(max_length), &tokenizer, BOTH).unwrap()
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::{Tensor, TensorData};
 
+use crate::precision::{like, result};
 use crate::{AttentionPlan, AttentionSegment};
 
 use super::scatter_add_rows;
@@ -24,7 +25,8 @@ pub fn segment_attention(
     let mut owners = Vec::new();
     for part in parts(segments) {
         let heads = part.heads(q, k, v, plan);
-        let out = heads.probabilities.matmul(heads.values);
+        let probabilities = like(heads.probabilities, &heads.values);
+        let out = result(probabilities.matmul(heads.values));
         outs.push(from_heads(out));
         owners.extend(part.queries);
     }
@@ -44,7 +46,8 @@ pub fn segment_attention_backward(
     plan: &AttentionPlan,
 ) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
     let [rows, _] = q.dims();
-    let mut sums = (q.zeros_like(), k.zeros_like(), v.zeros_like());
+    let zeros = |x: &Tensor<2>| result(x.zeros_like());
+    let mut sums = (zeros(q), zeros(k), zeros(v));
     for part in parts(segments) {
         let Heads {
             queries,
@@ -54,16 +57,17 @@ pub fn segment_attention_backward(
             slopes,
         } = part.heads(q, k, v, plan);
         let dy = to_heads(&super::gather_rows(dy, &part.queries), plan.heads);
-        let dprobabilities = dy.clone().matmul(values.swap_dims(1, 2));
+        let dprobabilities = result(dy.clone().matmul(values.swap_dims(1, 2)));
         let shared = (dprobabilities.clone() * probabilities.clone()).sum_dim(2);
         let dscores = probabilities.clone() * (dprobabilities - shared).mul_scalar(plan.scale);
         let dscores = match slopes {
             Some(slopes) => dscores * slopes,
             None => dscores,
         };
-        let dqueries = dscores.clone().matmul(keys);
-        let dkeys = sum_groups(dscores.swap_dims(1, 2).matmul(queries), plan);
-        let dvalues = sum_groups(probabilities.swap_dims(1, 2).matmul(dy), plan);
+        let (dscores, probabilities) = (like(dscores, &keys), like(probabilities, &dy));
+        let dqueries = result(dscores.clone().matmul(keys));
+        let dkeys = sum_groups(result(dscores.swap_dims(1, 2).matmul(queries)), plan);
+        let dvalues = sum_groups(result(probabilities.swap_dims(1, 2).matmul(dy)), plan);
         sums.0 = sums.0 + scatter_add_rows(&from_heads(dqueries), &part.queries, rows);
         sums.1 = sums.1 + scatter_add_rows(&from_heads(dkeys), &part.keys, rows);
         sums.2 = sums.2 + scatter_add_rows(&from_heads(dvalues), &part.keys, rows);
@@ -119,10 +123,8 @@ impl Part {
         let shape = [1, self.queries.len(), self.keys.len()];
         let mask = Tensor::<3>::from_data(TensorData::new(mask, shape), &q.device());
         let seen = Tensor::<3>::from_data(TensorData::new(seen, shape), &q.device());
-        let scores = queries
-            .clone()
-            .matmul(keys.clone().swap_dims(1, 2))
-            .mul_scalar(plan.scale);
+        let products = queries.clone().matmul(keys.clone().swap_dims(1, 2));
+        let scores = result(products).mul_scalar(plan.scale);
         let (scores, slopes) = match plan.soft_cap {
             Some(cap) => {
                 let tanh = scores.div_scalar(cap).tanh();

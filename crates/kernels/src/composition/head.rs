@@ -2,6 +2,7 @@
 
 use burn::tensor::{Int, Tensor, TensorData};
 
+use crate::precision::result;
 use crate::{Gradients, Slot, host};
 
 /// Rows whose logits are held at once.
@@ -41,7 +42,8 @@ pub fn logprob_head(
     (logps, lses)
 }
 
-/// dL/dlogits = dlogp · (1 at the target − softmax), chunk by chunk; returns dhidden and adds the weight's gradient.
+/// dL/dlogits = dlogp · (1 at the target − softmax), chunk by chunk; returns dhidden and adds the weight's gradient where
+/// it is asked for.
 pub fn logprob_head_backward(
     dlogps: &[f32],
     hidden: &Tensor<2>,
@@ -49,10 +51,10 @@ pub fn logprob_head_backward(
     targets: &[u32],
     soft_cap: Option<f64>,
     lse: &[f32],
-    gradients: &mut Gradients,
-    slot: &Slot,
+    mut sums: Option<(&mut Gradients, &Slot)>,
 ) -> Tensor<2> {
     let device = hidden.device();
+    let weight = &result(weight.clone());
     let mut parts = Vec::new();
     for (index, targets) in targets.chunks(CHUNK).enumerate() {
         let (start, rows) = (index * CHUNK, targets.len());
@@ -62,7 +64,7 @@ pub fn logprob_head_backward(
                 &device,
             )
         };
-        let hidden = hidden.clone().narrow(0, start, rows);
+        let hidden = result(hidden.clone().narrow(0, start, rows));
         let (dlogp, lse) = (column(dlogps), column(lse));
         let logits = logits(&hidden, weight, soft_cap);
         let softmax = (logits.clone() - lse).exp();
@@ -80,25 +82,23 @@ pub fn logprob_head_backward(
             }
             None => dlogits,
         };
-        gradients.accumulate(
-            slot,
-            dlogits
-                .clone()
-                .transpose()
-                .matmul(hidden)
-                .reshape([slot.len]),
-        );
+        if let Some((gradients, slot)) = &mut sums {
+            let product = dlogits.clone().transpose().matmul(hidden);
+            gradients.accumulate(slot, product.reshape([slot.len]));
+        }
         parts.push(dlogits.matmul(weight.clone()));
     }
     if parts.is_empty() {
-        hidden.zeros_like()
+        result(hidden.zeros_like())
     } else {
         Tensor::cat(parts, 0)
     }
 }
 
 fn logits(hidden: &Tensor<2>, weight: &Tensor<2>, soft_cap: Option<f64>) -> Tensor<2> {
-    let logits = hidden.clone().matmul(weight.clone().transpose());
+    // A product of bf16 tensors would have bf16 results, and logits need more than that. As f32 the operands multiply exactly.
+    let (hidden, weight) = (result(hidden.clone()), result(weight.clone()));
+    let logits = hidden.matmul(weight.transpose());
     match soft_cap {
         Some(cap) => super::soft_cap(logits, cap),
         None => logits,

@@ -146,7 +146,7 @@ pub fn ids(count: usize, seed: u32) -> Vec<u32> {
 }
 
 /// A pair that owns its tokens.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Pair {
     pub prompt: Vec<u32>,
     pub chosen: Vec<u32>,

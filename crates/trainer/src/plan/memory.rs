@@ -2,12 +2,12 @@
 //!
 //! Every part is what its owner allocates: weights and gradients the layout's elements (`model`), moments and snapshot a
 //! rank's share of them (`shards`, `snapshot`), what a pack holds (`model::PackBytes`), the sums of a reduce-scatter
-//! (`collective`). f32 throughout, so there are no master copies.
+//! (`collective`). Weights are f32 in every precision; in bf16 their operands, of f32's size on the CPU, lie beside them.
 
 use std::fmt;
 
 use data::pack_plan;
-use model::{ModelConfig, PackBytes, PackShape, Saving};
+use model::{ModelConfig, PackBytes, PackShape, Precision, Saving};
 use serde::Serialize;
 
 use super::{Lengths, Program, Workload};
@@ -64,7 +64,7 @@ pub struct Parts {
     pub reference_weights: u64,
     /// Gradients of all weights.
     pub gradients: u64,
-    /// Both moments of this worker's share of the weights.
+    /// The optimizer's moments of this worker's share of the weights.
     pub optimizer_moments: u64,
     /// Copy of weights and moments of this worker's share, for checkpoints.
     pub snapshot: u64,
@@ -176,7 +176,7 @@ impl Workload {
         };
         let loaded = Parts {
             program: program.resident + RUNTIME,
-            weights: self.layout.elements() as u64 * FLOAT,
+            weights: self.weights(self.layout.elements()),
             ..Parts::default()
         };
         let mut moments = vec![
@@ -199,7 +199,7 @@ impl Workload {
         ));
         moments.push(moment("checkpoint", self.saving(trained, knobs)));
         if !held_out.is_empty() {
-            let pack = largest_scored(&self.config, packs(&held_out, knobs), knobs);
+            let pack = self.largest_scored(&self.config, packs(&held_out, knobs), knobs);
             moments.push(moment("evaluation", trained.with(pack)));
         }
         WorkerMemory {
@@ -227,19 +227,20 @@ impl Workload {
         let config = own.map_or(&self.config, |(config, _)| config);
         let parts = Parts {
             reference_values: REFERENCE_ENTRY * 2 * pairs.len() as u64,
-            reference_weights: own.map_or(0, |(_, layout)| layout.elements() as u64 * FLOAT),
+            reference_weights: own.map_or(0, |(_, layout)| self.weights(layout.elements())),
             ..loaded
         };
-        parts.with(largest_scored(config, in_order(pairs, knobs), knobs))
+        parts.with(self.largest_scored(config, in_order(pairs, knobs), knobs))
     }
 
     /// What stays while a run trains.
     fn trained(&self, loaded: Parts, pairs: usize, knobs: &Knobs, saves: bool) -> Parts {
         let shard = self.shard(knobs);
         Parts {
-            gradients: loaded.weights,
-            optimizer_moments: 2 * shard * FLOAT,
-            snapshot: if saves { 3 * shard * FLOAT } else { 0 },
+            weights: loaded.weights + self.adapter_weights(),
+            gradients: self.trained.elements() as u64 * FLOAT,
+            optimizer_moments: self.moments * shard * FLOAT,
+            snapshot: if saves { self.snapshot(knobs) } else { 0 },
             reference_values: if self.needs_reference {
                 REFERENCE_PAIR * pairs as u64
             } else {
@@ -252,7 +253,7 @@ impl Workload {
     /// Gradients are reduced after the last pack, but an allocator hardly gives back what packs had before. A worker alone
     /// reduces nothing.
     fn stepping(&self, trained: Parts, knobs: &Knobs) -> Parts {
-        let buckets = self.layout.buckets.iter();
+        let buckets = self.trained.buckets.iter();
         let shares = buckets.map(|it| it.len.div_ceil(knobs.workers));
         let sums = shares.max().filter(|_| knobs.workers > 1);
         Parts {
@@ -263,15 +264,20 @@ impl Workload {
 
     fn saving(&self, trained: Parts, knobs: &Knobs) -> Parts {
         Parts {
-            snapshot: 3 * self.shard(knobs) * FLOAT,
+            snapshot: self.snapshot(knobs),
             ..trained
         }
+    }
+
+    /// A copy of a worker's share of weights and moments.
+    fn snapshot(&self, knobs: &Knobs) -> u64 {
+        (1 + self.moments) * self.shard(knobs) * FLOAT
     }
 
     /// Elements of a worker's share; of every bucket the first workers may have one more.
     fn shard(&self, knobs: &Knobs) -> u64 {
         let shares = self
-            .layout
+            .trained
             .buckets
             .iter()
             .map(|it| it.len.div_ceil(knobs.workers));
@@ -291,16 +297,38 @@ impl Workload {
             shapes.extend(packs(&lengths, knobs));
         }
         largest(shapes, |shape| {
-            PackBytes::training(&self.config, shape, saving, knobs.threads)
+            PackBytes::training(&self.config, shape, saving, self.precision, knobs.threads)
         })
     }
-}
 
-fn largest_scored(config: &ModelConfig, shapes: Vec<PackShape>, knobs: &Knobs) -> PackBytes {
-    largest(shapes, |shape| {
-        PackBytes::scoring(config, shape, knobs.threads)
-    })
-    .0
+    fn largest_scored(
+        &self,
+        config: &ModelConfig,
+        shapes: Vec<PackShape>,
+        knobs: &Knobs,
+    ) -> PackBytes {
+        largest(shapes, |shape| {
+            PackBytes::scoring(config, shape, self.precision, knobs.threads)
+        })
+        .0
+    }
+
+    /// Bytes of so many weights as they are computed with.
+    fn weights(&self, elements: usize) -> u64 {
+        let copies = match self.precision {
+            Precision::F32 => 1,
+            Precision::Bf16 => 2,
+        };
+        copies * elements as u64 * FLOAT
+    }
+
+    /// Bytes of an adapter beside the model; none where the model itself is trained.
+    fn adapter_weights(&self) -> u64 {
+        if self.trained == self.layout {
+            return 0;
+        }
+        self.weights(self.trained.elements())
+    }
 }
 
 fn moment(name: &'static str, parts: Parts) -> Moment {

@@ -14,10 +14,12 @@ use model::{Device, Model, Sampler, Saving};
 use serde::Serialize;
 
 use super::{Draft, on_threads};
+use crate::adapter::Adapter;
 use crate::batch::Batch;
 use crate::error::TrainError;
 use crate::learner::{Learner, Times};
 use crate::reference::ReferenceAmount;
+use crate::setup::precision;
 
 /// What to probe.
 #[derive(Clone, Debug)]
@@ -88,6 +90,7 @@ impl Draft {
         let mut models = Vec::new();
         for _ in 0..request.workers {
             let mut model = Model::load(&self.spec.model.path, device)?;
+            model.set_precision(precision(self.spec.model.dtype));
             if self.spec.model.gradient_checkpointing {
                 model.set_saving(Saving::BlockInputs);
             }
@@ -97,6 +100,11 @@ impl Draft {
         let load_seconds = start.elapsed().as_secs_f64() / request.workers as f64;
         let reference = self.missing_references(&models[0], device)?;
         let sample = self.time_sample(&models[0], request.threads)?;
+        for model in &mut models {
+            if let Some(adapter) = Adapter::of(&self.spec, model.config())? {
+                adapter.put_on(model)?;
+            }
+        }
         let ranks = self.train(models, request.threads)?;
         let (write, verify) = time_checkpoint(&request.checkpoints).unzip();
 
@@ -135,18 +143,15 @@ impl Draft {
         if !spec.objective.needs_reference() {
             return Ok(ReferenceAmount::default());
         }
-        let own = match &spec.model.reference {
+        let mut own = match &spec.model.reference {
             Some(path) => Some(Model::load(path, device)?),
             None => None,
         };
+        if let Some(own) = &mut own {
+            own.set_precision(policy.precision());
+        }
         let model = own.as_ref().unwrap_or(policy);
-        let pairs = &self.train.pairs;
-        Ok(ReferenceAmount::missing(
-            spec,
-            model,
-            pairs,
-            self.held_out(),
-        )?)
+        Ok(ReferenceAmount::missing(spec, model, &self.lists())?)
     }
 
     fn time_sample(&self, model: &Model, threads: usize) -> Result<Option<f64>, TrainError> {
@@ -251,7 +256,7 @@ impl Draft {
 
     fn step(&self, learner: &mut Learner, batch: &Batch<'_>) -> Result<(), CollectiveError> {
         // The policy as its own reference costs nothing and keeps the gradients of a run's first step.
-        let prepared = learner.prepare(batch, None, &self.spec.objective)?;
+        let prepared = learner.prepare(batch, None, None, &self.spec.objective)?;
         if prepared.reduced.norm.is_finite() {
             learner.apply(prepared.reduced, self.spec.optimizer.learning_rate)
         } else {
@@ -303,6 +308,7 @@ fn write_and_verify(folder: &Path) -> Option<(f64, f64)> {
         values: &values,
     });
     let state = TrainState {
+        shift: None,
         step: 1,
         epoch: 0,
         updates: 1,

@@ -7,6 +7,8 @@
     reason = "a path in TOML is quoted as Debug quotes it"
 )]
 
+mod adapters;
+mod batches;
 mod golden;
 mod plan;
 mod reference;

@@ -60,6 +60,7 @@ fn the_largest_micro_batch_is_that_of_the_runs_own_steps() {
     let (spec, draft) = draft(&folder, "");
     let request = trainer::ScoreRequest {
         model: spec.model.path.clone(),
+        adapter: None,
         data: spec.data.clone(),
         micro_batch_tokens: 1024,
     };

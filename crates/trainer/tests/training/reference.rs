@@ -90,7 +90,11 @@ fn a_store_whose_values_are_not_this_programs_is_refused() {
     let forged = folder.path("forged");
     let (store, _) = Store::open(&forged, &scope).unwrap();
     let tokenizer = data::Tokenizer::load(&spec.model.path, None).unwrap();
-    let pairs = data::load(&spec.data.train, &spec.data, &tokenizer, true)
+    let needs = data::Needs {
+        sides: data::Sides::Both,
+        scores: false,
+    };
+    let pairs = data::load(&spec.data.train, &spec.data, &tokenizer, needs)
         .unwrap()
         .pairs;
     let completions = pairs.iter().flat_map(|pair| {

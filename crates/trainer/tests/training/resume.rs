@@ -12,59 +12,72 @@ const SPEC: &str = "objective = { kind = \"cal_dpo\", beta = 0.1 }\noptimizer = 
 
 #[test]
 fn t3_stopping_and_resuming_at_any_step_equals_the_uninterrupted_run_bit_for_bit() {
-    for world in 1..=2 {
-        let folder = Folder::new(11);
-        let spec = folder.spec(SPEC);
-        let script = Script {
-            checkpoints: folder.path("whole"),
-            save: true,
-            evaluate: true,
-            ..Script::default()
+    let folder = Folder::new(11);
+    equals_the_uninterrupted_run(&folder, SPEC, 1);
+    equals_the_uninterrupted_run(&folder, SPEC, 2);
+}
+
+#[test]
+fn t3_holds_in_bf16_for_adapters_and_for_objectives_that_read_the_whole_batch() {
+    let folder = Folder::new(11);
+    let bf16 = format!("{SPEC}\nmodel.dtype = \"bf16\"");
+    equals_the_uninterrupted_run(&folder, &bf16, 1);
+    let lora = format!("{SPEC}\nadapter = {{ kind = \"lora\", rank = 2 }}");
+    equals_the_uninterrupted_run(&folder, &lora, 2);
+    // A running mean that a checkpoint has to carry.
+    for kind in ["bco_pair", "aot", "kto"] {
+        let spec = SPEC.replace("cal_dpo", kind);
+        equals_the_uninterrupted_run(&folder, &spec, 2);
+    }
+}
+
+/// Stops after every step of the run that `lines` specify, goes on, and compares.
+fn equals_the_uninterrupted_run(folder: &Folder, lines: &str, world: usize) {
+    let spec = folder.spec(lines);
+    let dir = tempfile::tempdir().unwrap();
+    let script = Script {
+        checkpoints: dir.path().join("whole"),
+        save: true,
+        evaluate: true,
+        ..Script::default()
+    };
+    let whole = run(&spec, world, &script);
+    let end = state_bits(&Checkpoint::open(&whole.checkpoints[&STEPS]).unwrap());
+    for stop in 1..STEPS {
+        let first = Script {
+            checkpoints: dir.path().join(format!("cut-{stop}")),
+            stop_after: Some(stop),
+            ..script.clone()
         };
-        let whole = run(&spec, world, &script);
-        let end = state_bits(&Checkpoint::open(&whole.checkpoints[&STEPS]).unwrap());
-        for stop in 1..STEPS {
-            let first = Script {
-                checkpoints: folder.path(&format!("cut-{stop}")),
-                stop_after: Some(stop),
-                ..script.clone()
-            };
-            let cut = run(&spec, world, &first);
-            assert!(cut.ends.iter().all(|end| *end == End::Stopped));
-            let second = Script {
-                resume: Some(cut.checkpoints[&stop].clone()),
-                stop_after: None,
-                ..first
-            };
-            let rest = run(&spec, world, &second);
-            assert!(rest.ends.iter().all(|end| *end == End::Finished));
-            assert!(rest.counts.iter().all(|counts| counts.computed == 0));
-            let resumed = cut.reports.iter().chain(&rest.reports);
-            let resumed: Vec<_> = resumed.map(StepReport::bits).collect();
-            let expected: Vec<_> = whole.reports.iter().map(StepReport::bits).collect();
-            assert_eq!(
-                resumed, expected,
-                "world of {world}, stopped after step {stop}"
-            );
-            let last = Checkpoint::open(&rest.checkpoints[&STEPS]).unwrap();
-            assert_eq!(
-                state_bits(&last),
-                end,
-                "world of {world}, stopped after step {stop}"
-            );
-            // Evaluations of the same step agree too; samples come at the two ends alone.
-            let (row, samples) = rest.evaluations.last().unwrap();
-            assert_eq!(
-                row.loss.to_bits(),
-                whole.evaluations.last().unwrap().0.loss.to_bits()
-            );
-            assert_eq!(samples.len(), 3);
-            assert!(
-                rest.evaluations[..rest.evaluations.len() - 1]
-                    .iter()
-                    .all(|(_, s)| s.is_empty())
-            );
-        }
+        let cut = run(&spec, world, &first);
+        assert!(cut.ends.iter().all(|end| *end == End::Stopped));
+        let second = Script {
+            resume: Some(cut.checkpoints[&stop].clone()),
+            stop_after: None,
+            ..first
+        };
+        let rest = run(&spec, world, &second);
+        assert!(rest.ends.iter().all(|end| *end == End::Finished));
+        assert!(rest.counts.iter().all(|counts| counts.computed == 0));
+        let resumed = cut.reports.iter().chain(&rest.reports);
+        let resumed: Vec<_> = resumed.map(StepReport::bits).collect();
+        let expected: Vec<_> = whole.reports.iter().map(StepReport::bits).collect();
+        assert_eq!(
+            resumed, expected,
+            "world of {world}, stopped after step {stop}"
+        );
+        let last = Checkpoint::open(&rest.checkpoints[&STEPS]).unwrap();
+        assert_eq!(
+            state_bits(&last),
+            end,
+            "world of {world}, stopped after step {stop}"
+        );
+        // Evaluations of the same step agree too, and what the model writes then.
+        let ended = rest.evaluations.last().unwrap();
+        let expected = whole.evaluations.last().unwrap();
+        assert_eq!(ended.0.loss.to_bits(), expected.0.loss.to_bits());
+        assert_eq!(ended.1, expected.1);
+        assert!(rest.evaluations.iter().all(|(_, s)| s.len() == 3));
     }
 }
 

@@ -2,19 +2,7 @@
 
 use crate::support::Folder;
 use model::Device;
-use spec::Dtype;
-use trainer::{Cause, Setup, TrainError};
-
-#[test]
-fn bf16_is_refused_before_anything_is_read_with_the_cure() {
-    let mut spec = Folder::new(2).spec("");
-    spec.model.dtype = Dtype::Bf16;
-    let error = Setup::load(&spec, &Device::flex(), &mut |_, _, _| panic!("read"))
-        .err()
-        .expect("refused");
-    assert!(error.to_string().contains("dtype = \"f32\""), "{error}");
-    assert_eq!(error.cause(), Cause::Config);
-}
+use trainer::{Setup, TrainError};
 
 #[test]
 fn a_tokenizer_with_more_words_than_the_model_is_refused_with_the_row() {

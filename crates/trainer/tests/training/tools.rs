@@ -17,6 +17,7 @@ fn data(file: &Path) -> DataConfig {
 fn scored(model: &Path, file: &Path, micro_batch_tokens: usize) -> Vec<ScoredPair> {
     let request = ScoreRequest {
         model: model.to_owned(),
+        adapter: None,
         data: data(file),
         micro_batch_tokens,
     };
@@ -38,8 +39,8 @@ fn scores_are_the_golden_log_probs() {
     let golden = golden["logps_f64"].as_array().unwrap();
     assert_eq!(pairs.len(), golden.len());
     for (pair, golden) in pairs.iter().zip(golden) {
-        let rejected = pair.rejected_logp.unwrap();
-        for (found, key) in [(pair.chosen_logp, "chosen"), (rejected, "rejected")] {
+        let found = [pair.chosen_logp, pair.rejected_logp].map(Option::unwrap);
+        for (found, key) in found.into_iter().zip(["chosen", "rejected"]) {
             let expected = golden[key].as_f64().unwrap();
             assert!(
                 (f64::from(found) - expected).abs() < 2e-4,

@@ -1,21 +1,44 @@
 //! The objectives against golden values that this project did not write, the paper's start values, and wrong versions.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod batch;
+
 use objective::{
-    GlobalCounts, ObjectiveConfig, PairLogps, PairLoss, Part, Targets, pair_loss, reward_statistics,
+    BatchStatistics, GlobalCounts, ObjectiveConfig, PairLogps, PairLoss, Part, RunningMean,
+    Targets, pair_loss, reward_statistics,
 };
 use serde_json::Value;
 
 const ONE: GlobalCounts = GlobalCounts {
     pairs: 1,
+    completions: 2,
     chosen_tokens: 1,
 };
+
+/// Log-ratios of mismatched completions, with a mean of 0.75.
+const MISMATCHED: [f64; 2] = [2.0, -0.5];
+
+/// A running mean that a batch does not move: δ is held fixed, as it is when derivatives are taken.
+const HELD: RunningMean = RunningMean {
+    mean: 0.3,
+    count: 1 << 60,
+};
+
+fn statistics(config: &ObjectiveConfig, pairs: &[PairLogps]) -> BatchStatistics {
+    BatchStatistics::new(config, pairs, &MISMATCHED, &mut { HELD })
+}
+
+/// The loss of a batch that is one pair, with `counts` of a larger one.
+fn alone(config: &ObjectiveConfig, pair: &PairLogps, counts: GlobalCounts) -> PairLoss {
+    pair_loss(config, 0, pair, counts, &statistics(config, &[*pair]))
+}
 
 fn cal_dpo(beta: f64, calibration_weight: f64) -> ObjectiveConfig {
     ObjectiveConfig::CalDpo {
         beta,
         calibration_weight,
         calibration_shift: 0.5,
+        score_scale: None,
     }
 }
 
@@ -25,9 +48,10 @@ fn objective(text: &str) -> ObjectiveConfig {
 }
 
 /// Every kind, and every switch of a kind.
-const KINDS: [&str; 29] = [
+const KINDS: [&str; 39] = [
     "kind = 'cal_dpo'",
     "kind = 'cal_dpo'\ncalibration_shift = 0.2",
+    "kind = 'cal_dpo'\nscore_scale = 0.3",
     "kind = 'dpo'",
     "kind = 'dpo'\nlabel_smoothing = 0.1",
     "kind = 'dpo'\ndivergence = 'forward_kl'",
@@ -47,6 +71,13 @@ const KINDS: [&str; 29] = [
     "kind = 'nca_pair'",
     "kind = 'apo_zero'",
     "kind = 'apo_down'",
+    "kind = 'bco_pair'",
+    "kind = 'aot'",
+    "kind = 'aot'\nlabel_smoothing = 0.2",
+    "kind = 'aot_unpaired'",
+    "kind = 'aot_unpaired'\nlabel_smoothing = 0.2",
+    "kind = 'kto'",
+    "kind = 'kto'\ndesirable_weight = 1.3\nundesirable_weight = 0.6",
     "kind = 'discopop'",
     "kind = 'cpo'",
     "kind = 'cpo'\nnll_weight = 0.0",
@@ -55,9 +86,11 @@ const KINDS: [&str; 29] = [
     "kind = 'sft'",
     "kind = 'mix'\nparts = [{ kind = 'dpo' }, { kind = 'sft', weight = 0.3 }]",
     "kind = 'mix'\nparts = [{ kind = 'cal_dpo', beta = 0.2 }, { kind = 'simpo' }, { kind = 'slic', weight = 2 }]",
+    "kind = 'mix'\nparts = [{ kind = 'kto' }, { kind = 'sft', weight = 0.3 }]",
+    "kind = 'mix'\nparts = [{ kind = 'bco_pair' }, { kind = 'aot' }, { kind = 'aot_unpaired', weight = 2 }, { kind = 'cal_dpo', score_scale = 0.5 }]",
 ];
 
-/// A pair with the given log-ratios against a reference of −20 and −25.
+/// A pair with the given log-ratios against a reference of −20 and −25, and a gap of scores.
 fn pair(r_chosen: f64, r_rejected: f64) -> PairLogps {
     PairLogps {
         chosen: r_chosen - 20.0,
@@ -66,6 +99,7 @@ fn pair(r_chosen: f64, r_rejected: f64) -> PairLogps {
         reference_rejected: -25.0,
         chosen_tokens: 12,
         rejected_tokens: 15,
+        scores: Some([8.5, 6.0]),
     }
 }
 
@@ -125,12 +159,13 @@ fn values_and_derivatives_equal_the_golden_ones() {
             reference_rejected: number("reference_rejected"),
             chosen_tokens: tokens("chosen_tokens"),
             rejected_tokens: tokens("rejected_tokens"),
+            scores: None,
         };
-        let alone = GlobalCounts {
-            pairs: 1,
+        let counts = GlobalCounts {
             chosen_tokens: logps.chosen_tokens.into(),
+            ..ONE
         };
-        let loss = pair_loss(&config, &logps, alone);
+        let loss = alone(&config, &logps, counts);
         for (name, got, expected) in [
             ("value", loss.loss(), number("value")),
             ("d_chosen", loss.d_chosen, number("d_policy_chosen")),
@@ -158,7 +193,7 @@ fn at_zero_log_ratios_the_loss_has_the_papers_start_value() {
         (0.1, 0.5, 25.6931),
         (0.002, 0.5, 62500.6931),
     ] {
-        let loss = pair_loss(&cal_dpo(beta, weight), &pair(0.0, 0.0), ONE);
+        let loss = alone(&cal_dpo(beta, weight), &pair(0.0, 0.0), ONE);
         assert_close(loss.loss(), expected, 1e-4, &format!("β {beta} λ {weight}"));
         assert_close(loss.pairwise, 2f64.ln(), 1e-15, "pairwise");
     }
@@ -168,7 +203,7 @@ fn at_zero_log_ratios_the_loss_has_the_papers_start_value() {
 fn wrong_versions_seen_in_public_code_are_not_what_is_computed() {
     let (r_w, r_l, beta) = (1.5, -1.0, 0.1);
     let t = 0.5 / beta;
-    let loss = pair_loss(&cal_dpo(beta, 1.0), &pair(r_w, r_l), ONE);
+    let loss = alone(&cal_dpo(beta, 1.0), &pair(r_w, r_l), ONE);
     let square = |x: f64| x * x;
     for (name, wrong) in [
         ("β·r", square(beta * r_w - t) + square(beta * r_l + t)),
@@ -188,6 +223,7 @@ fn wrong_versions_seen_in_public_code_are_not_what_is_computed() {
 fn check_derivatives(config: &ObjectiveConfig, logps: PairLogps, what: &str) {
     let counts = GlobalCounts {
         pairs: 3,
+        completions: 6,
         chosen_tokens: 40,
     };
     let h = 1e-5;
@@ -198,11 +234,11 @@ fn check_derivatives(config: &ObjectiveConfig, logps: PairLogps, what: &str) {
                 rejected: logps.rejected + sign * rejected,
                 ..logps
             };
-            pair_loss(config, &moved, counts).loss()
+            alone(config, &moved, counts).loss()
         };
         (at(h) - at(-h)) / (2.0 * h)
     };
-    let loss = pair_loss(config, &logps, counts);
+    let loss = alone(config, &logps, counts);
     // The difference of two losses has lost log10(loss/h) digits of sixteen.
     let bound = |expected: f64| 1e-6 * expected.abs() + 1e-10 * loss.loss().abs() + 1e-7;
     for (name, got, expected) in [
@@ -252,8 +288,15 @@ fn random_kinds(random: &mut Random) -> Vec<String> {
     let margin = format!("target_margin = {:?}\n", random.between(0.0, 2.0));
     let nll = format!("nll_weight = {:?}\n", random.between(0.0, 2.0));
     let tau = format!("tau = {:?}\n", random.between(0.02, 2.0));
+    let scale = format!("score_scale = {:?}\n", random.between(0.1, 3.0));
+    let desirable = format!("desirable_weight = {:?}\n", random.between(0.1, 3.0));
+    let undesirable = format!("undesirable_weight = {:?}\n", random.between(0.1, 3.0));
     let mut all = vec![
         format!("kind = 'cal_dpo'\n{beta}{weight}{shift}"),
+        format!("kind = 'cal_dpo'\n{beta}{weight}{shift}{scale}"),
+        format!("kind = 'aot'\n{beta}{smoothing}"),
+        format!("kind = 'aot_unpaired'\n{beta}{smoothing}"),
+        format!("kind = 'kto'\n{beta}{desirable}{undesirable}"),
         format!("kind = 'dpo'\n{beta}{smoothing}"),
         format!("kind = 'dpo'\ndivergence = 'forward_kl'\n{beta}{smoothing}"),
         format!("kind = 'dpo'\ndivergence = 'js_divergence'\n{beta}{smoothing}"),
@@ -274,6 +317,7 @@ fn random_kinds(random: &mut Random) -> Vec<String> {
         "nca_pair",
         "apo_zero",
         "apo_down",
+        "bco_pair",
         "orpo",
     ] {
         all.push(format!("kind = '{kind}'\n{beta}"));
@@ -331,7 +375,7 @@ fn nothing_overflows_at_extreme_log_ratios() {
                     reference_rejected: -300.0,
                     ..pair(0.0, 0.0)
                 };
-                let loss = pair_loss(&config, &logps, ONE);
+                let loss = alone(&config, &logps, ONE);
                 assert!(
                     numbers(&loss).iter().all(|it| it.is_finite()),
                     "{text}, β {beta}, r_w {r_w}, r_l {r_l}: {loss:?}"
@@ -344,7 +388,7 @@ fn nothing_overflows_at_extreme_log_ratios() {
 #[test]
 fn beyond_what_f64_holds_a_loss_is_infinite_and_never_a_wrong_number() {
     let config = objective("kind = 'dpo'\ndivergence = 'forward_kl'");
-    let at = |r_w, r_l| pair_loss(&config, &pair(r_w, r_l), ONE);
+    let at = |r_w, r_l| alone(&config, &pair(r_w, r_l), ONE);
     let e300 = 300f64.exp();
     let loss = at(-300.0, 0.0);
     assert_close(loss.pairwise / (0.1 * e300), 1.0, 1e-9, "value");
@@ -360,7 +404,7 @@ fn beyond_what_f64_holds_a_loss_is_infinite_and_never_a_wrong_number() {
         "cal_dpo", "dpo", "robust", "exo_pair", "slic", "ipo", "nca_pair", "apo_zero",
     ] {
         for (r_w, r_l) in [(-1e6, 1e6), (1e6, -1e6)] {
-            let loss = pair_loss(
+            let loss = alone(
                 &objective(&format!("kind = '{kind}'")),
                 &pair(r_w, r_l),
                 ONE,
@@ -371,7 +415,7 @@ fn beyond_what_f64_holds_a_loss_is_infinite_and_never_a_wrong_number() {
             );
         }
     }
-    let low = pair_loss(&objective("kind = 'discopop'"), &pair(-1e5, 1e5), ONE);
+    let low = alone(&objective("kind = 'discopop'"), &pair(-1e5, 1e5), ONE);
     assert_close(
         low.pairwise,
         2e4,
@@ -395,10 +439,11 @@ fn a_completion_without_tokens_gives_numbers_and_no_push() {
         }
         (none.chosen_tokens, none.rejected_tokens) = (0, 0);
         let counts = GlobalCounts {
-            pairs: 1,
+            completions: 0,
             chosen_tokens: 0,
+            ..ONE
         };
-        let loss = pair_loss(&config, &none, counts);
+        let loss = alone(&config, &none, counts);
         assert!(
             numbers(&loss).iter().all(|it| it.is_finite()),
             "{text}: {loss:?}"
@@ -425,7 +470,7 @@ fn a_completion_that_the_policy_is_sure_of_has_finite_odds() {
             rejected,
             ..pair(0.0, 0.0)
         };
-        let loss = pair_loss(&config, &logps, ONE);
+        let loss = alone(&config, &logps, ONE);
         assert!(numbers(&loss).iter().all(|it| it.is_finite()), "{loss:?}");
         assert!(loss.d_rejected >= 0.0 && loss.d_chosen < 0.0, "{loss:?}");
     }
@@ -435,7 +480,7 @@ fn a_completion_that_the_policy_is_sure_of_has_finite_odds() {
 #[test]
 fn kinds_without_golden_rows_have_their_papers_values() {
     let logps = pair(1.5, -1.0);
-    let at = |text: &str| pair_loss(&objective(text), &logps, ONE).loss();
+    let at = |text: &str| alone(&objective(text), &logps, ONE).loss();
     for (text, expected) in [
         ("kind = 'exo_pair'", 2.339544750387834),
         (
@@ -471,8 +516,8 @@ fn cal_dpo_is_dpo_at_beta_one_and_sppo_hard_in_a_mix() {
         "kind = 'mix'\nparts = [{ kind = 'dpo', beta = 1.0 }, { kind = 'sppo_hard', beta = 0.05, weight = 0.5 }]",
     );
     for (r_w, r_l) in [(0.0, 0.0), (3.0, -8.0), (-250.0, 40.0)] {
-        let expected = pair_loss(&cal_dpo(0.05, 0.5), &pair(r_w, r_l), ONE);
-        let got = pair_loss(&mixed, &pair(r_w, r_l), ONE);
+        let expected = alone(&cal_dpo(0.05, 0.5), &pair(r_w, r_l), ONE);
+        let got = alone(&mixed, &pair(r_w, r_l), ONE);
         for (got, expected) in numbers(&got).into_iter().zip(numbers(&expected)) {
             assert_close(got, expected, 1e-14, "mix");
         }
@@ -483,8 +528,8 @@ fn cal_dpo_is_dpo_at_beta_one_and_sppo_hard_in_a_mix() {
 fn limits_of_parameters_are_the_kinds_that_they_should_be() {
     let same = |one: &str, other: &str| {
         for (r_w, r_l) in [(0.0, 0.0), (3.0, -2.0), (-2.5, 1.0)] {
-            let one = pair_loss(&objective(one), &pair(r_w, r_l), ONE);
-            let other = pair_loss(&objective(other), &pair(r_w, r_l), ONE);
+            let one = alone(&objective(one), &pair(r_w, r_l), ONE);
+            let other = alone(&objective(other), &pair(r_w, r_l), ONE);
             for (one, other) in numbers(&one).into_iter().zip(numbers(&other)) {
                 assert_close(one, other, 1e-12, &format!("{r_w} {r_l}"));
             }
@@ -502,33 +547,40 @@ fn limits_of_parameters_are_the_kinds_that_they_should_be() {
     same("kind = 'robust'\nlabel_smoothing = 0.0", "kind = 'dpo'");
     same("kind = 'dpop'\npenalty_weight = 0.0", "kind = 'dpo'");
     same("kind = 'mix'\nparts = [{ kind = 'ipo' }]", "kind = 'ipo'");
+    // In a batch of one pair every quantile is its own; of the scores' gap of 2.5 this κ makes 1.
+    same("kind = 'aot'", "kind = 'dpo'");
+    same("kind = 'aot_unpaired'", "kind = 'dpo'");
+    same("kind = 'cal_dpo'\nscore_scale = 0.4", "kind = 'cal_dpo'");
 }
 
 #[test]
 fn shares_add_up_to_the_mean_over_the_global_batch() {
-    let (one, other) = (
+    let pairs = [
         pair(1.0, -2.0),
         PairLogps {
             chosen_tokens: 4,
             ..pair(-3.0, 0.5)
         },
-    );
+    ];
     let both = GlobalCounts {
         pairs: 2,
+        completions: 4,
         chosen_tokens: 16,
+    };
+    // All counts halved: each share is double what it was.
+    let half = GlobalCounts {
+        pairs: 1,
+        completions: 2,
+        chosen_tokens: 8,
     };
     for text in KINDS {
         let config = objective(text);
-        let sum = pair_loss(&config, &one, both).loss() + pair_loss(&config, &other, both).loss();
-        let alone = |pair: &PairLogps| {
-            let counts = GlobalCounts {
-                pairs: 1,
-                chosen_tokens: 8,
-            };
-            pair_loss(&config, pair, counts).loss()
+        let statistics = statistics(&config, &pairs);
+        let shares = |counts| {
+            [0, 1].map(|slot| pair_loss(&config, slot, &pairs[slot], counts, &statistics).loss())
         };
-        // Both counts doubled: each share is half of what it was.
-        assert_close(sum, f64::midpoint(alone(&one), alone(&other)), 1e-14, text);
+        let (sum, [one, other]) = (shares(both).iter().sum(), shares(half));
+        assert_close(sum, f64::midpoint(one, other), 1e-14, text);
     }
 }
 
@@ -552,6 +604,7 @@ fn targets_are_told_where_log_ratios_are_pulled_to_them() {
         Some((2.0, -2.0)),
     );
     check("kind = 'ipo'", None);
+    check("kind = 'kto'", None);
     check(
         "kind = 'mix'\nparts = [{ kind = 'sft' }, { kind = 'cal_dpo' }]",
         Some((5.0, -5.0)),
@@ -560,6 +613,17 @@ fn targets_are_told_where_log_ratios_are_pulled_to_them() {
         "kind = 'mix'\nparts = [{ kind = 'cal_dpo' }, { kind = 'sppo_hard', beta = 1.0 }]";
     check(disagree, None);
     assert!(objective(disagree).calibrates());
+    let of_scores = "kind = 'cal_dpo'\nscore_scale = 0.4";
+    check(of_scores, None);
+    assert!(objective(of_scores).calibrates());
+    for part in ["{ kind = 'sppo_hard' }", "{ kind = 'sft' }"] {
+        let with_scores = "{ kind = 'cal_dpo', score_scale = 0.4 }";
+        for parts in [[part, with_scores], [with_scores, part]] {
+            let mixed = format!("kind = 'mix'\nparts = [{}]", parts.join(", "));
+            check(&mixed, None);
+            assert!(objective(&mixed).calibrates(), "{mixed}");
+        }
+    }
 }
 
 #[test]
@@ -572,15 +636,21 @@ fn a_kind_says_what_it_reads() {
             reference_rejected: -1.0,
             ..logps
         };
-        let reads = pair_loss(&config, &logps, ONE) != pair_loss(&config, &other, ONE);
+        let reads = alone(&config, &logps, ONE) != alone(&config, &other, ONE);
         assert_eq!(reads, config.needs_reference(), "{text}");
         let other = PairLogps {
             rejected: -9.0,
             ..logps
         };
-        let reads = pair_loss(&config, &logps, ONE) != pair_loss(&config, &other, ONE);
+        let reads = alone(&config, &logps, ONE) != alone(&config, &other, ONE);
         assert_eq!(reads, config.needs_rejected(), "{text}");
-        let moves = pair_loss(&config, &logps, ONE).calibration != 0.0;
+        let other = PairLogps {
+            scores: Some([2.0, 7.0]),
+            ..logps
+        };
+        let reads = alone(&config, &logps, ONE) != alone(&config, &other, ONE);
+        assert_eq!(reads, config.needs_scores(), "{text}");
+        let moves = alone(&config, &logps, ONE).calibration != 0.0;
         assert_eq!(moves, config.calibrates(), "{text}");
     }
 }
@@ -677,6 +747,18 @@ fn impossible_parameters_are_refused_with_their_key() {
             "calibration_weight",
         ),
         ("kind = 'discopop'\ntau = 0.0", "tau"),
+        ("kind = 'cal_dpo'\nscore_scale = 0.0", "score_scale"),
+        ("kind = 'cal_dpo'\nscore_scale = nan", "score_scale"),
+        ("kind = 'aot'\nlabel_smoothing = 0.5", "label_smoothing"),
+        (
+            "kind = 'aot_unpaired'\nlabel_smoothing = -0.1",
+            "label_smoothing",
+        ),
+        ("kind = 'kto'\ndesirable_weight = 0.0", "desirable_weight"),
+        (
+            "kind = 'kto'\nundesirable_weight = inf",
+            "undesirable_weight",
+        ),
         ("kind = 'cpo'\nnll_weight = -1.0", "nll_weight"),
         ("kind = 'simpo'\ntarget_margin = -0.5", "target_margin"),
         ("kind = 'mix'\nparts = []", "parts"),
@@ -754,7 +836,17 @@ fn a_parameter_of_another_objective_is_refused() {
     );
     refused(&parts("{ kind = 'dpq' }"), &["parts[1]", "dpq"]);
     refused(&parts("{ beta = 0.1 }"), &["parts[1]", "kind"]);
-    refused("kind = 'kto'", &["kto"]);
+    refused("kind = 'kto'\nlabel_smoothing = 0.1", &["label_smoothing"]);
+    refused(
+        "kind = 'bco_pair'\ndesirable_weight = 1.0",
+        &["desirable_weight"],
+    );
+    refused(
+        "kind = 'aot'\ncalibration_weight = 1.0",
+        &["calibration_weight"],
+    );
+    refused("kind = 'aot_unpaired'\ntau = 1.0", &["tau"]);
+    refused("kind = 'sppo_hard'\nscore_scale = 1.0", &["score_scale"]);
 }
 
 #[test]
@@ -794,7 +886,8 @@ fn defaults_are_what_parameters_call_usual() {
         }
         for parameter in objective(kind).parameters() {
             assert_eq!(
-                parameter.value, parameter.usual,
+                Some(parameter.value),
+                parameter.usual,
                 "{kind}: {}",
                 parameter.key
             );
