@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use anyhow::Context;
-use checkpoint::newest;
+use checkpoint::{Retention, newest};
 use protocol::{Cause, Outcome, RunFacts};
 
 use crate::config::Config;
@@ -45,6 +45,7 @@ pub fn finish(
     let export = match finished.outcome {
         Outcome::Completed => {
             let checkpoint = checkpoint.as_ref();
+            remove_older(config, directory, checkpoint);
             Some(export(config, directory, checkpoint).context("export the model")?)
         }
         _ => None,
@@ -94,6 +95,24 @@ pub fn finish(
         next: &next,
     };
     Ok(report.to_string())
+}
+
+/// Removes the checkpoints that the last one replaces, where a crash came between the two.
+fn remove_older(config: &Config, directory: &RunDirectory, newest: Option<&(u64, PathBuf)>) {
+    let Some(&(since, _)) = newest else {
+        return;
+    };
+    let selection = config.selection().filter(|it| it.keep_best);
+    let ranking = selection.map(|it| it.ranking(directory.evaluations()));
+    let best_first: Vec<u64> = ranking.iter().flatten().map(|step| step.0).collect();
+    let retention = Retention {
+        keep_last: config.checkpoint.keep_last,
+        best_first: &best_first,
+        since,
+    };
+    if let Err(error) = checkpoint::retain(&config.checkpoint.path, retention) {
+        tracing::warn!("old checkpoints stay: {error}");
+    }
 }
 
 /// Writes the card of the weights that are there. Exporting by hand may have put another checkpoint there, which no evaluation
