@@ -32,11 +32,23 @@ fn read_file<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<Path>, D:
     PathBuf::deserialize(deserializer).map(Into::into)
 }
 
+/// What to add where a path looks like a data set's name on the Hugging Face hub.
+fn hub_hint(file: &Path) -> String {
+    match file.to_str().and_then(|text| text.split_once('/')) {
+        Some((owner, name)) if !owner.is_empty() && !name.contains(['/', '.', '*']) => {
+            format!(
+                ", or write hf://datasets/{owner}/{name} for a data set of the Hugging Face hub"
+            )
+        }
+        _ => String::new(),
+    }
+}
+
 /// Why files could not become a dataset.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// A file cannot be read.
-    #[error("{}: {source}; check the path in data.train or data.eval", file.display())]
+    #[error("{}: {source}; check the path in data.train or data.eval{}", file.display(), hub_hint(file))]
     Read {
         /// The file.
         file: PathBuf,

@@ -295,6 +295,10 @@ fn entries_that_name_nothing_to_read_say_so() {
         let message = refusal(&folder, entry);
         assert!(message.starts_with(&expected), "{message}");
     }
+    let name = ["owner/name".into()];
+    let error = load(&name, &config(64), &folder.tokenizer(), BOTH).unwrap_err();
+    let hint = "or write hf://datasets/owner/name for a data set of the Hugging Face hub";
+    assert!(error.to_string().ends_with(hint), "{error}");
 }
 
 #[test]
