@@ -133,3 +133,80 @@ fn an_export_by_hand_is_the_runs_own_and_has_what_transformers_reads() {
     let config: Value = serde_json::from_str(&config).expect("JSON");
     assert_eq!(config["architectures"][0], "LlamaForCausalLM");
 }
+
+#[test]
+fn a_runs_adapter_is_that_of_peft_and_its_merged_export_scores_the_same() {
+    let run = Run::new(SMALL)
+        .set("adapter.kind=lora")
+        .set("adapter.rank=4")
+        .set("adapter.targets=[\"q_proj\", \"down_proj\"]");
+    run.complete();
+    let config = fs::read_to_string(run.path("adapter/adapter_config.json")).expect("an adapter");
+    let config: Value = serde_json::from_str(&config).expect("JSON");
+    assert_eq!(
+        (&config["peft_type"], &config["r"]),
+        (&"LORA".into(), &4.into())
+    );
+    assert_eq!(
+        config["target_modules"],
+        serde_json::json!(["q_proj", "down_proj"])
+    );
+    let card = fs::read_to_string(run.path("export/README.md")).expect("a card");
+    assert!(card.contains("(LoRA) of rank 4"), "{card}");
+
+    let score = |model: &Path, adapter: &[&str]| -> Vec<Value> {
+        let out = run.folder().join("scores.jsonl");
+        let output = Command::new(program("worker"))
+            .current_dir(tests::workspace_root())
+            .args([
+                "score",
+                "--data",
+                "configs/quickstart/eval.jsonl",
+                "--model",
+            ])
+            .arg(model)
+            .args(adapter)
+            .arg("--out")
+            .arg(&out)
+            .output()
+            .expect("the program starts");
+        assert!(output.status.success(), "{}", text(&output));
+        let lines = fs::read_to_string(&out).expect("scores");
+        let rows = lines
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("JSON"));
+        rows.collect()
+    };
+    let base = Path::new("configs/quickstart/reference");
+    let adapter = run.path("adapter").display().to_string();
+    let merged = score(&run.path("export"), &[]);
+    let beside = score(base, &["--adapter", &adapter]);
+    let (mut apart, mut moved) = (0f64, 0f64);
+    let alone = score(base, &[]);
+    for ((merged, beside), alone) in merged.iter().zip(&beside).zip(&alone) {
+        for key in ["chosen_logp", "rejected_logp"] {
+            let of = |row: &Value| row[key].as_f64().expect("a number");
+            // Relative to the log-prob, whose f32 has no more than 7 digits.
+            apart = apart.max((of(merged) - of(beside)).abs() / of(beside).abs().max(1.0));
+            moved = moved.max((of(merged) - of(alone)).abs());
+        }
+    }
+    println!("merged and unmerged differ by {apart:.1e}, the adapter moved {moved:.2} nats");
+    assert!(apart <= 1e-5 && moved > 0.5, "{apart} {moved}");
+
+    // The same command again leaves both alone; by hand the same adapter comes out of the checkpoint.
+    let weights = || fs::read(run.path("adapter/adapter_model.safetensors")).expect("weights");
+    let (before, exported) = (weights(), run.exported());
+    run.complete();
+    assert!(weights() == before && run.exported() == exported);
+    let by_hand = run.folder().join("by-hand");
+    let out = by_hand.to_str().expect("a path in Unicode");
+    let output = checkpoint(
+        "export",
+        &run.path("checkpoints"),
+        &["--adapter", "--out", out],
+    );
+    assert!(output.status.success(), "{}", text(&output));
+    let by_hand = fs::read(by_hand.join("adapter_model.safetensors")).expect("an adapter");
+    assert!(by_hand == before, "another adapter");
+}

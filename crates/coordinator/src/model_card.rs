@@ -246,6 +246,9 @@ impl ModelCard<'_> {
             ("workers", workers.to_string()),
             ("seed", self.config.job.seed.to_string()),
         ];
+        if let Some(adapter) = self.adapter() {
+            rows.insert(0, ("trained", adapter));
+        }
         let skipped = self.seen.skipped_steps;
         if skipped > 0 {
             let text = format!("{skipped}, their gradients were not finite");
@@ -253,6 +256,23 @@ impl ModelCard<'_> {
         }
         writeln!(f, "## Training\n")?;
         table(f, &rows)
+    }
+
+    /// What was trained in place of the model's own weights.
+    fn adapter(&self) -> Option<String> {
+        let value = |key| self.config.training_value("adapter", key);
+        Some(match value("kind")?.as_str()? {
+            "lora" => format!(
+                "a low-rank adapter (LoRA) of rank {}, α {}, on {}, merged into these weights",
+                self.value("adapter", "rank"),
+                self.value("adapter", "alpha"),
+                self.value("adapter", "targets"),
+            ),
+            _ => format!(
+                "the adapter `{}`, merged into these weights",
+                self.value("adapter", "path")
+            ),
+        })
     }
 
     /// Steps of these weights, and where that is another number, of the run.
