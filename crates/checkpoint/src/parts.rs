@@ -27,7 +27,7 @@ impl TensorSpec {
 pub enum Kind {
     /// The parameter itself.
     Weight,
-    /// The optimizer's mean of gradients; zeros under one that keeps none.
+    /// The optimizer's mean of gradients; absent, of all tensors, under one that keeps none.
     FirstMoment,
     /// The optimizer's mean of squared gradients.
     SecondMoment,

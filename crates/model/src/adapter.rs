@@ -286,4 +286,4 @@ fn from_peft(text: &str) -> Result<Lora, (String, String)> {
 }
 
 /// Largest rank that is read or trained: beyond it an adapter is larger than most weights that it stands beside.
-pub const RANK_MAX: u64 = 4096;
+const RANK_MAX: u64 = 4096;

@@ -76,6 +76,14 @@ impl Layout {
         self.buckets.iter().map(|bucket| bucket.len).collect()
     }
 
+    /// Zeros for every bucket.
+    pub(crate) fn zeros(&self) -> Vec<Vec<f32>> {
+        self.buckets
+            .iter()
+            .map(|bucket| vec![0.0; bucket.len])
+            .collect()
+    }
+
     /// Number of trained scalars; tied weights count once.
     pub fn elements(&self) -> usize {
         self.buckets.iter().map(|bucket| bucket.len).sum()

@@ -27,7 +27,7 @@ mod slots;
 mod weights;
 mod write;
 
-pub use adapter::{Lora, RANK_MAX, Targets, load_adapter};
+pub use adapter::{Lora, Targets, load_adapter};
 pub use burn::tensor::Device;
 pub use config::{Biases, Family, Gate, MlpPlan, ModelConfig, NormKind, Projections, Residual};
 pub use error::ModelError;

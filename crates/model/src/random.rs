@@ -9,11 +9,7 @@ use crate::{Layout, ModelConfig, NormKind};
 pub fn random_weights(config: &ModelConfig, seed: u64) -> Vec<Vec<f32>> {
     let layout = Layout::new(config);
     let mut random = Random::new(seed);
-    let mut buckets: Vec<Vec<f32>> = layout
-        .bucket_lens()
-        .into_iter()
-        .map(|len| vec![0.0; len])
-        .collect();
+    let mut buckets = layout.zeros();
     for parameter in &layout.parameters {
         let values = &mut buckets[parameter.bucket][parameter.range()];
         let is_bias = parameter.name.rsplit('.').next() == Some("bias");
@@ -32,11 +28,7 @@ pub fn random_weights(config: &ModelConfig, seed: u64) -> Vec<Vec<f32>> {
 /// that the adapted model computes what the model does.
 pub(crate) fn adapter_weights(layout: &Layout, seed: u64) -> Vec<Vec<f32>> {
     let mut random = Random::new(seed);
-    let mut buckets: Vec<Vec<f32>> = layout
-        .bucket_lens()
-        .into_iter()
-        .map(|len| vec![0.0; len])
-        .collect();
+    let mut buckets = layout.zeros();
     for parameter in &layout.parameters {
         if parameter.name.ends_with(A) {
             let bound = 1.0 / (parameter.shape[1] as f64).sqrt();

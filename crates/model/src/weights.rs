@@ -157,11 +157,7 @@ impl Source {
 
     /// All tensors of the layout, which [`Source::check`] has vouched for.
     fn read(&self, layout: &Layout) -> Result<Vec<Vec<f32>>, ModelError> {
-        let mut buckets: Vec<Vec<f32>> = layout
-            .bucket_lens()
-            .into_iter()
-            .map(|len| vec![0.0; len])
-            .collect();
+        let mut buckets = layout.zeros();
         for parameter in &layout.parameters {
             let values = &mut buckets[parameter.bucket][parameter.range()];
             self.file(&parameter.name)?.read(&parameter.name, values)?;

@@ -648,11 +648,6 @@ impl ObjectiveConfig {
         self.sides() != Sides::Chosen
     }
 
-    /// Whether rows may lack a completion.
-    pub fn takes_unpaired(&self) -> bool {
-        self.sides() != Sides::Both
-    }
-
     /// Whether `is` holds for it or, of a mix, for a part.
     pub(crate) fn any(&self, is: fn(&Self) -> bool) -> bool {
         match self {

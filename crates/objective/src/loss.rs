@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// What the loss reads of one pair: log-probs summed over completion tokens, in nats, and the token counts. A row may lack a
-/// completion where the objective [takes unpaired rows](ObjectiveConfig::takes_unpaired): that side has no tokens then, and
+/// completion where the objective [takes unpaired rows](ObjectiveConfig::sides): that side has no tokens then, and
 /// log-probs of 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PairLogps {

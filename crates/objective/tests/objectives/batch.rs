@@ -225,7 +225,6 @@ fn a_kind_says_which_completions_it_reads() {
         let config = objective(text);
         assert_eq!(config.sides(), sides, "{text}");
         assert_eq!(config.needs_rejected(), sides != Sides::Chosen, "{text}");
-        assert_eq!(config.takes_unpaired(), sides != Sides::Both, "{text}");
     };
     let parts = |parts: &str| format!("kind = 'mix'\nparts = [{parts}]");
     check("kind = 'sft'", Sides::Chosen);
