@@ -1,6 +1,8 @@
 //! Token embedding: rows of a table. Without scaling; a family that scales does so itself.
 
-use burn::tensor::Tensor;
+use std::collections::BTreeMap;
+
+use burn::tensor::{Tensor, TensorData};
 
 use crate::host::{self, Host};
 use crate::{Gradients, Slot, composition};
@@ -34,6 +36,52 @@ pub fn embedding_backward(dy: &Tensor<2>, ids: &[u32], gradients: &mut Gradients
     for (&id, row) in ids.iter().zip(dy.chunks_exact(width)) {
         for (sum, &value) in sums[id as usize * width..][..width].iter_mut().zip(row) {
             *sum += value;
+        }
+    }
+}
+
+/// The gradient of a table row by row, only the rows that occur. A table that is also the head's weight gets its gradient from
+/// both; summing the embedding's part apart, one pack after another, keeps the order of additions the same whether packs go
+/// through the model one by one or side by side.
+#[derive(Debug, Default)]
+pub struct EmbeddingRows(BTreeMap<u32, Vec<f32>>);
+
+impl EmbeddingRows {
+    /// Adds the rows of `dy`, `[ids, d]`, in the order of `ids`.
+    pub fn add(&mut self, dy: Tensor<2>, ids: &[u32]) {
+        let [rows, width] = dy.dims();
+        assert_eq!(rows, ids.len(), "rows of dy and ids");
+        let dy = host::into_vec(dy);
+        for (&id, row) in ids.iter().zip(dy.chunks_exact(width)) {
+            let sums = self.0.entry(id).or_insert_with(|| vec![0.0; width]);
+            for (sum, &value) in sums.iter_mut().zip(row) {
+                *sum += value;
+            }
+        }
+    }
+
+    /// Adds all rows to the gradient of the table at `slot`.
+    pub fn add_to(self, gradients: &mut Gradients, slot: &Slot) {
+        for (id, row) in self.0 {
+            let row_slot = Slot {
+                offset: slot.offset + id as usize * row.len(),
+                len: row.len(),
+                ..*slot
+            };
+            assert!(
+                row_slot.offset + row_slot.len <= slot.offset + slot.len,
+                "row {id} of a table of {} elements",
+                slot.len
+            );
+            if let Some(sums) = gradients.host(&row_slot) {
+                for (sum, value) in sums.iter_mut().zip(row) {
+                    *sum += value;
+                }
+            } else {
+                let len = row.len();
+                let row = Tensor::from_data(TensorData::new(row, [len]), gradients.device());
+                gradients.accumulate(&row_slot, row);
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::{Slot, host};
 
-/// The gradient of every parameter, in the buckets of its weights.
+/// The gradient of every parameter, in the buckets of its weights. Buckets may be elsewhere for a while: split off, or taken.
 pub struct Gradients {
     buckets: Buckets,
     lens: Vec<usize>,
@@ -13,20 +13,19 @@ pub struct Gradients {
 }
 
 enum Buckets {
-    Host(Vec<Vec<f32>>),
-    Device(Vec<Tensor<1>>),
+    Host(Vec<Option<Vec<f32>>>),
+    Device(Vec<Option<Tensor<1>>>),
 }
 
 impl Gradients {
     /// Zeros for buckets of these lengths.
     pub fn zeros(bucket_lens: &[usize], device: &Device) -> Self {
+        let lens = bucket_lens.iter();
         let buckets = if host::is_host(device) {
-            Buckets::Host(bucket_lens.iter().map(|&len| vec![0.0; len]).collect())
+            Buckets::Host(lens.map(|&len| Some(vec![0.0; len])).collect())
         } else {
             Buckets::Device(
-                bucket_lens
-                    .iter()
-                    .map(|&len| Tensor::zeros([len], device))
+                lens.map(|&len| Some(Tensor::zeros([len], device)))
                     .collect(),
             )
         };
@@ -41,20 +40,19 @@ impl Gradients {
     pub fn accumulate(&mut self, slot: &Slot, gradient: Tensor<1>) {
         assert_eq!(gradient.dims(), [slot.len], "gradient for {slot:?}");
         self.check(slot);
+        let range = slot.offset..slot.offset + slot.len;
         match &mut self.buckets {
             Buckets::Host(buckets) => {
                 let gradient = host::into_vec(gradient);
-                let sums = &mut buckets[slot.bucket][slot.offset..slot.offset + slot.len];
+                let sums = &mut present(&mut buckets[slot.bucket])[range];
                 for (sum, value) in sums.iter_mut().zip(gradient) {
                     *sum += value;
                 }
             }
             Buckets::Device(buckets) => {
-                let range = slot.offset..slot.offset + slot.len;
-                let empty = Tensor::zeros([0], &self.device);
-                let bucket = std::mem::replace(&mut buckets[slot.bucket], empty);
+                let bucket = buckets[slot.bucket].take().expect("`check` found it");
                 let sum = bucket.clone().slice([range.clone()]) + gradient;
-                buckets[slot.bucket] = bucket.slice_assign([range], sum);
+                buckets[slot.bucket] = Some(bucket.slice_assign([range], sum));
             }
         }
     }
@@ -64,54 +62,104 @@ impl Gradients {
         self.check(slot);
         match &mut self.buckets {
             Buckets::Host(buckets) => {
-                Some(&mut buckets[slot.bucket][slot.offset..slot.offset + slot.len])
+                let bucket = present(&mut buckets[slot.bucket]);
+                Some(&mut bucket[slot.offset..slot.offset + slot.len])
             }
             Buckets::Device(_) => None,
         }
     }
 
-    /// The buckets as host memory (no copy on flex), leaving none behind until [`Gradients::put_host`].
-    pub fn take_host(&mut self) -> Vec<Vec<f32>> {
-        match &mut self.buckets {
-            Buckets::Host(buckets) => std::mem::take(buckets),
-            Buckets::Device(buckets) => std::mem::take(buckets)
-                .into_iter()
-                .map(host::into_vec)
-                .collect(),
+    /// These buckets alone, for adding to them beside others; [`Gradients::join`] brings them back.
+    ///
+    /// # Panics
+    /// If one of them is not here.
+    #[must_use]
+    pub fn split(&mut self, buckets: impl IntoIterator<Item = usize>) -> Self {
+        let mut part = Self {
+            buckets: match &self.buckets {
+                Buckets::Host(all) => Buckets::Host(vec![None; all.len()]),
+                Buckets::Device(all) => Buckets::Device(vec![None; all.len()]),
+            },
+            lens: self.lens.clone(),
+            device: self.device.clone(),
+        };
+        for index in buckets {
+            match (&mut self.buckets, &mut part.buckets) {
+                (Buckets::Host(own), Buckets::Host(part)) => {
+                    part[index] = Some(own[index].take().unwrap_or_else(|| gone()));
+                }
+                (Buckets::Device(own), Buckets::Device(part)) => {
+                    part[index] = Some(own[index].take().unwrap_or_else(|| gone()));
+                }
+                _ => unreachable!("a part lies where the whole lies"),
+            }
+        }
+        part
+    }
+
+    /// Takes back what was split off.
+    pub fn join(&mut self, part: Self) {
+        match (&mut self.buckets, part.buckets) {
+            (Buckets::Host(own), Buckets::Host(part)) => join(own, part),
+            (Buckets::Device(own), Buckets::Device(part)) => join(own, part),
+            _ => unreachable!("a part lies where the whole lies"),
         }
     }
 
-    /// Puts buckets (back) in place.
+    /// One bucket as host memory (no copy on flex), leaving none behind until [`Gradients::put`].
     ///
     /// # Panics
-    /// If their lengths are not those of the layout.
-    pub fn put_host(&mut self, buckets: Vec<Vec<f32>>) {
-        let lens: Vec<usize> = buckets.iter().map(Vec::len).collect();
-        assert_eq!(lens, self.lens, "lengths of the gradient buckets");
+    /// If it is not here.
+    pub fn take(&mut self, bucket: usize) -> Vec<f32> {
         match &mut self.buckets {
-            Buckets::Host(own) => *own = buckets,
-            Buckets::Device(own) => {
-                *own = buckets
-                    .into_iter()
-                    .zip(lens)
-                    .map(|(bucket, len)| {
-                        Tensor::from_data(TensorData::new(bucket, [len]), &self.device)
-                    })
-                    .collect();
+            Buckets::Host(buckets) => buckets[bucket].take().unwrap_or_else(|| gone()),
+            Buckets::Device(buckets) => {
+                host::into_vec(buckets[bucket].take().unwrap_or_else(|| gone()))
             }
         }
     }
 
-    /// Sets all sums to zero.
+    /// Puts a bucket (back) in place.
+    ///
+    /// # Panics
+    /// If its length is not that of the layout.
+    pub fn put(&mut self, bucket: usize, values: Vec<f32>) {
+        let len = values.len();
+        assert_eq!(len, self.lens[bucket], "length of a gradient bucket");
+        match &mut self.buckets {
+            Buckets::Host(own) => own[bucket] = Some(values),
+            Buckets::Device(own) => {
+                let values = TensorData::new(values, [len]);
+                own[bucket] = Some(Tensor::from_data(values, &self.device));
+            }
+        }
+    }
+
+    /// All buckets as host memory; see [`Gradients::take`].
+    pub fn take_host(&mut self) -> Vec<Vec<f32>> {
+        (0..self.lens.len())
+            .map(|bucket| self.take(bucket))
+            .collect()
+    }
+
+    /// Sets all sums that are here to zero.
     pub fn zero(&mut self) {
         match &mut self.buckets {
-            Buckets::Host(buckets) => buckets.iter_mut().for_each(|bucket| bucket.fill(0.0)),
+            Buckets::Host(buckets) => {
+                let here = buckets.iter_mut().flatten();
+                here.for_each(|bucket| bucket.fill(0.0));
+            }
             Buckets::Device(buckets) => {
-                for bucket in buckets {
+                for bucket in buckets.iter_mut().flatten() {
                     *bucket = bucket.zeros_like();
                 }
             }
         }
+    }
+
+    /// Where the sums lie.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     fn check(&self, slot: &Slot) {
@@ -120,13 +168,29 @@ impl Gradients {
             slot.offset + slot.len <= len,
             "{slot:?} in a bucket of {len}"
         );
-        let present = match &self.buckets {
-            Buckets::Host(buckets) => buckets.len(),
-            Buckets::Device(buckets) => buckets.len(),
+        let here = match &self.buckets {
+            Buckets::Host(buckets) => buckets[slot.bucket].is_some(),
+            Buckets::Device(buckets) => buckets[slot.bucket].is_some(),
         };
-        assert!(
-            slot.bucket < present,
-            "gradients were taken and not put back"
-        );
+        if !here {
+            gone()
+        }
     }
+}
+
+fn join<T>(own: &mut [Option<T>], part: Vec<Option<T>>) {
+    for (own, part) in own.iter_mut().zip(part) {
+        if part.is_some() {
+            assert!(own.is_none(), "a bucket is in one place");
+            *own = part;
+        }
+    }
+}
+
+fn present<T>(bucket: &mut Option<T>) -> &mut T {
+    bucket.as_mut().unwrap_or_else(|| gone())
+}
+
+fn gone() -> ! {
+    panic!("gradients were taken and not put back")
 }

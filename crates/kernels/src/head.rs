@@ -5,6 +5,8 @@
 //! log-sum-exp. Tile borders lie at fixed multiples, so a row's bits do not depend on its neighbours.
 //! Log-sum-exp in f32 with the sum carried from tile to tile in f64.
 
+use std::ops::Range;
+
 use burn::tensor::Tensor;
 
 use crate::gemm::{Matrix, Threads, Write, multiply};
@@ -14,8 +16,21 @@ use crate::{Gradients, Slot, composition, parallel};
 
 /// Most rows whose logits are held at once.
 const ROWS: usize = 512;
-/// Most columns of logits held at once.
+/// Most columns of logits held at once: rows of the weight, whose gradient is added to together.
 const TILE: usize = 1024;
+
+/// Sums of the gradient of a head's weight that several backwards add to side by side, tile by tile.
+pub trait TileSums {
+    /// Calls `add` with the sums of these rows of the weight, `[rows · d]`: one of [`head_tiles`].
+    fn tile(&mut self, rows: Range<usize>, add: &mut dyn FnMut(&mut [f32]));
+}
+
+/// The tiles of a weight of `vocabulary` rows, in the order in which a backward adds to them.
+pub fn head_tiles(vocabulary: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..vocabulary)
+        .step_by(TILE)
+        .map(move |start| start..vocabulary.min(start + TILE))
+}
 
 /// What [`logprob_head_backward`] needs beside the inputs: the log-sum-exp of every row.
 pub struct HeadSaved {
@@ -47,7 +62,8 @@ pub fn logprob_head(
         shape.rows
     ];
     let mut logits = scratch(&shape);
-    for tile in tiles(&shape) {
+    let tiles = head_tiles(shape.vocabulary).flat_map(|columns| shape.tiles(&columns));
+    for tile in tiles {
         tile.logits(&hidden, &weight, &shape, soft_cap, &mut logits);
         let running = &mut running[tile.row..tile.row + tile.rows];
         absorb(
@@ -77,9 +93,7 @@ pub fn logprob_head_backward(
     saved: &HeadSaved,
     sums: Option<(&mut Gradients, &Slot)>,
 ) -> Tensor<2> {
-    let shape = check(hidden, weight, targets);
-    assert_eq!(dlogps.len(), shape.rows, "derivatives and rows");
-    assert_eq!(saved.lse.len(), shape.rows, "saved rows and rows");
+    let shape = check_backward(dlogps, hidden, weight, targets, saved);
     if let Some((_, slot)) = &sums {
         let len = shape.vocabulary * shape.width;
         assert_eq!(slot.len, len, "gradient of the head's weight");
@@ -89,47 +103,122 @@ pub fn logprob_head_backward(
             dlogps, hidden, weight, targets, soft_cap, &saved.lse, sums,
         );
     };
-    let mut sums = sums.map(|(gradients, slot)| {
-        let sums = gradients.host(slot);
-        sums.expect("gradients lie where the weight lies")
-    });
+    let rows = RowGradients {
+        dlogps,
+        targets,
+        lse: &saved.lse,
+        soft_cap,
+    };
+    match sums {
+        Some((gradients, slot)) => {
+            let sums = gradients.host(slot);
+            let mut sums = WholeSums {
+                sums: sums.expect("gradients lie where the weight lies"),
+                width: shape.width,
+            };
+            backward_host(&hidden, &weight, &shape, &rows, Some(&mut sums))
+        }
+        None => backward_host(&hidden, &weight, &shape, &rows, None),
+    }
+}
+
+/// As [`logprob_head_backward`], to the bit, for sums that are shared with other backwards. On the host alone.
+///
+/// # Panics
+/// If an operand lies elsewhere.
+pub fn logprob_head_backward_shared(
+    dlogps: &[f32],
+    hidden: &Tensor<2>,
+    weight: &Tensor<2>,
+    targets: &[u32],
+    soft_cap: Option<f64>,
+    saved: &HeadSaved,
+    sums: &mut dyn TileSums,
+) -> Tensor<2> {
+    let shape = check_backward(dlogps, hidden, weight, targets, saved);
+    let hidden = Host::read(hidden).expect("sums are shared on the host");
+    let weight = Host::read(weight).expect("sums are shared on the host");
+    let rows = RowGradients {
+        dlogps,
+        targets,
+        lse: &saved.lse,
+        soft_cap,
+    };
+    backward_host(&hidden, &weight, &shape, &rows, Some(sums))
+}
+
+/// The whole gradient, with nobody else.
+struct WholeSums<'a> {
+    sums: &'a mut [f32],
+    width: usize,
+}
+
+impl TileSums for WholeSums<'_> {
+    fn tile(&mut self, rows: Range<usize>, add: &mut dyn FnMut(&mut [f32])) {
+        add(&mut self.sums[rows.start * self.width..rows.end * self.width]);
+    }
+}
+
+/// What the rows bring into a backward.
+struct RowGradients<'a> {
+    dlogps: &'a [f32],
+    targets: &'a [u32],
+    lse: &'a [f32],
+    soft_cap: Option<f64>,
+}
+
+fn backward_host(
+    hidden: &[f32],
+    weight: &[f32],
+    shape: &Shape,
+    rows: &RowGradients<'_>,
+    mut sums: Option<&mut dyn TileSums>,
+) -> Tensor<2> {
     let width = shape.width;
     let mut dhidden = vec![0.0; shape.rows * width];
-    let mut logits = scratch(&shape);
-    for tile in tiles(&shape) {
-        tile.logits(&hidden, &weight, &shape, soft_cap, &mut logits);
-        let dlogits = &mut logits[..tile.rows * tile.columns];
-        let rows = tile.row..tile.row + tile.rows;
-        differentiate(
-            dlogits,
-            &saved.lse[rows.clone()],
-            &dlogps[rows.clone()],
-            &targets[rows],
-            soft_cap,
-            &tile,
-        );
-        let dlogits = Matrix::new(dlogits, tile.rows, tile.columns);
-        let weight = Matrix::new(&weight[tile.column * width..], tile.columns, width);
-        let hidden = Matrix::new(&hidden[tile.row * width..], tile.rows, width);
-        multiply(
-            &mut dhidden[tile.row * width..],
-            width,
-            Write::Add,
-            1.0,
-            dlogits,
-            weight,
-            Threads::All,
-        );
-        if let Some(sums) = &mut sums {
-            multiply(
-                &mut sums[tile.column * width..],
-                width,
-                Write::Add,
-                1.0,
-                dlogits.transposed(),
-                hidden,
-                Threads::All,
-            );
+    let mut logits = scratch(shape);
+    for columns in head_tiles(shape.vocabulary) {
+        let mut add = |mut sums: Option<&mut [f32]>| {
+            for tile in shape.tiles(&columns) {
+                tile.logits(hidden, weight, shape, rows.soft_cap, &mut logits);
+                let dlogits = &mut logits[..tile.rows * tile.columns];
+                let own = tile.row..tile.row + tile.rows;
+                differentiate(
+                    dlogits,
+                    &rows.lse[own.clone()],
+                    &rows.dlogps[own.clone()],
+                    &rows.targets[own],
+                    rows.soft_cap,
+                    &tile,
+                );
+                let dlogits = Matrix::new(dlogits, tile.rows, tile.columns);
+                let weight = Matrix::new(&weight[tile.column * width..], tile.columns, width);
+                let hidden = Matrix::new(&hidden[tile.row * width..], tile.rows, width);
+                multiply(
+                    &mut dhidden[tile.row * width..],
+                    width,
+                    Write::Add,
+                    1.0,
+                    dlogits,
+                    weight,
+                    Threads::All,
+                );
+                if let Some(sums) = &mut sums {
+                    multiply(
+                        sums,
+                        width,
+                        Write::Add,
+                        1.0,
+                        dlogits.transposed(),
+                        hidden,
+                        Threads::All,
+                    );
+                }
+            }
+        };
+        match &mut sums {
+            Some(sums) => sums.tile(columns.clone(), &mut |sums| add(Some(sums))),
+            None => add(None),
         }
     }
     host::tensor(dhidden, [shape.rows, width])
@@ -165,6 +254,19 @@ fn check(hidden: &Tensor<2>, weight: &Tensor<2>, targets: &[u32]) -> Shape {
     }
 }
 
+fn check_backward(
+    dlogps: &[f32],
+    hidden: &Tensor<2>,
+    weight: &Tensor<2>,
+    targets: &[u32],
+    saved: &HeadSaved,
+) -> Shape {
+    let shape = check(hidden, weight, targets);
+    assert_eq!(dlogps.len(), shape.rows, "derivatives and rows");
+    assert_eq!(saved.lse.len(), shape.rows, "saved rows and rows");
+    shape
+}
+
 /// Room for the logits of one tile: never more than [`ROWS`] × [`TILE`].
 fn scratch(shape: &Shape) -> Vec<f32> {
     vec![0.0; shape.rows.min(ROWS) * shape.vocabulary.min(TILE)]
@@ -178,16 +280,17 @@ struct Tile {
     columns: usize,
 }
 
-fn tiles(shape: &Shape) -> impl Iterator<Item = Tile> + use<> {
-    let (rows, vocabulary) = (shape.rows, shape.vocabulary);
-    (0..rows).step_by(ROWS).flat_map(move |row| {
-        (0..vocabulary).step_by(TILE).map(move |column| Tile {
+impl Shape {
+    /// All rows of these columns, cut into tiles.
+    fn tiles(&self, columns: &Range<usize>) -> impl Iterator<Item = Tile> + use<> {
+        let (rows, column, columns) = (self.rows, columns.start, columns.len());
+        (0..rows).step_by(ROWS).map(move |row| Tile {
             row,
             rows: ROWS.min(rows - row),
             column,
-            columns: TILE.min(vocabulary - column),
+            columns,
         })
-    })
+    }
 }
 
 impl Tile {

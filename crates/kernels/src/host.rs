@@ -37,7 +37,7 @@ impl Deref for Host {
 }
 
 /// Whether tensors of `device` have fused host forms.
-pub(crate) fn is_host(device: &Device) -> bool {
+pub fn is_host(device: &Device) -> bool {
     Host::read(&Tensor::<1>::zeros([1], device)).is_some()
 }
 

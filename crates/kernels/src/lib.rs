@@ -47,11 +47,15 @@ pub use attention::{
     AttentionBytes, AttentionPlan, AttentionSaved, AttentionSegment, segment_attention,
     segment_attention_backward,
 };
-pub use embedding::{embedding, embedding_backward};
+pub use embedding::{EmbeddingRows, embedding, embedding_backward};
 pub use flat::{Flat, Slot};
 pub use gradients::Gradients;
-pub use head::{HeadSaved, logprob_head, logprob_head_backward, logprob_head_bytes};
+pub use head::{
+    HeadSaved, TileSums, head_tiles, logprob_head, logprob_head_backward,
+    logprob_head_backward_shared, logprob_head_bytes,
+};
 pub use heads::{join_heads, split_heads};
+pub use host::is_host;
 pub use linear::{add_bias, bias_backward, linear, linear_backward, linear_backward_weight};
 pub use norm::{
     LayerSaved, RmsSaved, layer_norm, layer_norm_backward, layer_norm_backward_weight, rms_norm,

@@ -87,7 +87,9 @@ fn gradients_add_up_inside_their_slot_only() {
     }
     let taken = sums.take_host();
     assert_eq!(taken, [vec![0.0, 0.0, 2.0, 4.0, 6.0, 0.0], vec![0.0, 0.0]]);
-    sums.put_host(taken);
+    for (bucket, values) in taken.into_iter().enumerate() {
+        sums.put(bucket, values);
+    }
     sums.zero();
     assert_eq!(sums.take_host(), [vec![0.0; 6], vec![0.0; 2]]);
 }
@@ -109,7 +111,9 @@ fn gradients_on_another_device_add_up_the_same() {
     }
     let taken = sums.take_host();
     assert_eq!(taken, [vec![0.0, 3.0, -3.0, 0.0, 0.0, 0.0]]);
-    sums.put_host(taken);
+    for (bucket, values) in taken.into_iter().enumerate() {
+        sums.put(bucket, values);
+    }
     sums.zero();
     assert_eq!(sums.take_host(), [vec![0.0; 6]]);
 }
@@ -161,7 +165,35 @@ fn adding_to_taken_gradients_is_refused() {
 }
 
 #[test]
-#[should_panic(expected = "lengths of the gradient buckets")]
+#[should_panic(expected = "length of a gradient bucket")]
 fn buckets_of_other_lengths_are_refused() {
-    Gradients::zeros(&[4], &Device::flex()).put_host(vec![vec![0.0; 5]]);
+    Gradients::zeros(&[4], &Device::flex()).put(0, vec![0.0; 5]);
+}
+
+#[test]
+fn buckets_that_are_split_off_add_up_apart_and_join_again() {
+    for device in [Device::flex(), Device::flex().autodiff()] {
+        let mut sums = Gradients::zeros(&[1, 2, 3], &device);
+        let mut part = sums.split([2, 0]);
+        let one = |len: usize| Tensor::ones([len], &device);
+        let whole = |bucket: usize| Slot {
+            bucket,
+            offset: 0,
+            len: bucket + 1,
+        };
+        part.accumulate(&whole(0), one(1));
+        part.accumulate(&whole(2), one(3));
+        sums.accumulate(&whole(1), one(2));
+        sums.join(part);
+        sums.accumulate(&whole(2), one(3));
+        assert_eq!(sums.take_host(), [vec![1.0; 1], vec![1.0; 2], vec![2.0; 3]]);
+    }
+}
+
+#[test]
+#[should_panic(expected = "taken and not put back")]
+fn adding_to_a_bucket_that_is_elsewhere_is_refused() {
+    let mut sums = Gradients::zeros(&[4, 4], &Device::flex());
+    let mut part = sums.split([1]);
+    part.accumulate(&whole(4), Tensor::zeros([4], &Device::flex()));
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::layout::{BUCKET_ELEMENTS_MAX, Module, Names, modules};
+use crate::layout::{BUCKET_ELEMENTS_MAX, Module, Names, Stage, modules};
 use crate::random::adapter_weights;
 use crate::{Layout, ModelConfig, ModelError, weights};
 
@@ -67,9 +67,10 @@ impl Lora {
                 adapted.flat_map(move |module| {
                     let name = format!("{PREFIX}{block}.{index}.{}", module.name);
                     let columns = module.columns.unwrap_or_default();
+                    let stage = Stage::Block(index);
                     [
-                        (format!("{name}{A}"), vec![self.rank, columns]),
-                        (format!("{name}{B}"), vec![module.out, self.rank]),
+                        (stage, format!("{name}{A}"), vec![self.rank, columns]),
+                        (stage, format!("{name}{B}"), vec![module.out, self.rank]),
                     ]
                 })
             });

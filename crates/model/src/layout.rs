@@ -1,5 +1,8 @@
 //! Where every parameter lies: Hugging Face names in module order, packed into flat buckets. A pure function of the
 //! config, so that all processes of any world agree. The memory itself is `kernels::Flat`.
+//!
+//! A bucket holds parameters of one stage alone, so that its gradients are ready, and can be reduced over the ranks, as soon
+//! as the backward has left that stage.
 
 use std::ops::Range;
 
@@ -21,9 +24,24 @@ pub struct Layout {
     pub parameters: Vec<Parameter>,
 }
 
-/// A contiguous piece of memory holding whole parameters.
+/// A part of the decoder as its backward passes through it: head, norm, blocks from the last to the first, embedding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// The embedding, which is also the head's weight when tied: complete only when the backward has ended.
+    Embedding,
+    /// The block of this index.
+    Block(usize),
+    /// The final norm.
+    Norm,
+    /// The head's own weight.
+    Head,
+}
+
+/// A contiguous piece of memory holding whole parameters of one stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bucket {
+    /// Where its parameters are.
+    pub stage: Stage,
     /// Elements.
     pub len: usize,
     /// Indices into [`Layout::parameters`].
@@ -58,15 +76,15 @@ impl Layout {
 
     /// Tensors in order, packed into buckets.
     pub(crate) fn of(
-        tensors: impl IntoIterator<Item = (String, Vec<usize>)>,
+        tensors: impl IntoIterator<Item = (Stage, String, Vec<usize>)>,
         elements_max: usize,
     ) -> Self {
         let mut layout = Self {
             buckets: Vec::new(),
             parameters: Vec::new(),
         };
-        for (name, shape) in tensors {
-            layout.push(name, shape, elements_max);
+        for (stage, name, shape) in tensors {
+            layout.push(stage, name, shape, elements_max);
         }
         layout
     }
@@ -74,6 +92,14 @@ impl Layout {
     /// Elements of every bucket.
     pub fn bucket_lens(&self) -> Vec<usize> {
         self.buckets.iter().map(|bucket| bucket.len).collect()
+    }
+
+    /// Indices of a stage's buckets.
+    pub fn buckets_of(&self, stage: Stage) -> impl Iterator<Item = usize> + '_ {
+        let buckets = self.buckets.iter().enumerate();
+        buckets
+            .filter(move |(_, bucket)| bucket.stage == stage)
+            .map(|(index, _)| index)
     }
 
     /// Zeros for every bucket.
@@ -96,15 +122,14 @@ impl Layout {
             .find(|parameter| parameter.name == name)
     }
 
-    fn push(&mut self, name: String, shape: Vec<usize>, elements_max: usize) {
+    fn push(&mut self, stage: Stage, name: String, shape: Vec<usize>, elements_max: usize) {
         let len: usize = shape.iter().product();
         let index = self.parameters.len();
-        let full = self
-            .buckets
-            .last()
-            .is_none_or(|bucket| bucket.len + len > elements_max);
+        let last = self.buckets.last();
+        let full = last.is_none_or(|it| it.stage != stage || it.len + len > elements_max);
         if full {
             self.buckets.push(Bucket {
+                stage,
                 len: 0,
                 parameters: index..index,
             });
@@ -315,10 +340,11 @@ pub(crate) fn modules(config: &ModelConfig, plan: &AttentionPlan) -> Vec<Module>
     modules
 }
 
-/// Names and shapes in module order.
-fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+/// Stages, names and shapes in module order.
+fn tensors(config: &ModelConfig) -> Vec<(Stage, String, Vec<usize>)> {
     let (names, hidden) = (Names::of(config.family), config.hidden);
-    let mut tensors = vec![(names.embedding.to_owned(), vec![config.vocabulary, hidden])];
+    let embedding = names.embedding.to_owned();
+    let mut tensors = vec![(Stage::Embedding, embedding, vec![config.vocabulary, hidden])];
     for (index, plan) in config.attention.iter().enumerate() {
         for module in modules(config, plan) {
             let name = format!("{}.{index}.{}", names.block, module.name);
@@ -326,18 +352,20 @@ fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
                 Some(columns) => vec![module.out, columns],
                 None => vec![module.out],
             };
-            tensors.push((format!("{name}.weight"), shape));
+            let stage = Stage::Block(index);
+            tensors.push((stage, format!("{name}.weight"), shape));
             if module.bias {
-                tensors.push((format!("{name}.bias"), vec![module.out]));
+                tensors.push((stage, format!("{name}.bias"), vec![module.out]));
             }
         }
     }
-    tensors.push((format!("{}.weight", names.norm), vec![hidden]));
+    tensors.push((Stage::Norm, format!("{}.weight", names.norm), vec![hidden]));
     if config.norm == NormKind::Layer {
-        tensors.push((format!("{}.bias", names.norm), vec![hidden]));
+        tensors.push((Stage::Norm, format!("{}.bias", names.norm), vec![hidden]));
     }
     if !config.tied {
-        tensors.push((names.head.to_owned(), vec![config.vocabulary, hidden]));
+        let head = names.head.to_owned();
+        tensors.push((Stage::Head, head, vec![config.vocabulary, hidden]));
     }
     tensors
 }

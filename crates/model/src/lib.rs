@@ -14,6 +14,7 @@
 mod adapter;
 mod block;
 mod config;
+mod cost;
 mod error;
 mod generate;
 mod layout;
@@ -24,19 +25,25 @@ mod pack;
 mod random;
 mod rotary;
 mod slots;
+mod sums;
 mod weights;
 mod write;
 
 pub use adapter::{Lora, Targets, load_adapter};
 pub use burn::tensor::Device;
 pub use config::{Biases, Family, Gate, MlpPlan, ModelConfig, NormKind, Projections, Residual};
+pub use cost::Operations;
 pub use error::ModelError;
 pub use generate::Sampler;
-pub use kernels::{Activation, AttentionPlan, Gradients, Precision};
-pub use layout::{BUCKET_ELEMENTS_MAX, Bucket, Layout, Parameter};
+pub use kernels::{
+    Activation, AttentionPlan, EmbeddingRows, Gradients, Precision, Slot, TileSums, head_tiles,
+    is_host,
+};
+pub use layout::{BUCKET_ELEMENTS_MAX, Bucket, Layout, Parameter, Stage};
 pub use memory::{PackBytes, PackShape};
-pub use model::{Model, PackLogps, Saved, Saving, Trace};
+pub use model::{BackwardEnd, Model, PackLogps, Saved, Saving, Trace};
 pub use pack::{Pack, PairTokens, Segment};
 pub use random::random_weights;
 pub use rotary::{RotaryPlan, RotaryScaling};
+pub use sums::{InputGradient, Sums};
 pub use write::write_safetensors;

@@ -4,11 +4,13 @@
 //! `x` is the residual stream, `[n, h]`; the head sees only the `[p, h]` rows that predict something.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
 use kernels::{
-    Flat, Gradients, HeadSaved, Precision, RotaryTable, composition::soft_cap, embedding,
-    embedding_backward, gather_rows, linear, logprob_head, logprob_head_backward, scatter_add_rows,
+    Flat, Gradients, HeadSaved, Precision, RotaryTable, Slot, composition::soft_cap, embedding,
+    embedding_backward, gather_rows, linear, logprob_head, logprob_head_backward,
+    logprob_head_backward_shared, scatter_add_rows,
 };
 
 use crate::block::{Block, BlockSaved, Rows, Tables};
@@ -16,8 +18,9 @@ use crate::operations::{AdapterWeights, Norm, NormSaved, Weights};
 use crate::pack::{Pack, Predictions};
 use crate::rotary::Frequencies;
 use crate::slots::Slots;
+use crate::sums::{InputGradient, Sums};
 use crate::write::little_endian;
-use crate::{Layout, Lora, ModelConfig, ModelError, weights};
+use crate::{Layout, Lora, ModelConfig, ModelError, Stage, weights};
 
 /// A decoder with its weights, f32, on one device. With an adapter only that is trained.
 pub struct Model {
@@ -63,6 +66,16 @@ pub struct Saved {
     /// `None` when the pack predicts nothing.
     tape: Option<Tape>,
     segments: usize,
+    /// Time that the forward spent in the log-prob head.
+    pub head_time: Duration,
+}
+
+/// How a backward ended.
+pub struct BackwardEnd {
+    /// What is left for the embedding; nothing where it is frozen or nothing was predicted.
+    pub input: Option<InputGradient>,
+    /// Time spent in the log-prob head, waiting for its sums included.
+    pub head_time: Duration,
 }
 
 struct Tape {
@@ -220,58 +233,106 @@ impl Model {
     /// # Panics
     /// If a token id is not below the vocabulary size.
     pub fn forward(&self, pack: &Pack) -> PackLogps {
-        let (tokens, predictions, _) = self.run(pack, None);
+        let Run {
+            tokens,
+            predictions,
+            ..
+        } = self.run(pack, None);
         sums(&tokens, &predictions)
     }
 
     /// As [`Model::forward`], to the bit, and what the backward needs.
     pub fn forward_train(&self, pack: &Pack) -> (PackLogps, Saved) {
-        let (tokens, predictions, tape) = self.run(pack, Some(self.saving));
-        let logps = sums(&tokens, &predictions);
-        let tape = tape.map(|tape| tape.close(pack.clone(), predictions));
+        let run = self.run(pack, Some(self.saving));
+        let logps = sums(&run.tokens, &run.predictions);
+        let tape = run.tape;
+        let tape = tape.map(|tape| tape.close(pack.clone(), run.predictions));
         (
             logps,
             Saved {
                 tape,
                 segments: pack.segments.len(),
+                head_time: run.head_time,
             },
         )
     }
 
     /// The log-prob of every scored completion token, one list per completion; [`Model::forward`] sums them.
     pub fn token_logps(&self, pack: &Pack) -> Vec<[Vec<f32>; 2]> {
-        let (tokens, predictions, _) = self.run(pack, None);
-        predictions.split(&tokens)
+        let run = self.run(pack, None);
+        run.predictions.split(&run.tokens)
     }
 
     /// Adds to `gradients` the gradient of Σ `dlogps[s][c]` · logps[s][c] over segments and completions.
     pub fn backward(&self, saved: Saved, dlogps: &[[f32; 2]], gradients: &mut Gradients) {
+        let end = self.backward_into(saved, dlogps, gradients);
+        if let Some(input) = end.input {
+            self.backward_input(input, gradients);
+        }
+    }
+
+    /// Adds what [`Model::backward_into`] left for the embedding to its gradient.
+    pub fn backward_input(&self, input: InputGradient, gradients: &mut Gradients) {
+        let InputGradient { tokens, dx } = input;
+        embedding_backward(&dx, &tokens, gradients, &self.slots.embedding);
+    }
+
+    /// As [`Model::backward`], adding to `sums` as it comes to each stage; the embedding is left to the caller.
+    pub fn backward_into(
+        &self,
+        saved: Saved,
+        dlogps: &[[f32; 2]],
+        sums: &mut dyn Sums,
+    ) -> BackwardEnd {
         assert_eq!(dlogps.len(), saved.segments, "derivatives and segments");
         let Some(tape) = saved.tape else {
-            return;
+            return BackwardEnd {
+                input: None,
+                head_time: Duration::ZERO,
+            };
         };
-        let dx = self.head_backward(&tape, dlogps, gradients);
+        let start = Instant::now();
+        let mut dx = self.head_backward(&tape, dlogps, sums);
+        let head_time = start.elapsed();
         let rows = Rows {
             tables: &tape.tables,
             segments: &tape.pack.segments,
         };
-        let blocks = tape.blocks.into_iter().enumerate().rev();
-        let dx = blocks.fold(dx, |dx, (index, kept)| {
+        for (index, kept) in tape.blocks.into_iter().enumerate().rev() {
             let block = self.block(index);
             let saved = match kept {
                 Kept::Operands(saved) => *saved,
                 Kept::Input(x) => block.forward(*x, &rows).1,
             };
-            block.backward(&dx, saved, &rows, gradients)
-        });
-        if self.adapter.is_some() {
-            return;
+            let mut saved = Some(saved);
+            sums.stage(Stage::Block(index), &mut |gradients| {
+                let saved = saved.take().expect("a stage is passed once");
+                dx = block.backward(&dx, saved, &rows, gradients);
+            });
         }
-        let dx = match self.config.embedding_scale {
-            Some(scale) => dx.mul_scalar(scale),
-            None => dx,
-        };
-        embedding_backward(&dx, &tape.pack.tokens, gradients, &self.slots.embedding);
+        let input = self.adapter.is_none().then(|| InputGradient {
+            tokens: tape.pack.tokens,
+            dx: match self.config.embedding_scale {
+                Some(scale) => dx.mul_scalar(scale),
+                None => dx,
+            },
+        });
+        BackwardEnd { input, head_time }
+    }
+
+    /// Where the table of tokens lies among what is trained.
+    pub fn embedding_slot(&self) -> Slot {
+        self.slots.embedding
+    }
+
+    /// Where the head's weight lies among what is trained: the embedding's place when tied.
+    pub fn head_slot(&self) -> Slot {
+        self.slots.head
+    }
+
+    /// Whether the model's own weights are trained, and not an adapter alone.
+    pub fn trains_itself(&self) -> bool {
+        self.adapter.is_none()
     }
 
     /// Zeros laid out like what is trained.
@@ -334,15 +395,16 @@ impl Model {
         Trace { hidden, logits }
     }
 
-    /// Token log-probs in the order of the predictions, and the open tape if something is to be kept.
-    fn run(
-        &self,
-        pack: &Pack,
-        saving: Option<Saving>,
-    ) -> (Vec<f32>, Predictions, Option<OpenTape>) {
+    /// Log-probs of all predictions, and the open tape if something is to be kept.
+    fn run(&self, pack: &Pack, saving: Option<Saving>) -> Run {
         let predictions = pack.predictions();
         if predictions.rows.is_empty() {
-            return (Vec::new(), predictions, None);
+            return Run {
+                tokens: Vec::new(),
+                predictions,
+                tape: None,
+                head_time: Duration::ZERO,
+            };
         }
         let tables = self.tables(pack);
         let rows = Rows {
@@ -362,6 +424,7 @@ impl Model {
             }
             x = y;
         }
+        let start = Instant::now();
         let picked = gather_rows(&x, &predictions.rows);
         let (normed, norm) = self.final_norm(&picked);
         let normed = self.both().operand(&normed);
@@ -379,36 +442,46 @@ impl Model {
             normed,
             head,
         });
-        (tokens, predictions, tape)
+        Run {
+            tokens,
+            predictions,
+            tape,
+            head_time: start.elapsed(),
+        }
     }
 
     /// The gradient of the last block's output, `[n, h]`.
-    fn head_backward(
-        &self,
-        tape: &Tape,
-        dlogps: &[[f32; 2]],
-        gradients: &mut Gradients,
-    ) -> Tensor<2> {
+    fn head_backward(&self, tape: &Tape, dlogps: &[[f32; 2]], sums: &mut dyn Sums) -> Tensor<2> {
         let Predictions { rows, targets, .. } = &tape.predictions;
-        let sums = self.adapter.is_none();
-        let sums = sums.then_some((&mut *gradients, &self.slots.head));
-        let dnormed = logprob_head_backward(
-            &tape.predictions.spread(dlogps),
-            &tape.normed,
-            &self.head(),
-            targets,
-            self.config.logit_cap,
-            &tape.head,
-            sums,
-        );
-        let dpicked = self.slots.norm.norm_backward(
-            self.both(),
-            &dnormed,
-            &tape.picked,
-            &tape.norm,
-            self.config.norm,
-            gradients,
-        );
+        let dlogps = tape.predictions.spread(dlogps);
+        let cap = self.config.logit_cap;
+        let (normed, head, saved) = (&tape.normed, &self.head(), &tape.head);
+        let alone = |sums: Option<(&mut Gradients, &Slot)>| {
+            logprob_head_backward(&dlogps, normed, head, targets, cap, saved, sums)
+        };
+        let dnormed = if self.adapter.is_some() {
+            alone(None)
+        } else if let Some(tiles) = sums.head() {
+            logprob_head_backward_shared(&dlogps, normed, head, targets, cap, saved, tiles)
+        } else {
+            let mut dnormed = None;
+            sums.stage(Stage::Head, &mut |gradients| {
+                dnormed = Some(alone(Some((gradients, &self.slots.head))));
+            });
+            dnormed.expect("a stage is passed once")
+        };
+        let mut dpicked = None;
+        sums.stage(Stage::Norm, &mut |gradients| {
+            dpicked = Some(self.slots.norm.norm_backward(
+                self.both(),
+                &dnormed,
+                &tape.picked,
+                &tape.norm,
+                self.config.norm,
+                gradients,
+            ));
+        });
+        let dpicked = dpicked.expect("a stage is passed once");
         scatter_add_rows(&dpicked, rows, tape.pack.len())
     }
 
@@ -499,6 +572,15 @@ pub(crate) fn text(tokens: &[u32]) -> Pack {
         chosen: &[],
         rejected: &[],
     }])
+}
+
+/// What [`Model::run`] found.
+struct Run {
+    /// Log-probs in the order of the predictions.
+    tokens: Vec<f32>,
+    predictions: Predictions,
+    tape: Option<OpenTape>,
+    head_time: Duration,
 }
 
 /// The tape before it owns the pack.

@@ -11,6 +11,8 @@ pub(crate) struct Batch<'a> {
     pub pairs: Vec<&'a Pair>,
     /// Slots of this rank's packs.
     pub own: Vec<Vec<usize>>,
+    /// How many of them go through the model side by side.
+    pub lanes: usize,
     /// Sizes over all ranks.
     pub counts: GlobalCounts,
     /// Tokens over all ranks, a prompt counted once for each of its completions.
@@ -18,7 +20,7 @@ pub(crate) struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// Cuts `pairs` into packs of at most `capacity` tokens and deals them.
+    /// Cuts `pairs` into packs of at most `capacity` tokens and deals them, to go through the model one by one.
     pub fn new(pairs: Vec<&'a Pair>, capacity: usize, rank: usize, world: usize) -> Self {
         let lengths: Vec<usize> = pairs.iter().map(|pair| pair.packed_tokens()).collect();
         let mut packs = data::pack_plan(&lengths, capacity);
@@ -35,9 +37,19 @@ impl<'a> Batch<'a> {
         Self {
             tokens: pairs.iter().map(|pair| pair.tokens()).sum(),
             own,
+            lanes: 1,
             counts,
             pairs,
         }
+    }
+
+    /// Tokens of this rank's packs.
+    pub fn own_tokens(&self) -> Vec<usize> {
+        let tokens = |slot: &usize| self.pairs[*slot].packed_tokens();
+        let packs = self.own.iter();
+        packs
+            .map(|slots| slots.iter().map(tokens).sum::<usize>())
+            .collect()
     }
 
     /// The tokens of one of the own packs.

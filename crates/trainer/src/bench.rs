@@ -5,14 +5,16 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use data::{DataConfig, Tokenizer, step_pairs};
-use model::{Device, Model, Saving};
+use model::{Device, Model, ModelConfig, Operations, Saving};
 use objective::ObjectiveConfig;
 use serde::Serialize;
 use spec::{Dtype, OptimizerSection, SpecError};
 
+use crate::batch::Batch;
 use crate::error::TrainError;
-use crate::learner::{Learner, Times};
+use crate::learner::Learner;
 use crate::measure::measure;
+use crate::phases::Phases;
 use crate::process::peak_bytes;
 use crate::setup::{check_vocabulary, needs, precision};
 
@@ -55,17 +57,17 @@ pub struct BenchResult {
     pub profile: Option<Profile>,
 }
 
-/// Mean seconds per step by phase.
+/// Where the time of the timed steps went, and what it was spent on.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Profile {
-    /// Forward of all packs.
-    pub forward: f64,
-    /// Loss derivatives and backward of all packs.
-    pub backward: f64,
-    /// Log-probs and gradients over ranks, gradient norm.
-    pub reduce: f64,
-    /// AdamW and the weights over ranks.
-    pub update: f64,
+    /// Mean seconds of a step.
+    pub seconds: Phases,
+    /// Rows that a step computes: prompts once, their completions, no padding. A mean.
+    pub computed_tokens: f64,
+    /// Operations that forward and backward of a step need ([`model::Operations`]), in units of 10⁹. A mean.
+    pub needed_gflop: f64,
+    /// Needed operations by second of forward and backward, head included, in units of 10⁹.
+    pub gflop_per_second: f64,
 }
 
 /// Times `request.steps` steps of Cal-DPO.
@@ -100,14 +102,17 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
     let mut learner = Learner::new(model, OptimizerSection::default(), alone, patience);
     let mut start = Instant::now();
     let (mut pairs_done, mut tokens) = (0, 0);
+    let (mut computed_tokens, mut needed) = (0, 0.0);
     for step in 1..=request.warmup + request.steps {
         if step == request.warmup + 1 {
-            learner.times = Times::default();
+            learner.times = Phases::default();
             start = Instant::now();
         }
+        let batching = Instant::now();
         let order = step_pairs(0, step, pairs.len(), request.batch_pairs, false);
         let batch = order.pairs.iter().map(|&pair| &pairs[pair]);
         let batch = learner.batch(batch.collect(), request.micro_batch_tokens);
+        learner.times.data += batching.elapsed().as_secs_f64();
         // The policy as its own reference costs nothing and keeps the gradients of a run's first step.
         let prepared = learner.prepare(&batch, None, None, &objective)?;
         let measures = measure(
@@ -121,17 +126,14 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
         if step > request.warmup {
             pairs_done += batch.counts.pairs;
             tokens += batch.tokens;
+            computed_tokens += batch.own_tokens().iter().sum::<usize>();
+            needed += operations(learner.model.config(), &batch).training();
         }
     }
     let seconds = start.elapsed().as_secs_f64();
     let steps = request.steps as f64;
-    let mean = |time: Duration| time.as_secs_f64() / steps;
-    let Times {
-        forward,
-        backward,
-        reduce,
-        update,
-    } = learner.times;
+    let times = learner.times;
+    let through_the_model = times.forward + times.head + times.backward;
     Ok(BenchResult {
         pairs_per_second: pairs_done as f64 / seconds,
         tokens_per_second: tokens as f64 / seconds,
@@ -139,12 +141,19 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
         peak_memory_gib: peak_bytes().map(|bytes| bytes as f64 / f64::from(1 << 30)),
         parameters,
         profile: Some(Profile {
-            forward: mean(forward),
-            backward: mean(backward),
-            reduce: mean(reduce),
-            update: mean(update),
+            seconds: times.over(steps),
+            computed_tokens: computed_tokens as f64 / steps,
+            needed_gflop: needed / steps / 1e9,
+            gflop_per_second: needed / through_the_model / 1e9,
         }),
     })
+}
+
+/// What a forward over `batch` needs.
+fn operations(config: &ModelConfig, batch: &Batch<'_>) -> Operations {
+    let pairs = batch.pairs.iter();
+    let lengths = pairs.map(|it| (it.prompt.len(), [it.chosen.len(), it.rejected.len()]));
+    Operations::of(config, &lengths.collect::<Vec<_>>())
 }
 
 impl BenchRequest {

@@ -5,6 +5,8 @@
 
 use objective::RewardStatistics;
 
+use crate::phases::Phases;
+
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
@@ -29,7 +31,7 @@ pub struct Verdict {
     pub evaluate: bool,
 }
 
-/// A prepared step. All ranks report identical bits, so that the coordinator can compare them.
+/// A prepared step. All ranks report identical bits, times apart, so that the coordinator can compare them.
 #[derive(Clone, Debug)]
 pub struct StepReport {
     /// From 1.
@@ -54,10 +56,12 @@ pub struct StepReport {
     pub tokens: u64,
     /// Pairs of the step.
     pub pairs: u64,
+    /// Where this rank's time went since its last report.
+    pub phases: Phases,
 }
 
 impl StepReport {
-    /// Every value as bits: equal exactly when two ranks prepared the same step. (A skipped step may hold NaN, which is
+    /// Every value but the times as bits: equal exactly when two ranks prepared the same step. (A skipped step may hold NaN, which is
     /// unequal to itself, so the type has no `PartialEq`.)
     pub fn bits(&self) -> [u64; 18] {
         let rewards = &self.rewards;

@@ -1,18 +1,23 @@
-//! One step's arithmetic, over all ranks: forward and backward of the own packs, log-probs shared, gradients reduced, weights
-//! updated. When to do which, and what it means for the job, is `trainer`'s.
+//! One step's arithmetic, over all ranks: forward and backward of the own packs, gradients reduced as they become complete,
+//! log-probs shared, weights updated. When to do which, and what it means for the job, is `trainer`'s.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use checkpoint::MeanState;
-use collective::{Collective, CollectiveError};
-use model::{Gradients, Model};
+use collective::{Collective, CollectiveError, Op, Region, Ticket};
+use model::{Gradients, Model, PackLogps, Stage, is_host};
 use objective::{BatchStatistics, ObjectiveConfig, PairLogps, RunningMean, pair_loss};
 use spec::OptimizerSection;
 
 use crate::batch::Batch;
+use crate::error::TrainError;
 use crate::exchange::share_logps;
+use crate::lanes::Lanes;
 use crate::measure::pair_logps;
+use crate::phases::{PackTimes, Phases};
 use crate::shards::{Buckets, Reduced, ShardedOptimizer, Stretch};
+use crate::shared_sums::{SharedSums, early_stages, late_stages};
 
 /// The policy, its optimizer's share, and the way to the other ranks.
 pub(crate) struct Learner {
@@ -22,19 +27,11 @@ pub(crate) struct Learner {
     /// Of `bco_pair`'s rewards over the steps that were applied.
     pub shift: RunningMean,
     gradients: Gradients,
+    lanes: Lanes,
     /// How long to wait for the other ranks in any one operation.
     patience: Duration,
-    /// Where the time went, summed over steps.
-    pub times: Times,
-}
-
-/// Time by phase.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Times {
-    pub forward: Duration,
-    pub backward: Duration,
-    pub reduce: Duration,
-    pub update: Duration,
+    /// Where the time went, since whoever reads it last set it back.
+    pub times: Phases,
 }
 
 /// A step before its decision.
@@ -73,19 +70,27 @@ impl Learner {
         );
         Self {
             gradients: model.zero_gradients(),
+            lanes: Lanes::new(model.device()),
             model,
             optimizer,
             collective,
             shift: RunningMean::default(),
             patience,
-            times: Times::default(),
+            times: Phases::default(),
         }
     }
 
-    /// `pairs` as this rank's work.
-    pub fn batch<'a>(&self, pairs: Vec<&'a data::Pair>, capacity: usize) -> Batch<'a> {
+    /// `pairs` as this rank's work, of which at most `micro_batch_tokens` go through the model at once.
+    pub fn batch<'a>(&self, pairs: Vec<&'a data::Pair>, micro_batch_tokens: usize) -> Batch<'a> {
         let (rank, world) = (self.collective.rank(), self.collective.world());
-        Batch::new(pairs, capacity, rank, world)
+        let batch = Batch::new(
+            pairs,
+            self.lanes.pack_tokens(micro_batch_tokens),
+            rank,
+            world,
+        );
+        let lanes = self.lanes.count(&batch.own_tokens(), micro_batch_tokens);
+        Batch { lanes, ..batch }
     }
 
     /// Log-probs of all pairs and the reduced gradient; weights and moments are not touched. `references` by slot; with
@@ -96,41 +101,28 @@ impl Learner {
         references: Option<&[[f64; 2]]>,
         mismatched: Option<&Mismatched<'_>>,
         objective: &ObjectiveConfig,
-    ) -> Result<Prepared, CollectiveError> {
+    ) -> Result<Prepared, TrainError> {
         let mut shift = self.shift;
         let start = Instant::now();
         let statistics = self.statistics(batch, references, mismatched, objective, &mut shift)?;
-        self.times.forward += start.elapsed();
+        self.times.forward += start.elapsed().as_secs_f64();
         let scored = |slot: usize, logps: [f64; 2]| {
             let reference = references.map(|references| references[slot]);
             pair_logps(batch.pairs[slot], logps, reference)
         };
-        let mut own = Vec::new();
-        for slots in &batch.own {
-            let start = Instant::now();
-            let (result, saved) = self.model.forward_train(&batch.pack(slots));
-            self.times.forward += start.elapsed();
-
-            let start = Instant::now();
-            let mut dlogps = Vec::with_capacity(slots.len());
-            for (&slot, logps) in slots.iter().zip(&result.logps) {
-                let pair = scored(slot, logps.map(f64::from));
-                let share = pair_loss(objective, slot, &pair, batch.counts, &statistics);
-                dlogps.push([share.d_chosen as f32, share.d_rejected as f32]);
-                own.push((slot, *logps));
-            }
-            self.model.backward(saved, &dlogps, &mut self.gradients);
-            self.times.backward += start.elapsed();
-        }
+        let derivatives = |slot: usize, logps: [f32; 2]| {
+            let pair = scored(slot, logps.map(f64::from));
+            let share = pair_loss(objective, slot, &pair, batch.counts, &statistics);
+            [share.d_chosen as f32, share.d_rejected as f32]
+        };
+        let (own, tickets) = self.backward(batch, &derivatives)?;
 
         let start = Instant::now();
         let logps = self.share(batch.pairs.len(), &own)?;
         let deadline = self.deadline();
-        let gradients = self.gradients.take_host();
-        let reduced = self
-            .optimizer
-            .reduce(self.collective.as_mut(), gradients, deadline)?;
-        self.times.reduce += start.elapsed();
+        let collective = self.collective.as_mut();
+        let reduced = self.optimizer.reduced(collective, tickets, deadline)?;
+        self.times.reduce += start.elapsed().as_secs_f64();
         Ok(Prepared {
             pairs: (0..)
                 .zip(logps)
@@ -142,6 +134,84 @@ impl Learner {
         })
     }
 
+    /// Forward and backward of the own packs. Returns their log-probs by slot, and the reductions of all gradients, which begin as
+    /// soon as the last pack has left a stage.
+    fn backward(
+        &mut self,
+        batch: &Batch<'_>,
+        derivatives: &(dyn Fn(usize, [f32; 2]) -> [f32; 2] + Sync),
+    ) -> Result<(OwnLogps, Vec<Ticket>), TrainError> {
+        let Self {
+            model,
+            collective,
+            gradients,
+            lanes,
+            times,
+            ..
+        } = self;
+        let model: &Model = model;
+        let start = Instant::now();
+        let head = model.head_slot().bucket;
+        let shared = model.trains_itself() && is_host(model.device());
+        let mut head_sums = shared.then(|| gradients.take(head));
+        let reduction = Mutex::new(Reduction::new(collective.as_mut(), model));
+        let ready = |stage: Stage, gradients: &mut Gradients| {
+            let mut reduction = reduction.lock().unwrap_or_else(PoisonError::into_inner);
+            reduction.start(stage, gradients);
+        };
+        let packs = batch.own.len();
+        let sums = SharedSums::new(model, packs, gradients, head_sums.as_deref_mut(), &ready);
+        let pack = |index: usize| -> (OwnLogps, PackTimes) {
+            let slots = &batch.own[index];
+            let start = Instant::now();
+            let (result, saved) = model.forward_train(&batch.pack(slots));
+            let forward_head = saved.head_time.as_secs_f64();
+            let forward = start.elapsed().as_secs_f64() - forward_head;
+
+            let start = Instant::now();
+            let own = slots.iter().copied().zip(result.logps);
+            let own: OwnLogps = own.collect();
+            let derivatives = own.iter().map(|&(slot, logps)| derivatives(slot, logps));
+            let derivatives: Vec<_> = derivatives.collect();
+            let mut turn = sums.turn(index);
+            let end = model.backward_into(saved, &derivatives, &mut turn);
+            if let Some(input) = end.input {
+                turn.input(input);
+            }
+            drop(turn);
+            let backward_head = end.head_time.as_secs_f64();
+            let times = PackTimes {
+                forward,
+                head: forward_head + backward_head,
+                backward: start.elapsed().as_secs_f64() - backward_head,
+            };
+            (own, times)
+        };
+        let (mut own, mut busy) = (Vec::new(), PackTimes::default());
+        for (logps, times) in lanes.all(batch.lanes, packs, &pack)? {
+            own.extend(logps);
+            busy.add(&times);
+        }
+        let (parts, rows) = sums.finish();
+        if let Some(head_sums) = head_sums {
+            gradients.put(head, head_sums);
+        }
+        for part in parts {
+            gradients.join(part);
+        }
+        rows.add_to(gradients, &model.embedding_slot());
+        let mut reduction = reduction
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        if packs == 0 {
+            early_stages(model.config().blocks()).for_each(|it| reduction.start(it, gradients));
+        }
+        late_stages().for_each(|stage| reduction.start(stage, gradients));
+        let tickets = reduction.tickets()?;
+        times.add_packs(start.elapsed().as_secs_f64(), &busy);
+        Ok((own, tickets))
+    }
+
     /// What `objective` reads of the whole batch before any derivative: it costs a forward of its own.
     fn statistics(
         &mut self,
@@ -150,7 +220,7 @@ impl Learner {
         mismatched: Option<&Mismatched<'_>>,
         objective: &ObjectiveConfig,
         shift: &mut RunningMean,
-    ) -> Result<BatchStatistics, CollectiveError> {
+    ) -> Result<BatchStatistics, TrainError> {
         let pairs = if objective.reads_batch() {
             let logps = self.score(batch, &mut |_| ())?;
             let slots = logps.into_iter().enumerate();
@@ -175,7 +245,7 @@ impl Learner {
         &mut self,
         mismatched: &Mismatched<'_>,
         progress: &mut dyn FnMut(usize),
-    ) -> Result<Vec<f64>, CollectiveError> {
+    ) -> Result<Vec<f64>, TrainError> {
         let logps = self.score(&mismatched.batch, progress)?;
         let sides = logps.into_iter().zip(&mismatched.references);
         Ok(sides
@@ -194,7 +264,7 @@ impl Learner {
                 .apply(collective, weights, reduced, learning_rate, deadline)?;
         self.model.put_weights(weights);
         self.reset(memory);
-        self.times.update += start.elapsed();
+        self.times.update += start.elapsed().as_secs_f64();
         Ok(())
     }
 
@@ -214,14 +284,17 @@ impl Learner {
         &mut self,
         batch: &Batch<'_>,
         progress: &mut dyn FnMut(usize),
-    ) -> Result<Vec<[f64; 2]>, CollectiveError> {
+    ) -> Result<Vec<[f64; 2]>, TrainError> {
+        let Self { model, lanes, .. } = self;
         let mut own = Vec::new();
-        for (done, slots) in batch.own.iter().enumerate() {
-            let result = self.model.forward(&batch.pack(slots));
-            own.extend(slots.iter().copied().zip(result.logps));
-            progress(done + 1);
-        }
-        self.share(batch.pairs.len(), &own)
+        let score = |index: usize| model.forward(&batch.pack(&batch.own[index]));
+        let each = &mut |index: usize, result: PackLogps| {
+            own.extend(batch.own[index].iter().copied().zip(result.logps));
+            progress(index + 1);
+            Ok::<(), TrainError>(())
+        };
+        lanes.each(batch.lanes, batch.own.len(), &score, each)?;
+        Ok(self.share(batch.pairs.len(), &own)?)
     }
 
     fn share(
@@ -234,12 +307,68 @@ impl Learner {
     }
 
     fn reset(&mut self, memory: Buckets) {
-        self.gradients.put_host(memory);
+        for (bucket, values) in memory.into_iter().enumerate() {
+            self.gradients.put(bucket, values);
+        }
         self.gradients.zero();
     }
 
     fn deadline(&self) -> Instant {
         Instant::now() + self.patience
+    }
+}
+
+/// Log-probs of this rank's pairs by slot.
+type OwnLogps = Vec<(usize, [f32; 2])>;
+
+/// The reductions of a step's gradients, started bucket by bucket in one order on all ranks: that of the stages.
+struct Reduction<'a> {
+    collective: &'a mut dyn Collective,
+    model: &'a Model,
+    /// By bucket.
+    tickets: Vec<Option<Ticket>>,
+    failure: Option<CollectiveError>,
+}
+
+impl<'a> Reduction<'a> {
+    fn new(collective: &'a mut dyn Collective, model: &'a Model) -> Self {
+        let buckets = model.trained().buckets.iter();
+        Self {
+            collective,
+            model,
+            tickets: buckets.map(|_| None).collect(),
+            failure: None,
+        }
+    }
+
+    /// Sends the gradients of `stage` off. After a failure nothing more is.
+    fn start(&mut self, stage: Stage, gradients: &mut Gradients) {
+        let generation = self.collective.generation();
+        for bucket in self.model.trained().buckets_of(stage) {
+            if self.failure.is_some() {
+                return;
+            }
+            let region = Region::HostF32(gradients.take(bucket));
+            match self
+                .collective
+                .start(Op::ReduceScatterSum, region, generation)
+            {
+                Ok(ticket) => self.tickets[bucket] = Some(ticket),
+                Err(error) => self.failure = Some(error),
+            }
+        }
+    }
+
+    /// All reductions by bucket.
+    fn tickets(self) -> Result<Vec<Ticket>, CollectiveError> {
+        match self.failure {
+            Some(error) => Err(error),
+            None => Ok(self
+                .tickets
+                .into_iter()
+                .map(|ticket| ticket.expect("every bucket has a stage"))
+                .collect()),
+        }
     }
 }
 

@@ -20,8 +20,10 @@ mod evaluate;
 mod exchange;
 mod gate;
 mod generate;
+mod lanes;
 mod learner;
 mod measure;
+mod phases;
 pub mod plan;
 mod process;
 mod reference;
@@ -29,6 +31,7 @@ mod scope;
 mod score;
 mod setup;
 mod shards;
+mod shared_sums;
 mod snapshot;
 mod trainer;
 mod update;
@@ -40,6 +43,7 @@ pub use gate::{
     Verdict,
 };
 pub use generate::{Continuation, GenerateRequest, Prompts, generate};
+pub use phases::Phases;
 pub use reference::ReferenceCounts;
 pub use score::{ScoreRequest, ScoredPair, score};
 pub use setup::{Facts, Progress, Reports, Setup, reports};

@@ -13,6 +13,7 @@ use serde::Serialize;
 use spec::Spec;
 
 use crate::error::TrainError;
+use crate::lanes::Lanes;
 use crate::scope::scope;
 use crate::setup::{Progress, Setup, model_digest};
 
@@ -74,9 +75,9 @@ impl References {
         let (found, missing): (Vec<Entry<'_>>, Vec<Entry<'_>>) = slice
             .iter()
             .partition(|entry| references.store.get(&entry.key).is_some());
-        let capacity = setup.spec.train.micro_batch_tokens;
+        let micro_batch_tokens = setup.spec.train.micro_batch_tokens;
         references.verify(&found, setup.spec.reference.verify_samples, model)?;
-        references.compute(&missing, capacity, model, progress)?;
+        references.compute(&missing, micro_batch_tokens, model, progress)?;
         let counts = ReferenceCounts {
             reused: found.len() as u64,
             computed: missing.len() as u64,
@@ -141,7 +142,7 @@ impl References {
     fn compute(
         &self,
         missing: &[Entry<'_>],
-        capacity: usize,
+        micro_batch_tokens: usize,
         model: &Model,
         progress: Progress<'_>,
     ) -> Result<(), TrainError> {
@@ -153,9 +154,13 @@ impl References {
         let mut writer = self.store.writer()?;
         let (mut fresh, mut since) = (Vec::new(), Instant::now());
         let mut done = 0;
-        for groups in packs(missing, capacity) {
-            let logps = model.forward(&pack(&groups)).logps;
-            for (group, logps) in groups.iter().zip(logps) {
+        let mut lanes = Lanes::new(model.device());
+        let packs = packs(missing, lanes.pack_tokens(micro_batch_tokens));
+        let tokens: Vec<usize> = packs.iter().map(|groups| pack_tokens(groups)).collect();
+        let side_by_side = lanes.count(&tokens, micro_batch_tokens);
+        let score = |index: usize| model.forward(&pack(&packs[index])).logps;
+        let take = &mut |index: usize, logps: Vec<[f32; 2]>| {
+            for (group, logps) in packs[index].iter().zip(logps) {
                 for (entry, value) in group.iter().zip(logps) {
                     if !value.is_finite() {
                         return Err(TrainError::ReferenceNotFinite {
@@ -173,7 +178,9 @@ impl References {
                 progress(PHASE, done, total);
                 (fresh, since) = (Vec::new(), Instant::now());
             }
-        }
+            Ok(())
+        };
+        lanes.each(side_by_side, packs.len(), &score, take)?;
         writer.append(&fresh)?;
         progress(PHASE, total, total);
         Ok(())
@@ -274,6 +281,11 @@ fn packs<'a>(entries: &[Entry<'a>], capacity: usize) -> Vec<Vec<Vec<Entry<'a>>>>
         pack.push(group.to_vec());
     }
     packs
+}
+
+/// Tokens of a pack.
+fn pack_tokens(groups: &[Vec<Entry<'_>>]) -> usize {
+    groups.iter().map(|group| tokens(group)).sum()
 }
 
 /// Tokens of one pair's entries, which share its prompt.

@@ -8,6 +8,7 @@ use model::{Device, Model};
 use crate::adapter::put_on;
 use crate::batch::Batch;
 use crate::error::TrainError;
+use crate::lanes::Lanes;
 use crate::setup::check_vocabulary;
 
 /// What to score.
@@ -50,11 +51,15 @@ pub fn score<E: From<TrainError>>(
     each: &mut dyn FnMut(ScoredPair) -> Result<(), E>,
 ) -> Result<usize, E> {
     let (model, pairs) = load(request, device)?;
+    let mut lanes = Lanes::new(device);
+    let pack_tokens = lanes.pack_tokens(request.micro_batch_tokens);
     for (group, pairs) in pairs.chunks(GROUP_PAIRS).enumerate() {
-        let batch = Batch::new(pairs.iter().collect(), request.micro_batch_tokens, 0, 1);
+        let batch = Batch::new(pairs.iter().collect(), pack_tokens, 0, 1);
+        let side_by_side = lanes.count(&batch.own_tokens(), request.micro_batch_tokens);
+        let score = |index: usize| model.forward(&batch.pack(&batch.own[index]));
+        let scored = lanes.all(side_by_side, batch.own.len(), &score)?;
         let mut logps = vec![[0.0; 2]; pairs.len()];
-        for slots in &batch.own {
-            let scored = model.forward(&batch.pack(slots));
+        for (slots, scored) in batch.own.iter().zip(scored) {
             for (&slot, scored) in slots.iter().zip(scored.logps) {
                 logps[slot] = scored;
             }

@@ -10,7 +10,7 @@
 
 use std::{ops::Range, time::Instant};
 
-use collective::{Collective, CollectiveError, Op, Region, shard_range};
+use collective::{Collective, CollectiveError, Op, Region, Ticket, shard_range};
 use spec::OptimizerSection;
 
 use crate::update::{Update, has_first_moment};
@@ -112,22 +112,17 @@ impl ShardedOptimizer {
         self.updates = updates;
     }
 
-    /// Sums the ranks' gradients at their owners and takes the global norm. Weights and moments are not touched.
+    /// Waits for the sums of the ranks' gradients at their owners, and takes the global norm. `tickets` are reduce-scatters of the
+    /// buckets in order. Weights and moments are not touched.
     ///
     /// # Errors
     /// What the collective says; the gradient is gone then and the step must be done again.
-    pub fn reduce(
+    pub fn reduced(
         &self,
         collective: &mut dyn Collective,
-        gradients: Buckets,
+        tickets: Vec<Ticket>,
         deadline: Instant,
     ) -> Result<Reduced, CollectiveError> {
-        let generation = collective.generation();
-        let mut tickets = Vec::with_capacity(gradients.len());
-        for bucket in gradients {
-            let region = Region::HostF32(bucket);
-            tickets.push(collective.start(Op::ReduceScatterSum, region, generation)?);
-        }
         let mut buckets = Vec::with_capacity(tickets.len());
         let mut squares = 0.0;
         for (ticket, shard) in tickets.into_iter().zip(&self.buckets) {

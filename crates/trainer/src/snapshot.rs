@@ -90,6 +90,38 @@ impl Saver {
         Ok(())
     }
 
+    /// Writes the shard as it lies there, for a state that nothing changes any more; `report` hears as in [`Saver::save`]. A copy
+    /// would cost the memory of a third of the training state for nothing.
+    pub fn save_last(&mut self, learner: &mut Learner, state: TrainState, report: SavedReporter) {
+        self.finish();
+        self.spare = Snapshot::default();
+        let ranges = shard_ranges(learner);
+        let parts = parts(learner.model.trained(), &ranges);
+        let tensors = tensor_specs(learner.model.trained());
+        let weights = learner.model.take_weights();
+        let shards = learner.optimizer.shards();
+        let mut pieces = Vec::new();
+        for kind in [Kind::Weight, Kind::FirstMoment, Kind::SecondMoment] {
+            for part in &parts {
+                let shard = &shards[part.bucket];
+                let own = part.range.start - shard.range.start..part.range.end - shard.range.start;
+                let values = match kind {
+                    Kind::Weight => &weights[part.bucket][part.range.clone()],
+                    Kind::FirstMoment if shard.first.is_empty() => continue,
+                    Kind::FirstMoment => &shard.first[own],
+                    Kind::SecondMoment => &shard.second[own],
+                };
+                pieces.push(part.piece(kind, values));
+            }
+        }
+        let file = self.destination.write(state, &tensors, &pieces);
+        learner.model.put_weights(weights);
+        report(SavedShard {
+            step: state.step,
+            file,
+        });
+    }
+
     /// Waits for the save in flight.
     pub fn finish(&mut self) {
         if let Some(writing) = self.writing.take() {
@@ -105,9 +137,7 @@ impl Snapshot {
     fn take(&mut self, learner: &mut Learner) {
         if self.parts.is_empty() {
             self.tensors = tensor_specs(learner.model.trained());
-            let shards = learner.optimizer.shards().iter();
-            let ranges: Vec<_> = shards.map(|shard| shard.range.clone()).collect();
-            self.parts = parts(learner.model.trained(), &ranges);
+            self.parts = parts(learner.model.trained(), &shard_ranges(learner));
         }
         self.weights.clear();
         self.first.clear();
@@ -136,31 +166,43 @@ impl Snapshot {
             for part in &self.parts {
                 let (own, others) = rest.split_at(part.range.len());
                 rest = others;
-                pieces.push(Piece {
-                    tensor: &part.tensor,
-                    kind,
-                    start: part.start,
-                    values: own,
-                });
+                pieces.push(part.piece(kind, own));
             }
         }
-        let Destination {
-            checkpoints,
-            generation,
-            rank,
-            world,
-        } = destination;
+        destination.write(state, &self.tensors, &pieces)
+    }
+}
+
+impl Destination {
+    /// The rank's file as the manifest lists it, in JSON.
+    fn write(
+        &self,
+        state: TrainState,
+        tensors: &[TensorSpec],
+        pieces: &[Piece<'_>],
+    ) -> Result<String, String> {
         let written = checkpoint::write_rank(
-            checkpoints,
-            *generation,
-            *rank,
-            *world,
+            &self.checkpoints,
+            self.generation,
+            self.rank,
+            self.world,
             state,
-            &self.tensors,
-            &pieces,
+            tensors,
+            pieces,
         );
         let file = written.map_err(|error| error.to_string())?;
         serde_json::to_string(&file).map_err(|error| error.to_string())
+    }
+}
+
+impl Part {
+    fn piece<'a>(&'a self, kind: Kind, values: &'a [f32]) -> Piece<'a> {
+        Piece {
+            tensor: &self.tensor,
+            kind,
+            start: self.start,
+            values,
+        }
     }
 }
 
@@ -236,6 +278,12 @@ pub(crate) fn restore(
             count: kept.count,
         });
     Ok(state)
+}
+
+/// The own elements within every bucket.
+fn shard_ranges(learner: &Learner) -> Vec<Range<usize>> {
+    let shards = learner.optimizer.shards().iter();
+    shards.map(|shard| shard.range.clone()).collect()
 }
 
 fn tensor_specs(layout: &Layout) -> Vec<TensorSpec> {

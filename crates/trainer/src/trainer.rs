@@ -1,7 +1,7 @@
 //! The training loop of one rank. It reads from top to bottom: what next, prepare, ask, apply or drop, save, evaluate.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use checkpoint::TrainState;
 use collective::Collective;
@@ -12,9 +12,10 @@ use spec::{Schedule, Spec};
 use crate::batch::Batch;
 use crate::error::TrainError;
 use crate::evaluate;
-use crate::gate::{EvaluationRow, Next, StepGate, StepReport, Verdict};
+use crate::gate::{EvaluationRow, Next, StepGate, StepReport};
 use crate::learner::{Learner, Mismatched, Prepared};
 use crate::measure::{measure, pair_logps};
+use crate::phases::{Phases, timed};
 use crate::process::peak_bytes;
 use crate::reference::{ReferenceCounts, References};
 use crate::setup::{MismatchedPairs, Progress, Setup, held_out};
@@ -160,7 +161,7 @@ impl Trainer {
     /// A lost peer or control side; the state of the last checkpoint is what remains then.
     pub fn run(mut self, gate: &mut dyn StepGate) -> Result<End, TrainError> {
         loop {
-            let next = gate.next()?;
+            let next = timed(&mut self.learner.times.wait, || gate.next())?;
             self.collect_references()?;
             match next {
                 Next::Evaluate => self.evaluate(gate)?,
@@ -187,6 +188,7 @@ impl Trainer {
                 total,
             });
         }
+        let start = Instant::now();
         let pairs = self.train.pairs.len();
         let batch_pairs = self.spec.train.batch_pairs;
         let order = step_pairs(
@@ -209,6 +211,7 @@ impl Trainer {
                 references,
             }
         });
+        self.learner.times.data += start.elapsed().as_secs_f64();
 
         let prepared = self.learner.prepare(
             &batch,
@@ -217,7 +220,8 @@ impl Trainer {
             &self.spec.objective,
         )?;
         let report = self.report(step, order.epoch, &batch, &prepared);
-        let verdict: Verdict = gate.prepared(&report)?;
+        self.learner.times = Phases::default();
+        let verdict = timed(&mut self.learner.times.wait, || gate.prepared(&report))?;
         if verdict.apply {
             self.learner.apply(prepared.reduced, report.learning_rate)?;
             self.learner.shift = prepared.shift;
@@ -233,8 +237,14 @@ impl Trainer {
         };
 
         if verdict.save {
-            let reporter = gate.saved_reporter();
-            self.saver.save(&mut self.learner, self.state, reporter)?;
+            let (reporter, start) = (gate.saved_reporter(), Instant::now());
+            let (saver, learner) = (&mut self.saver, &mut self.learner);
+            if step == total {
+                saver.save_last(learner, self.state, reporter);
+            } else {
+                saver.save(learner, self.state, reporter)?;
+            }
+            self.learner.times.checkpoint += start.elapsed().as_secs_f64();
         }
         if verdict.evaluate {
             self.evaluate(gate)?;
@@ -262,6 +272,7 @@ impl Trainer {
             rewards: measures.rewards,
             tokens: batch.tokens,
             pairs: batch.counts.pairs,
+            phases: self.learner.times,
         }
     }
 
@@ -271,6 +282,7 @@ impl Trainer {
         if pairs.is_empty() {
             return Ok(());
         }
+        let start = Instant::now();
         let capacity = self.spec.train.micro_batch_tokens;
         let batch = self.learner.batch(pairs.iter().collect(), capacity);
         let mismatched = match &self.references {
@@ -312,6 +324,7 @@ impl Trainer {
         } else {
             Vec::new()
         };
+        self.learner.times.evaluate += start.elapsed().as_secs_f64();
         gate.evaluated(&row, &samples)?;
         Ok(())
     }

@@ -11,6 +11,7 @@ use model::{ModelConfig, PackBytes, PackShape, Precision, Saving};
 use serde::Serialize;
 
 use super::{Lengths, Program, Workload};
+use crate::lanes::{lanes, pack_tokens};
 
 /// Settings that memory depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -34,7 +35,7 @@ pub struct WorkerMemory {
     pub moments: Vec<Moment>,
     /// The most of them.
     pub peak_bytes: u64,
-    /// Tokens of the largest micro-batch that a step trains on.
+    /// Most tokens that a step has on their way through the model at once.
     pub largest_micro_batch_tokens: usize,
     /// Logits that the log-prob head holds at once, with its row states; part of the workspace.
     pub head_chunk_bytes: u64,
@@ -190,14 +191,14 @@ impl Workload {
                 self.scoring_reference(loaded, &all, knobs),
             ));
         }
-        let (pack, shape) = self.largest_step(&train, knobs);
+        let step = self.largest_step(&train, knobs);
         let pairs = train.len() + held_out.len();
         let trained = self.trained(loaded, pairs, knobs, saves);
         moments.push(moment(
             "training step",
-            self.stepping(trained.with(pack), knobs),
+            self.stepping(trained.with(step.bytes), knobs),
         ));
-        moments.push(moment("checkpoint", self.saving(trained, knobs)));
+        moments.push(moment("checkpoint", trained));
         if !held_out.is_empty() {
             let pack = self.largest_scored(&self.config, packs(&held_out, knobs), knobs);
             moments.push(moment("evaluation", trained.with(pack)));
@@ -205,8 +206,8 @@ impl Workload {
         WorkerMemory {
             peak_bytes: moments.iter().map(|moment| moment.bytes).max().unwrap_or(0),
             moments,
-            largest_micro_batch_tokens: shape.tokens,
-            head_chunk_bytes: pack.head,
+            largest_micro_batch_tokens: step.tokens,
+            head_chunk_bytes: step.bytes.head,
         }
     }
 
@@ -262,13 +263,6 @@ impl Workload {
         }
     }
 
-    fn saving(&self, trained: Parts, knobs: &Knobs) -> Parts {
-        Parts {
-            snapshot: self.snapshot(knobs),
-            ..trained
-        }
-    }
-
     /// A copy of a worker's share of weights and moments.
     fn snapshot(&self, knobs: &Knobs) -> u64 {
         (1 + self.moments) * self.shard(knobs) * FLOAT
@@ -284,21 +278,21 @@ impl Workload {
         shares.sum::<usize>() as u64
     }
 
-    /// The pack of a step that holds most.
-    fn largest_step(&self, train: &[Option<Lengths>], knobs: &Knobs) -> (PackBytes, PackShape) {
+    /// The packs that a step has on their way at once, where they hold most.
+    fn largest_step(&self, train: &[Option<Lengths>], knobs: &Knobs) -> InFlight {
         let saving = if knobs.gradient_checkpointing {
             Saving::BlockInputs
         } else {
             Saving::Operands
         };
-        let mut shapes: Vec<PackShape> = Vec::new();
-        for step in &self.steps {
+        let steps = self.steps.iter().map(|step| {
             let lengths: Vec<Lengths> = step.iter().filter_map(|&pair| train[pair]).collect();
-            shapes.extend(packs(&lengths, knobs));
-        }
-        largest(shapes, |shape| {
-            PackBytes::training(&self.config, shape, saving, self.precision, knobs.threads)
-        })
+            in_flight(packs(&lengths, knobs), knobs, |shape, threads| {
+                PackBytes::training(&self.config, shape, saving, self.precision, threads)
+            })
+        });
+        let largest = steps.max_by_key(|it| it.bytes.total());
+        largest.unwrap_or_default()
     }
 
     fn largest_scored(
@@ -307,10 +301,10 @@ impl Workload {
         shapes: Vec<PackShape>,
         knobs: &Knobs,
     ) -> PackBytes {
-        largest(shapes, |shape| {
-            PackBytes::scoring(config, shape, self.precision, knobs.threads)
+        in_flight(shapes, knobs, |shape, threads| {
+            PackBytes::scoring(config, shape, self.precision, threads)
         })
-        .0
+        .bytes
     }
 
     /// Bytes of so many weights as they are computed with.
@@ -339,18 +333,36 @@ fn moment(name: &'static str, parts: Parts) -> Moment {
     }
 }
 
-/// The shape that holds most. Of shapes with as many tokens and predictions only one is looked at.
-fn largest(
-    mut shapes: Vec<PackShape>,
-    bytes: impl Fn(&PackShape) -> PackBytes,
-) -> (PackBytes, PackShape) {
-    shapes.sort_unstable();
-    shapes.dedup();
-    shapes
-        .into_iter()
-        .map(|shape| (bytes(&shape), shape))
-        .max_by_key(|(bytes, _)| bytes.total())
-        .unwrap_or_default()
+/// Packs that go through the model side by side.
+#[derive(Default)]
+struct InFlight {
+    bytes: PackBytes,
+    tokens: usize,
+}
+
+/// The most that lanes hold of these packs; each lane has its part of the threads.
+fn in_flight(
+    shapes: Vec<PackShape>,
+    knobs: &Knobs,
+    bytes: impl Fn(&PackShape, usize) -> PackBytes,
+) -> InFlight {
+    let tokens: Vec<usize> = shapes.iter().map(|shape| shape.tokens).collect();
+    let lanes = lanes(&tokens, knobs.micro_batch_tokens, knobs.threads);
+    let threads = knobs.threads.div_ceil(lanes);
+    let mut packs: Vec<_> = shapes
+        .iter()
+        .map(|shape| (bytes(shape, threads), shape.tokens))
+        .collect();
+    packs.sort_by_key(|(bytes, _)| std::cmp::Reverse(bytes.total()));
+    let together = packs.into_iter().take(lanes);
+    together.fold(InFlight::default(), |all, (bytes, tokens)| InFlight {
+        bytes: PackBytes {
+            kept: all.bytes.kept + bytes.kept,
+            workspace: all.bytes.workspace + bytes.workspace,
+            head: all.bytes.head + bytes.head,
+        },
+        tokens: all.tokens + tokens,
+    })
 }
 
 fn cut(lengths: &[Lengths], max_length: usize) -> Vec<Option<Lengths>> {
@@ -360,7 +372,7 @@ fn cut(lengths: &[Lengths], max_length: usize) -> Vec<Option<Lengths>> {
 /// The packs of pairs that are planned together.
 fn packs(lengths: &[Lengths], knobs: &Knobs) -> Vec<PackShape> {
     let tokens: Vec<usize> = lengths.iter().map(Lengths::tokens).collect();
-    let plan = pack_plan(&tokens, knobs.micro_batch_tokens);
+    let plan = pack_plan(&tokens, pack_tokens(true, knobs.micro_batch_tokens));
     plan.iter()
         .map(|pack| shape(pack.iter().map(|&pair| &lengths[pair])))
         .collect()
@@ -368,9 +380,10 @@ fn packs(lengths: &[Lengths], knobs: &Knobs) -> Vec<PackShape> {
 
 /// Packs that are filled one after another, as the reference pass does it.
 fn in_order(lengths: &[Lengths], knobs: &Knobs) -> Vec<PackShape> {
+    let capacity = pack_tokens(true, knobs.micro_batch_tokens);
     let mut packs: Vec<PackShape> = Vec::new();
     for pair in lengths {
-        let fits = |pack: &PackShape| pack.tokens + pair.tokens() <= knobs.micro_batch_tokens;
+        let fits = |pack: &PackShape| pack.tokens + pair.tokens() <= capacity;
         match packs.last_mut().filter(|pack| fits(pack)) {
             Some(pack) => *pack = pack.and(pair.prompt, pair.completions),
             None => packs.push(shape(std::iter::once(pair))),

@@ -17,7 +17,8 @@ use super::{Draft, on_threads};
 use crate::adapter::Adapter;
 use crate::batch::Batch;
 use crate::error::TrainError;
-use crate::learner::{Learner, Times};
+use crate::learner::Learner;
+use crate::phases::Phases;
 use crate::reference::ReferenceAmount;
 use crate::setup::precision;
 
@@ -66,7 +67,7 @@ struct Timed {
     tokens: f64,
     partial: bool,
     wall: Duration,
-    times: Times,
+    times: Phases,
 }
 
 /// How long the timed steps may take together.
@@ -109,14 +110,14 @@ impl Draft {
         let (write, verify) = time_checkpoint(&request.checkpoints).unzip();
 
         let first = &ranks[0];
-        let mean = |part: fn(&Times) -> Duration| {
-            let all: f64 = ranks
-                .iter()
-                .map(|rank| part(&rank.times).as_secs_f64())
-                .sum();
+        let mean = |part: fn(&Phases) -> f64| {
+            let all: f64 = ranks.iter().map(|rank| part(&rank.times)).sum();
             all / ranks.len() as f64
         };
-        let (forward, backward) = (mean(|it| it.forward), mean(|it| it.backward));
+        // A forward has one of the head's four products; its backward makes the logits again, and two more.
+        let head = mean(|it| it.head);
+        let forward = mean(|it| it.forward) + head / 4.0;
+        let backward = mean(|it| it.backward) + head * 3.0 / 4.0;
         let steps = first.steps as f64;
         Ok(Probe {
             steps: first.steps,
@@ -219,6 +220,7 @@ impl Draft {
             let pairs = pairs.iter().map(|&pair| &self.train.pairs[pair]);
             let mut batch = learner.batch(pairs.collect(), self.spec.train.micro_batch_tokens);
             batch.own.truncate(packs);
+            batch.lanes = batch.lanes.min(batch.own.len().max(1));
             batch
         };
         // One pack each: warms up, and tells how many packs and steps the probe has time for.
@@ -233,7 +235,7 @@ impl Draft {
         let count = SECONDS / (seconds * in_step.max(1.0));
         let count = (count as u64).clamp(1, STEPS_MAX);
 
-        learner.times = Times::default();
+        learner.times = Phases::default();
         let (mut tokens, mut partial) = (0.0, false);
         let start = Instant::now();
         for step in 1..=count {
@@ -254,11 +256,11 @@ impl Draft {
         })
     }
 
-    fn step(&self, learner: &mut Learner, batch: &Batch<'_>) -> Result<(), CollectiveError> {
+    fn step(&self, learner: &mut Learner, batch: &Batch<'_>) -> Result<(), TrainError> {
         // The policy as its own reference costs nothing and keeps the gradients of a run's first step.
         let prepared = learner.prepare(batch, None, None, &self.spec.objective)?;
         if prepared.reduced.norm.is_finite() {
-            learner.apply(prepared.reduced, self.spec.optimizer.learning_rate)
+            Ok(learner.apply(prepared.reduced, self.spec.optimizer.learning_rate)?)
         } else {
             learner.skip(prepared.reduced);
             Ok(())

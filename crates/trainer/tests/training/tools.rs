@@ -79,8 +79,16 @@ fn a_bench_counts_pairs_and_tokens_of_the_timed_steps_alone() {
     assert!((pairs_per_step - 5.0).abs() < 1e-9);
     assert!(result.tokens_per_second > 2.0 * result.pairs_per_second);
     let profile = result.profile.unwrap();
-    let phases = profile.forward + profile.backward + profile.reduce + profile.update;
-    assert!(phases > 0.0 && phases <= result.seconds_per_step);
+    let seconds = profile.seconds;
+    let through = seconds.forward + seconds.head + seconds.backward;
+    let phases = through + seconds.data + seconds.reduce + seconds.update;
+    assert!(through > 0.0 && phases <= result.seconds_per_step);
+    assert!(seconds.evaluate + seconds.checkpoint + seconds.wait == 0.0);
+    let speed = profile.needed_gflop / through;
+    assert!((profile.gflop_per_second / speed - 1.0).abs() < 1e-9);
+    // A prompt is computed once for both of its completions.
+    let tokens = result.tokens_per_second * result.seconds_per_step;
+    assert!(profile.computed_tokens < tokens && profile.computed_tokens > tokens / 2.0);
     let refused = bench(
         &BenchRequest {
             steps: 0,
