@@ -8,7 +8,7 @@ use std::{
     collections::BTreeSet,
     io::{self, Read, Write},
     net::TcpStream,
-    ops::{AddAssign, Range},
+    ops::AddAssign,
 };
 
 use bytemuck::Pod;
@@ -52,57 +52,52 @@ impl Exchange<'_> {
         done.ok().map(|()| region)
     }
 
-    /// Every peer gets its shard of this rank's region; the own shard becomes the sum over ranks.
+    /// Every peer gets its shard of this rank's region; the own shard, which nobody is sent, becomes the sum over ranks while
+    /// the others leave.
     fn reduce_scatter<T: Pod + AddAssign + Send + Sync>(
         &self,
         region: &mut [T],
     ) -> Result<(), Stopped> {
-        let elements = region.len();
-        let shard = |rank: usize| shard_range(elements, self.world(), rank);
-        let own = shard(self.rank);
-        let mut sums = vec![T::zeroed(); own.len()];
-        let whole = &*region;
+        let frame = self.frame::<T>(region.len(), 0);
+        let mut shards = self.shards(region);
+        let own = std::mem::take(&mut shards[self.rank]);
         self.phase(
             "sums of parts",
-            |peer| Some(bytemuck::cast_slice(&whole[shard(peer)])),
-            self.frame::<T>(elements, 0),
+            |peer| Some(bytemuck::cast_slice(&*shards[peer])),
+            frame,
             || {
                 for peer in self.peers() {
-                    self.expect_frame(
-                        peer,
-                        &self.frame::<T>(elements, 0),
-                        own.len() * size_of::<T>(),
-                    )?;
+                    self.expect_frame(peer, &frame, size_of_val(own))?;
                 }
-                self.add_in_order(&whole[own.clone()], &mut sums)
+                self.add_in_order(own)
             },
-        )?;
-        region[own].copy_from_slice(&sums);
-        Ok(())
+        )
     }
 
-    fn add_in_order<T: Pod + AddAssign>(&self, own: &[T], sums: &mut [T]) -> Result<(), Stopped> {
+    /// Adds the ranks below to the own values and the ranks above to that, in place: memory for two chunks is all it takes.
+    fn add_in_order<T: Pod + AddAssign>(&self, own: &mut [T]) -> Result<(), Stopped> {
         let all = size_of_val(own) as u64;
-        let mut arrived = vec![T::zeroed(); CHUNK_ELEMENTS.min(own.len())];
-        for start in (0..own.len()).step_by(CHUNK_ELEMENTS) {
-            let chunk = start..own.len().min(start + CHUNK_ELEMENTS);
-            for rank in 0..self.world() {
-                let sum = &mut sums[chunk.clone()];
-                let values: &[T] = if rank == self.rank {
-                    &own[chunk.clone()]
-                } else {
-                    let got = (start * size_of::<T>()) as u64;
-                    let arrived = &mut arrived[..chunk.len()];
-                    self.read(rank, bytemuck::cast_slice_mut(arrived), got, all)?;
-                    arrived
-                };
+        let mut below = vec![T::zeroed(); CHUNK_ELEMENTS.min(own.len())];
+        let mut arrived = below.clone();
+        for (index, own) in own.chunks_mut(CHUNK_ELEMENTS).enumerate() {
+            let got = (index * CHUNK_ELEMENTS * size_of::<T>()) as u64;
+            let below = &mut below[..own.len()];
+            let arrived = &mut arrived[..own.len()];
+            for rank in 0..self.rank {
                 if rank == 0 {
-                    sum.copy_from_slice(values);
+                    self.read(rank, bytemuck::cast_slice_mut(below), got, all)?;
                 } else {
-                    for (sum, value) in sum.iter_mut().zip(values) {
-                        *sum += *value;
-                    }
+                    self.read(rank, bytemuck::cast_slice_mut(arrived), got, all)?;
+                    add(below, arrived);
                 }
+            }
+            if self.rank > 0 {
+                add(below, own);
+                own.copy_from_slice(below);
+            }
+            for rank in self.rank + 1..self.world() {
+                self.read(rank, bytemuck::cast_slice_mut(arrived), got, all)?;
+                add(own, arrived);
             }
         }
         Ok(())
@@ -110,26 +105,18 @@ impl Exchange<'_> {
 
     /// Every peer gets this rank's shard; the others' shards are filled in.
     fn all_gather<T: Pod + Send + Sync>(&self, region: &mut [T]) -> Result<(), Stopped> {
-        let elements = region.len();
-        let shard = |rank: usize| shard_range(elements, self.world(), rank);
-        let own: Range<usize> = shard(self.rank);
-        let (lower, rest) = region.split_at_mut(own.start);
-        let (mine, upper) = rest.split_at_mut(own.len());
-        let mine = bytemuck::cast_slice(mine);
+        let frame = self.frame::<T>(region.len(), 1);
+        let mut shards = self.shards(region);
+        let own = std::mem::take(&mut shards[self.rank]);
+        let own = bytemuck::cast_slice(&*own);
         self.phase(
             "shards",
-            |_| Some(mine),
-            self.frame::<T>(elements, 1),
+            |_| Some(own),
+            frame,
             || {
                 for peer in self.peers() {
-                    let range = shard(peer);
-                    let theirs = if peer < self.rank {
-                        &mut lower[range]
-                    } else {
-                        &mut upper[range.start - own.end..range.end - own.end]
-                    };
-                    let theirs: &mut [u8] = bytemuck::cast_slice_mut(theirs);
-                    self.expect_frame(peer, &self.frame::<T>(elements, 1), theirs.len())?;
+                    let theirs: &mut [u8] = bytemuck::cast_slice_mut(&mut *shards[peer]);
+                    self.expect_frame(peer, &frame, theirs.len())?;
                     self.read_all(peer, theirs)?;
                 }
                 Ok(())
@@ -305,12 +292,31 @@ impl Exchange<'_> {
         })
     }
 
+    /// The shards of a region in the order of ranks.
+    fn shards<'r, T>(&self, mut region: &'r mut [T]) -> Vec<&'r mut [T]> {
+        let elements = region.len();
+        (0..self.world())
+            .map(|rank| {
+                let shard = shard_range(elements, self.world(), rank);
+                region
+                    .split_off_mut(..shard.len())
+                    .expect("shards cover a region")
+            })
+            .collect()
+    }
+
     fn world(&self) -> usize {
         self.state.peers.len()
     }
 
     fn peers(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.world()).filter(|&rank| rank != self.rank)
+    }
+}
+
+fn add<T: Copy + AddAssign>(sums: &mut [T], values: &[T]) {
+    for (sum, value) in sums.iter_mut().zip(values) {
+        *sum += *value;
     }
 }
 
