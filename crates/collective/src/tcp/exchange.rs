@@ -1,8 +1,8 @@
 //! One operation: what goes to whom, what comes from whom, and the order of addition. No threads of its own life, no queue.
 //!
-//! A phase is one round of the mesh: a writer thread per peer sends while this thread reads the peers one after another, so
-//! that no write waits for a read. Sums are made where a shard is owned, chunk by chunk in the order of ranks:
-//! `((x₀ + x₁) + x₂) + …`, the same on every run.
+//! A phase is one round of the mesh: a writer per peer sends while this thread reads the peers one after another, so that no
+//! write waits for a read. Sums are made where a shard is owned, chunk by chunk in the order of ranks: `((x₀ + x₁) + x₂) + …`,
+//! the same on every run.
 
 use std::{
     collections::BTreeSet,
@@ -12,6 +12,7 @@ use std::{
 };
 
 use bytemuck::Pod;
+use rayon::ThreadPool;
 
 use super::{
     frame::{FRAME_BYTES, Frame},
@@ -30,6 +31,8 @@ pub(super) struct Exchange<'a> {
     pub(super) state: &'a State,
     pub(super) op: Op,
     pub(super) sequence: u64,
+    /// A thread for every peer at least: with fewer, writing to one would wait for what another reads.
+    pub(super) writers: &'a ThreadPool,
 }
 
 /// The failure is in the state; the engine only has to stop.
@@ -184,7 +187,7 @@ impl Exchange<'_> {
         done.ok().map(|()| received)
     }
 
-    /// Sends what `payload` names for each peer, each from its own thread, while `receive` runs on this one.
+    /// Sends what `payload` names for each peer, each from a thread of its own, while `receive` runs on this one.
     fn phase<'b>(
         &self,
         what: &str,
@@ -204,7 +207,7 @@ impl Exchange<'_> {
             ),
             sending,
         );
-        let received = std::thread::scope(|scope| {
+        let received = self.writers.in_place_scope(|scope| {
             for (peer, bytes) in outgoing {
                 let header = Frame {
                     payload_bytes: bytes.len() as u64,
@@ -212,7 +215,7 @@ impl Exchange<'_> {
                 }
                 .encode();
                 scope.spawn(
-                    move || match send(self.state.stream(peer), &header, bytes) {
+                    move |_| match send(self.state.stream(peer), &header, bytes) {
                         Ok(()) => self.state.sent(peer),
                         Err(error) => self.state.lost(peer, &error),
                     },
