@@ -3,7 +3,7 @@
 //! ```text
 //! Rendezvous::bind ──► address (announced before the generation is formed)
 //! Rendezvous::connect: rank r dials every lower rank and accepts every higher one; both sides prove the secret
-//! Tcp: one engine thread runs the operations in order; per peer and phase one writer thread, the engine reads
+//! Tcp: one engine thread runs the operations in order; per peer one writer thread, the engine reads
 //! ```
 //!
 //! Writing never waits for reading, so two ranks may send each other more than the kernel buffers.

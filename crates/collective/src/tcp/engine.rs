@@ -6,6 +6,8 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
 use super::{exchange::Exchange, state::State};
 use crate::{CollectiveError, Op, Region};
 
@@ -21,13 +23,20 @@ pub(super) fn spawn(
     state: Arc<State>,
     queue: mpsc::Receiver<Job>,
 ) -> io::Result<JoinHandle<()>> {
+    // Kept for the generation, as starting a thread takes longer than the small operations. Zero would mean one per core.
+    let writers = ThreadPoolBuilder::new()
+        .num_threads((state.peers.len() - 1).max(1))
+        .thread_name(move |peer| format!("collective-{rank}-writer-{peer}"))
+        .build()
+        .map_err(io::Error::other)?;
     Builder::new()
         .name(format!("collective-{rank}"))
         .spawn(move || {
             // A panic in here is a bug, but waiters must learn of it before their deadline.
             let _guard = FailOnPanic(&state);
             while let Ok(job) = queue.recv() {
-                let Some(region) = run(rank, &state, job.op, job.region, job.sequence) else {
+                let Some(region) = run(rank, &state, &writers, job.op, job.region, job.sequence)
+                else {
                     return;
                 };
                 state.finish(job.sequence, region);
@@ -36,12 +45,20 @@ pub(super) fn spawn(
 }
 
 /// The finished region, or `None` after a failure, which `state` holds.
-fn run(rank: usize, state: &State, op: Op, region: Region, sequence: u64) -> Option<Region> {
+fn run(
+    rank: usize,
+    state: &State,
+    writers: &ThreadPool,
+    op: Op,
+    region: Region,
+    sequence: u64,
+) -> Option<Region> {
     let exchange = Exchange {
         rank,
         state,
         op,
         sequence,
+        writers,
     };
     match region {
         Region::HostF32(values) => exchange.run(values).map(Region::HostF32),

@@ -1,17 +1,18 @@
 //! One operation: what goes to whom, what comes from whom, and the order of addition. No threads of its own life, no queue.
 //!
-//! A phase is one round of the mesh: a writer thread per peer sends while this thread reads the peers one after another, so
-//! that no write waits for a read. Sums are made where a shard is owned, chunk by chunk in the order of ranks:
-//! `((x₀ + x₁) + x₂) + …`, the same on every run.
+//! A phase is one round of the mesh: a writer per peer sends while this thread reads the peers one after another, so that no
+//! write waits for a read. Sums are made where a shard is owned, chunk by chunk in the order of ranks: `((x₀ + x₁) + x₂) + …`,
+//! the same on every run.
 
 use std::{
     collections::BTreeSet,
     io::{self, Read, Write},
     net::TcpStream,
-    ops::{AddAssign, Range},
+    ops::Add,
 };
 
 use bytemuck::Pod;
+use rayon::ThreadPool;
 
 use super::{
     frame::{FRAME_BYTES, Frame},
@@ -19,8 +20,8 @@ use super::{
 };
 use crate::{CollectiveError, Op, shard_range};
 
-/// Elements added at a time: a chunk of every rank fits a core's cache.
-const CHUNK_ELEMENTS: usize = 32 * 1024;
+/// Elements added at a time. Smaller chunks cost more calls and wake-ups; the two that are in use have to stay in a core's cache.
+const CHUNK_ELEMENTS: usize = 64 * 1024;
 
 /// Bytes read between two notes of progress, and the most that is allocated ahead of what has arrived.
 const STRIDE_BYTES: usize = 1024 * 1024;
@@ -30,6 +31,8 @@ pub(super) struct Exchange<'a> {
     pub(super) state: &'a State,
     pub(super) op: Op,
     pub(super) sequence: u64,
+    /// A thread for every peer at least: with fewer, writing to one would wait for what another reads.
+    pub(super) writers: &'a ThreadPool,
 }
 
 /// The failure is in the state; the engine only has to stop.
@@ -37,7 +40,7 @@ struct Stopped;
 
 impl Exchange<'_> {
     /// Runs an operation on numbers; `None` after a failure.
-    pub(super) fn run<T: Pod + AddAssign + Send + Sync>(
+    pub(super) fn run<T: Pod + Add<Output = T> + Send + Sync>(
         &self,
         mut region: Vec<T>,
     ) -> Option<Vec<T>> {
@@ -52,57 +55,53 @@ impl Exchange<'_> {
         done.ok().map(|()| region)
     }
 
-    /// Every peer gets its shard of this rank's region; the own shard becomes the sum over ranks.
-    fn reduce_scatter<T: Pod + AddAssign + Send + Sync>(
+    /// Every peer gets its shard of this rank's region; the own shard, which nobody is sent, becomes the sum over ranks while
+    /// the others leave.
+    fn reduce_scatter<T: Pod + Add<Output = T> + Send + Sync>(
         &self,
         region: &mut [T],
     ) -> Result<(), Stopped> {
-        let elements = region.len();
-        let shard = |rank: usize| shard_range(elements, self.world(), rank);
-        let own = shard(self.rank);
-        let mut sums = vec![T::zeroed(); own.len()];
-        let whole = &*region;
+        let frame = self.frame::<T>(region.len(), 0);
+        let mut shards = self.shards(region);
+        let own = std::mem::take(&mut shards[self.rank]);
         self.phase(
             "sums of parts",
-            |peer| Some(bytemuck::cast_slice(&whole[shard(peer)])),
-            self.frame::<T>(elements, 0),
+            |peer| Some(bytemuck::cast_slice(&*shards[peer])),
+            frame,
             || {
                 for peer in self.peers() {
-                    self.expect_frame(
-                        peer,
-                        &self.frame::<T>(elements, 0),
-                        own.len() * size_of::<T>(),
-                    )?;
+                    self.expect_frame(peer, &frame, size_of_val(own))?;
                 }
-                self.add_in_order(&whole[own.clone()], &mut sums)
+                self.add_in_order(own)
             },
-        )?;
-        region[own].copy_from_slice(&sums);
-        Ok(())
+        )
     }
 
-    fn add_in_order<T: Pod + AddAssign>(&self, own: &[T], sums: &mut [T]) -> Result<(), Stopped> {
+    /// Adds the ranks below to the own values and the ranks above to that, in place: memory for two chunks is all it takes.
+    fn add_in_order<T: Pod + Add<Output = T>>(&self, own: &mut [T]) -> Result<(), Stopped> {
         let all = size_of_val(own) as u64;
-        let mut arrived = vec![T::zeroed(); CHUNK_ELEMENTS.min(own.len())];
-        for start in (0..own.len()).step_by(CHUNK_ELEMENTS) {
-            let chunk = start..own.len().min(start + CHUNK_ELEMENTS);
-            for rank in 0..self.world() {
-                let sum = &mut sums[chunk.clone()];
-                let values: &[T] = if rank == self.rank {
-                    &own[chunk.clone()]
-                } else {
-                    let got = (start * size_of::<T>()) as u64;
-                    let arrived = &mut arrived[..chunk.len()];
-                    self.read(rank, bytemuck::cast_slice_mut(arrived), got, all)?;
-                    arrived
-                };
+        let mut below = vec![T::zeroed(); CHUNK_ELEMENTS.min(own.len())];
+        let mut arrived = vec![T::zeroed(); below.len()];
+        for (index, own) in own.chunks_mut(CHUNK_ELEMENTS).enumerate() {
+            let got = (index * CHUNK_ELEMENTS * size_of::<T>()) as u64;
+            let below = &mut below[..own.len()];
+            let arrived = &mut arrived[..own.len()];
+            for rank in 0..self.rank {
                 if rank == 0 {
-                    sum.copy_from_slice(values);
+                    self.read(rank, bytemuck::cast_slice_mut(below), got, all)?;
                 } else {
-                    for (sum, value) in sum.iter_mut().zip(values) {
-                        *sum += *value;
-                    }
+                    self.read(rank, bytemuck::cast_slice_mut(arrived), got, all)?;
+                    add(below, arrived);
                 }
+            }
+            if self.rank > 0 {
+                for (own, below) in own.iter_mut().zip(&*below) {
+                    *own = *below + *own;
+                }
+            }
+            for rank in self.rank + 1..self.world() {
+                self.read(rank, bytemuck::cast_slice_mut(arrived), got, all)?;
+                add(own, arrived);
             }
         }
         Ok(())
@@ -110,26 +109,18 @@ impl Exchange<'_> {
 
     /// Every peer gets this rank's shard; the others' shards are filled in.
     fn all_gather<T: Pod + Send + Sync>(&self, region: &mut [T]) -> Result<(), Stopped> {
-        let elements = region.len();
-        let shard = |rank: usize| shard_range(elements, self.world(), rank);
-        let own: Range<usize> = shard(self.rank);
-        let (lower, rest) = region.split_at_mut(own.start);
-        let (mine, upper) = rest.split_at_mut(own.len());
-        let mine = bytemuck::cast_slice(mine);
+        let frame = self.frame::<T>(region.len(), 1);
+        let mut shards = self.shards(region);
+        let own = std::mem::take(&mut shards[self.rank]);
+        let own = bytemuck::cast_slice(&*own);
         self.phase(
             "shards",
-            |_| Some(mine),
-            self.frame::<T>(elements, 1),
+            |_| Some(own),
+            frame,
             || {
                 for peer in self.peers() {
-                    let range = shard(peer);
-                    let theirs = if peer < self.rank {
-                        &mut lower[range]
-                    } else {
-                        &mut upper[range.start - own.end..range.end - own.end]
-                    };
-                    let theirs: &mut [u8] = bytemuck::cast_slice_mut(theirs);
-                    self.expect_frame(peer, &self.frame::<T>(elements, 1), theirs.len())?;
+                    let theirs: &mut [u8] = bytemuck::cast_slice_mut(&mut *shards[peer]);
+                    self.expect_frame(peer, &frame, theirs.len())?;
                     self.read_all(peer, theirs)?;
                 }
                 Ok(())
@@ -196,7 +187,7 @@ impl Exchange<'_> {
         done.ok().map(|()| received)
     }
 
-    /// Sends what `payload` names for each peer, each from its own thread, while `receive` runs on this one.
+    /// Sends what `payload` names for each peer, each from a thread of its own, while `receive` runs on this one.
     fn phase<'b>(
         &self,
         what: &str,
@@ -216,7 +207,7 @@ impl Exchange<'_> {
             ),
             sending,
         );
-        let received = std::thread::scope(|scope| {
+        let received = self.writers.in_place_scope(|scope| {
             for (peer, bytes) in outgoing {
                 let header = Frame {
                     payload_bytes: bytes.len() as u64,
@@ -224,7 +215,7 @@ impl Exchange<'_> {
                 }
                 .encode();
                 scope.spawn(
-                    move || match send(self.state.stream(peer), &header, bytes) {
+                    move |_| match send(self.state.stream(peer), &header, bytes) {
                         Ok(()) => self.state.sent(peer),
                         Err(error) => self.state.lost(peer, &error),
                     },
@@ -305,12 +296,31 @@ impl Exchange<'_> {
         })
     }
 
+    /// The shards of a region in the order of ranks.
+    fn shards<'r, T>(&self, mut region: &'r mut [T]) -> Vec<&'r mut [T]> {
+        let elements = region.len();
+        (0..self.world())
+            .map(|rank| {
+                let shard = shard_range(elements, self.world(), rank);
+                region
+                    .split_off_mut(..shard.len())
+                    .expect("shards cover a region")
+            })
+            .collect()
+    }
+
     fn world(&self) -> usize {
         self.state.peers.len()
     }
 
     fn peers(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.world()).filter(|&rank| rank != self.rank)
+    }
+}
+
+fn add<T: Copy + Add<Output = T>>(sums: &mut [T], values: &[T]) {
+    for (sum, value) in sums.iter_mut().zip(values) {
+        *sum = *sum + *value;
     }
 }
 
