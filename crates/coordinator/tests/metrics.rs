@@ -37,6 +37,7 @@ fn row(step: u64) -> MetricsRow {
         world_size: 2,
         generation: 3,
         seconds: 0.25,
+        phases: protocol::Phases::default(),
     }
 }
 

@@ -73,6 +73,7 @@ fn row(step: u64) -> MetricsRow {
         world_size: 2,
         generation: 1,
         seconds: 0.5,
+        phases: protocol::Phases::default(),
     }
 }
 
