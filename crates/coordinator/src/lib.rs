@@ -34,6 +34,7 @@ mod numbers;
 mod objective;
 pub mod observer;
 mod only;
+mod phases;
 #[cfg(feature = "local")]
 pub mod plan;
 pub mod plots;

@@ -1,8 +1,9 @@
 //! What Prometheus is told: of every job its last committed step, its last evaluation, and what happened so far.
 //!
-//! Names begin with `caldpo_`, units are base units, and every series has the label `job`; a new job adds no new name. A
-//! scrape keeps that label with `honor_labels: true`; without, Prometheus calls it `exported_job`, since it has a `job` of its
-//! own. Values are those of `metrics.jsonl`. Counters begin with this process: of a job that it resumed, they count what it saw.
+//! Names begin with `caldpo_`, units are base units, and every series has the label `job` (those of `step_phase_seconds` also
+//! `phase`); a new job adds no new name. A scrape keeps that label with `honor_labels: true`; without, Prometheus calls it
+//! `exported_job`, since it has a `job` of its own. Values are those of `metrics.jsonl`. Counters begin with this process: of a
+//! job that it resumed, they count what it saw.
 //!
 //! Bound: a job has fewer than 80 series, a histogram among them. They stay for [`KEPT_AFTER_END`] after its end, so that the
 //! last values are scraped, and are then gone; a job of the same name that begins takes their place.

@@ -1,13 +1,14 @@
 //! Content of `summary.json`: how a run ended, in numbers that a script can read.
 
-use std::{path::PathBuf, time::SystemTime};
+use std::{collections::BTreeMap, path::PathBuf, time::SystemTime};
 
-use protocol::{Cause, EarlyStop, EvaluationRow, MetricsRow, Outcome, RunFacts};
+use protocol::{Cause, EarlyStop, EvaluationRow, MetricsRow, Outcome, Phases, RunFacts};
 use serde::Serialize;
 
 use crate::{
     config::Config,
     monitor::{DATA, Warning},
+    phases::shares,
     timestamp::rfc3339,
 };
 
@@ -50,6 +51,9 @@ pub struct Totals {
     pub tokens: u64,
     /// Time in steps.
     pub seconds: f64,
+    /// Where the members' time went, the mean over the ranks; all 0 where nobody measured.
+    #[serde(flatten)]
+    pub phases: Phases,
     /// Tokens divided by seconds; 0 where there was no step.
     pub tokens_per_second: f64,
     /// Pairs divided by seconds; 0 where there was no step.
@@ -111,6 +115,9 @@ pub struct Summary {
     pub facts: Option<RunFacts>,
     /// Sums over the committed steps.
     pub totals: Totals,
+    /// What each phase has of the time that was measured, by name; absent where nobody measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub phase_shares: Option<BTreeMap<&'static str, f64>>,
     /// Why there are fewer of them than the schedule has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stop: Option<StoppedEarly>,
@@ -169,7 +176,8 @@ impl Summary {
             Some(row.step) == ending.artifacts.export_step
                 && ends.clone().all(|it| it.step != row.step)
         });
-        let steps = ending.metrics.len() as u64;
+        let totals = Totals::of(ending.metrics);
+        let steps = totals.steps;
         let early_stop = ending.early_stop.map(|decision| StoppedEarly {
             step: steps,
             reason: decision.to_string(),
@@ -187,7 +195,8 @@ impl Summary {
             target_rejected: config.targets().map(|targets| targets.rejected),
             workers: config.cluster.workers,
             facts: ending.facts.cloned(),
-            totals: Totals::of(ending.metrics),
+            phase_shares: shares(&totals.phases).map(BTreeMap::from),
+            totals,
             early_stop,
             reference: ending.reference,
             before: before.copied(),
@@ -211,6 +220,7 @@ impl Totals {
             totals.pairs += row.report.pairs;
             totals.tokens += row.report.tokens;
             totals.seconds += row.seconds;
+            totals.phases = totals.phases.plus(&row.phases);
         }
         if totals.seconds > 0.0 {
             totals.tokens_per_second = totals.tokens as f64 / totals.seconds;

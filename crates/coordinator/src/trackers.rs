@@ -110,6 +110,7 @@ trait Tracker {
     fn end(&mut self, at: SystemTime, outcome: &Outcome) -> Result<(), TrackerError>;
 }
 
+#[allow(clippy::large_enum_variant, reason = "nearly all messages are records")]
 enum Message {
     Record(SystemTime, Entry),
     Rewind(SystemTime, u64),

@@ -9,7 +9,8 @@ use std::{
 
 use coordinator::metrics::{KEPT_AFTER_END, Metrics, listen, serve};
 use protocol::{
-    EvaluationRow, Generation, MetricsRow, Note, Record, RunFacts, Statistics, Step, StepReport,
+    EvaluationRow, Generation, MetricsRow, Note, Phases, Record, RunFacts, Statistics, Step,
+    StepReport,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -17,6 +18,10 @@ use tokio::{
     sync::oneshot,
 };
 use wire::{Guard, Token};
+
+fn phases(step: u64) -> Phases {
+    Phases::from_values(std::array::from_fn(|phase| (step + phase as u64) as f64))
+}
 
 fn row(step: u64) -> MetricsRow {
     MetricsRow {
@@ -37,6 +42,7 @@ fn row(step: u64) -> MetricsRow {
         world_size: 2,
         generation: 3,
         seconds: 0.25,
+        phases: phases(step),
     }
 }
 
@@ -127,6 +133,11 @@ fn a_jobs_steps_evaluations_and_events_are_told_under_its_name() {
     ] {
         let name = format!("caldpo_{name}{{job=\"letters\"}}");
         assert_eq!(found.get(&name), Some(&value), "{name} in {text}");
+    }
+    for (phase, value) in phases(3).values() {
+        let name = format!("caldpo_step_phase_seconds{{job=\"letters\",phase=\"{phase}\"}}");
+        assert_eq!(found.get(&name), Some(&value), "{name} in {text}");
+        assert!(!before.contains_key(&name), "{before:?}");
     }
     assert!(found["caldpo_log_ratios_chosen{job=\"letters\"}"].is_nan());
     assert!(found["caldpo_last_commit_timestamp_seconds{job=\"letters\"}"] > 1.6e9);

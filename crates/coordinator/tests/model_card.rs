@@ -17,8 +17,8 @@ use coordinator::{
     summary::{Artifacts, Ending, ReferenceCounts, Summary, Totals},
 };
 use protocol::{
-    CommitRecord, EvaluationRow, Generation, Incarnation, MetricsRow, Outcome, Record, RunFacts,
-    Statistics, Step, StepReport,
+    CommitRecord, EvaluationRow, Generation, Incarnation, MetricsRow, Outcome, Phases, Record,
+    RunFacts, Statistics, Step, StepReport,
 };
 
 const STEPS: u64 = 2;
@@ -98,6 +98,7 @@ fn row(step: u64) -> MetricsRow {
         world_size: 2,
         generation: 1,
         seconds: 0.5,
+        phases: Phases::default(),
     }
 }
 

@@ -6,7 +6,7 @@ use coordinator::{
     config::{Config, Sources},
     monitor::{Monitor, Warning, of_data_report, of_the_end},
 };
-use protocol::{EvaluationRow, MetricsRow, Statistics, StepReport};
+use protocol::{EvaluationRow, MetricsRow, Phases, Statistics, StepReport};
 
 fn config(set: &[&str]) -> Config {
     let least = ["model.path=m", "data.train=['train.jsonl']"];
@@ -56,6 +56,7 @@ fn row(step: u64, chosen: f64, rejected: f64) -> MetricsRow {
         world_size: 2,
         generation: 1,
         seconds: 0.5,
+        phases: Phases::default(),
     }
 }
 

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use coordinator::plots::{Drawing, RewardPlot, draw};
-use protocol::{EvaluationRow, MetricsRow, Statistics, StepReport};
+use protocol::{EvaluationRow, MetricsRow, Phases, Statistics, StepReport};
 
 /// A run whose log-ratios end at `chosen` and `rejected`.
 fn run(chosen: f64, rejected: f64, calibrated: bool) -> (Vec<MetricsRow>, Vec<EvaluationRow>) {
@@ -47,6 +47,7 @@ fn run(chosen: f64, rejected: f64, calibrated: bool) -> (Vec<MetricsRow>, Vec<Ev
         world_size: 2,
         generation: 1,
         seconds: 0.1,
+        phases: Phases::default(),
     });
     let metrics = metrics.collect();
     let evaluations = (0..=12).map(|index| EvaluationRow {

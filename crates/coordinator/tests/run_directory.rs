@@ -9,10 +9,11 @@ use coordinator::{
     run_directory::{Opened, RunDirectory, RunDirectoryError},
 };
 use protocol::{
-    CommitRecord, EarlyStop, EvaluationRow, Generation, Incarnation, MetricsRow, Note, Record,
-    RunFacts, Sample, Statistics, Step, StepReport,
+    CommitRecord, EarlyStop, EvaluationRow, Generation, Incarnation, MetricsRow, Note, Phases,
+    Record, RunFacts, Sample, Statistics, Step, StepReport,
 };
 use serde_json::{Value, json};
+use storage::log::Log;
 use tempfile::TempDir;
 
 fn identity() -> Value {
@@ -36,6 +37,10 @@ fn row(step: u64) -> MetricsRow {
         world_size: 2,
         generation: 1,
         seconds: 0.25,
+        phases: Phases {
+            forward: 0.125 * step as f64,
+            ..Phases::default()
+        },
     }
 }
 
@@ -114,6 +119,49 @@ fn a_new_directory_is_made_with_its_parents() {
     let run: Value =
         serde_json::from_str(&fs::read_to_string(path.join("run.json")).unwrap()).unwrap();
     assert_eq!(run["identity"], identity());
+}
+
+/// The same JSON as it was before rows had phases.
+fn without_phases(json: &str) -> String {
+    let mut value: Value = serde_json::from_str(json).unwrap();
+    let row = if value.get("row").is_some() {
+        &mut value["row"]
+    } else {
+        &mut value
+    };
+    if let Some(row) = row.as_object_mut() {
+        row.retain(|name, _| !name.starts_with("seconds/"));
+    }
+    value.to_string()
+}
+
+#[test]
+fn a_run_from_before_rows_had_phases_goes_on_and_its_rows_stay_byte_for_byte() {
+    let folder = run(2);
+    let journal = folder.path().join("journal.log");
+    let records = Log::open(&journal).unwrap().records;
+    fs::remove_file(&journal).unwrap();
+    let mut log = Log::open(&journal).unwrap().log;
+    for record in records {
+        let old = without_phases(std::str::from_utf8(&record).unwrap());
+        log.append(old.as_bytes()).unwrap();
+    }
+    drop(log);
+    let rows = read(&folder, "metrics.jsonl");
+    let old: Vec<_> = rows.lines().map(without_phases).collect();
+    let old = old.join("\n") + "\n";
+    assert!(rows.contains("seconds/forward") && !old.contains("seconds/"));
+    fs::write(folder.path().join("metrics.jsonl"), &old).unwrap();
+
+    let mut directory = open(folder.path()).unwrap().directory;
+    assert_eq!(directory.metrics()[1].phases, Phases::default());
+    assert_eq!(read(&folder, "metrics.jsonl"), old);
+    commit(&mut directory, 3);
+    let now = read(&folder, "metrics.jsonl");
+    let last = now.strip_prefix(&old).unwrap();
+    let last: Value = serde_json::from_str(last).unwrap();
+    assert_eq!(last["seconds/forward"], 0.375);
+    assert_eq!(last["seconds/wait"], 0.0);
 }
 
 #[test]

@@ -15,7 +15,7 @@ use coordinator::{
     config::{Config, Sources},
     trackers::{Entry, Past, Trackers},
 };
-use protocol::{EvaluationRow, MetricsRow, Outcome, Sample, Statistics, Step, StepReport};
+use protocol::{EvaluationRow, MetricsRow, Outcome, Phases, Sample, Statistics, Step, StepReport};
 use readers::Seen;
 use tempfile::TempDir;
 
@@ -62,6 +62,7 @@ fn step(step: u64, life: u64) -> Entry {
         world_size: 2,
         generation: life,
         seconds: 0.5,
+        phases: Phases::from_values(std::array::from_fn(|phase| value + phase as f64)),
     })
 }
 

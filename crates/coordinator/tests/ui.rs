@@ -17,7 +17,8 @@ use coordinator::{
     ui::{Banner, Console, Report},
 };
 use protocol::{
-    Cause, EvaluationRow, MetricsRow, Outcome, RunFacts, Sample, Statistics, Step, StepReport,
+    Cause, EvaluationRow, MetricsRow, Outcome, Phases, RunFacts, Sample, Statistics, Step,
+    StepReport,
 };
 use serde_json::Value;
 
@@ -73,6 +74,13 @@ fn row(step: u64) -> MetricsRow {
         world_size: 2,
         generation: 1,
         seconds: 0.5,
+        phases: Phases {
+            forward: 0.25,
+            head: 0.001,
+            backward: 0.5,
+            wait: 0.25 * step as f64,
+            ..Phases::default()
+        },
     }
 }
 
@@ -313,7 +321,8 @@ fn the_end_shows_before_and_after_and_where_things_are() {
     print!("{text}");
     let says = [
         "stories is complete",
-        "4 steps in 2.0 s, 16 pairs/s, 2,000 tokens/s, 1 skipped",
+        "4 steps in 2.0 s, 16 pairs/s, 2,000 tokens/s, 1 skipped because the gradient was not finite\n\
+         time by phase: forward 18 %, backward 36 %, wait 45 %\n\n",
         "held-out, 1,230 pairs",
         "step 0",
         "step 4",
@@ -509,6 +518,41 @@ fn the_banner_says_what_evaluations_are_compared_by() {
 }
 
 #[test]
+fn where_all_phases_took_time_the_line_is_wrapped_and_where_nobody_measured_there_is_none() {
+    let ended = |phases: Phases| {
+        let metrics = [MetricsRow { phases, ..row(1) }];
+        let ending = Ending {
+            outcome: &Outcome::Completed,
+            facts: None,
+            metrics: &metrics,
+            evaluations: &[],
+            early_stop: None,
+            warnings: &[],
+            reference: ReferenceCounts::default(),
+            artifacts: Artifacts::default(),
+        };
+        Summary::new(&calibrated(), ending, UNIX_EPOCH)
+    };
+    let all = ended(Phases::from_values([
+        10.0, 20.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0,
+    ]));
+    let text = report(&all, 1, &[]);
+    let says = [
+        "\ntime by phase: data 10 %, forward 20 %, head 10 %",
+        "wait 10 %\n",
+    ];
+    check(&text, &says, &[]);
+    let widest = text.lines().map(|line| line.chars().count()).max().unwrap();
+    assert!(widest <= 100, "{widest} columns");
+
+    let none = ended(Phases::default());
+    check(&report(&none, 1, &[]), &["1 steps in"], &["time by phase"]);
+    let json = serde_json::to_value(&none).unwrap();
+    assert_eq!(json.get("phase_shares"), None);
+    assert_eq!(json["totals"]["seconds/forward"], 0.0);
+}
+
+#[test]
 fn the_summary_is_for_scripts() {
     let evaluations = [evaluation(0, 0.0, 0.0), evaluation(4, 2.8, -4.3)];
     let completed = serde_json::to_value(summary(&Outcome::Completed, &evaluations)).unwrap();
@@ -519,6 +563,14 @@ fn the_summary_is_for_scripts() {
     assert_eq!(completed["totals"]["steps"], 4);
     assert_eq!(completed["totals"]["skipped_steps"], 1);
     assert_eq!(completed["totals"]["pairs_per_second"], 16.0);
+    assert_eq!(completed["totals"]["seconds/forward"], 1.0);
+    assert_eq!(completed["totals"]["seconds/wait"], 2.5);
+    let shares = completed["phase_shares"].as_object().unwrap();
+    assert_eq!(shares.len(), 9);
+    let of = |phase: &str| shares[phase].as_f64().unwrap();
+    assert!((of("backward") - 2.0 / 5.504).abs() < 1e-12, "{shares:?}");
+    let sum: f64 = shares.values().map(|share| share.as_f64().unwrap()).sum();
+    assert!((sum - 1.0).abs() < 1e-12, "{shares:?}");
     assert_eq!(completed["reference"]["computed"], 9);
     assert_eq!(completed["before"]["step"], 0);
     assert_eq!(completed["after"]["log_ratios/chosen"], 2.8);

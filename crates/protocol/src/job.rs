@@ -25,7 +25,7 @@ use crate::{
     Generation, Incarnation, JobId, JobPolicy, MetricsRow, Note, Outcome, Rank, Record, Recovery,
     RunFacts, Sample, Step, ToWorker, WorkerMessage,
 };
-use phase::{Member, Phase, Save};
+use phase::{Member, Phase, Save, Vote};
 pub use view::{Waiting, WorkerView};
 
 /// What a job is made of.
@@ -53,6 +53,10 @@ pub struct JobSpec {
 
 /// What happened.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "nearly all events are messages, and few wait at a time"
+)]
 pub enum Event {
     /// A worker said something.
     Message(FromWorker),
@@ -328,8 +332,9 @@ impl Job {
                 let counts = (reference_reused, reference_computed);
                 self.ready(now_ms, incarnation, facts, counts, actions);
             }
-            WorkerMessage::Prepared { report } => {
-                self.prepared(now_ms, incarnation, report, actions);
+            WorkerMessage::Prepared { report, phases } => {
+                let vote = Vote { report, phases };
+                self.prepared(now_ms, incarnation, vote, actions);
             }
             WorkerMessage::Evaluated { row, samples } => {
                 self.evaluated(now_ms, rank, row, samples, actions);

@@ -6,7 +6,8 @@
 //!
 //! How a step commits: every member sends [`WorkerMessage::Prepared`] with the reduced report of its step; when all members
 //! of the generation have sent identical bits, the job journals COMMIT and only then sends [`CoordinatorMessage::Commit`],
-//! which lets the optimizer step. The journaled record is the commit.
+//! which lets the optimizer step. The journaled record is the commit. Beside the report each member says where its time went
+//! ([`Phases`]), which no two have alike and nothing is decided by: the record has the means.
 //!
 //! What an evaluation decides: its row is journaled, with an early stop if it brings one, before the next step commits and
 //! before the step's checkpoint becomes visible. So the decision is a function of the journal alone, and a resumed run makes
@@ -21,6 +22,7 @@
 mod ids;
 mod job;
 mod message;
+mod phases;
 mod policy;
 mod record;
 mod report;
@@ -33,6 +35,7 @@ pub use message::{
     Afterwards, Awaits, Cause, CoordinatorMessage, FromWorker, Note, RunFacts, ToWorker,
     WIRE_VERSION, WorkerMessage, WorkerProfile,
 };
+pub use phases::Phases;
 pub use policy::JobPolicy;
 pub use record::{
     CommitRecord, Outcome, Record, Recovery, RecoveryError, early_stop, recover, surviving,

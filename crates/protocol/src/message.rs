@@ -9,9 +9,11 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{EvaluationRow, Generation, Incarnation, JobId, Rank, Sample, Step, StepReport};
+use crate::{
+    EvaluationRow, Generation, Incarnation, JobId, Phases, Rank, Sample, Step, StepReport,
+};
 
-/// Version of these messages. A worker that speaks another one is refused.
+/// Version of these messages. A worker that speaks another one is refused. A field that may be absent makes no new one.
 pub const WIRE_VERSION: u32 = 2;
 
 /// A worker's message with its fences.
@@ -77,6 +79,8 @@ pub enum WorkerMessage {
     Prepared {
         /// The reduced report.
         report: StepReport,
+        /// Where this member's time went; not part of what is voted on.
+        phases: Phases,
     },
     /// An evaluation's result, sent by rank 0.
     Evaluated {

@@ -4,6 +4,8 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::Phases;
+
 /// Loss terms and reward means over the global batch. `rewards_*` are β-scaled, the others in nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "each field is its metric's name")]
@@ -157,6 +159,9 @@ pub struct MetricsRow {
     pub generation: u64,
     /// From the commit before (or Go) to this one.
     pub seconds: f64,
+    /// Where the members' time went from their votes before this one to those on this one, the mean over the ranks.
+    #[serde(flatten)]
+    pub phases: Phases,
 }
 
 /// One line of `eval.jsonl`: means over the held-out pairs with the weights after `step`.

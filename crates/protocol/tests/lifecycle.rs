@@ -6,7 +6,7 @@ mod support;
 
 use protocol::{
     Action, Awaits, Cause, CoordinatorMessage, EvaluationRow, Event, Generation, Incarnation,
-    JobPolicy, Outcome, Rank, Record, Recovery, Step, Waiting, WorkerMessage,
+    JobPolicy, Outcome, Phases, Rank, Record, Recovery, Step, Waiting, WorkerMessage,
 };
 use support::{Play, facts, journaled, outcome, place, policy, report, stopped, told};
 
@@ -152,6 +152,44 @@ fn a_row_tells_the_time_from_the_commit_before() {
     let row = row.unwrap();
     assert_eq!((row.seconds, row.tokens_per_second), (2.0, 250.0));
     assert_eq!((row.world_size, row.generation, row.report.step), (1, 1, 2));
+}
+
+#[test]
+fn a_row_has_the_mean_of_the_ranks_times_which_no_vote_compares() {
+    let mut play = Play::stepping(policy(3), 5);
+    let times = |rank: f64| Phases {
+        data: 0.25,
+        backward: 2.0 + rank,
+        wait: if rank == 0.0 { 1.5 } else { 0.0 },
+        ..Phases::default()
+    };
+    assert_eq!(play.prepare_in(1, report(1, true), times(0.0)), []);
+    assert_eq!(play.prepare_in(2, report(1, true), times(1.0)), []);
+    // Said again with other times, as after a wait: the last one counts, once.
+    assert_eq!(play.prepare_in(2, report(1, true), times(7.0)), []);
+    let actions = play.prepare_in(3, report(1, true), times(2.0));
+    let expected = Phases {
+        data: 0.25,
+        backward: 5.0,
+        wait: 0.5,
+        ..Phases::default()
+    };
+    let rows: Vec<_> = actions
+        .iter()
+        .filter_map(|it| match it {
+            Action::RecordStep(row) => Some(row.phases),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(rows, [expected]);
+    let records = journaled(&actions);
+    assert!(
+        matches!(&records[0], Record::Commit(it) if it.row.phases == expected),
+        "{records:?}"
+    );
+    // Who says nothing of it, an older worker, votes all the same.
+    play.step(true);
+    assert_eq!(play.job.committed(), Step(2));
 }
 
 #[test]

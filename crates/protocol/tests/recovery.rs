@@ -5,7 +5,8 @@
 mod support;
 
 use protocol::{
-    Generation, Incarnation, Record, Recovery, RecoveryError, Statistics, Step, recover, surviving,
+    Generation, Incarnation, Phases, Record, Recovery, RecoveryError, Statistics, Step, recover,
+    surviving,
 };
 use support::{commit, facts};
 
@@ -194,6 +195,41 @@ fn a_metrics_row_has_the_names_that_trl_uses() {
         .collect();
     let expected = "step epoch finite loss loss/pairwise loss/calibration rewards/chosen rewards/rejected \
         rewards/margins rewards/accuracies log_ratios/chosen log_ratios/rejected logps/chosen logps/rejected \
-        grad_norm learning_rate tokens pairs tokens_per_second world_size generation seconds";
+        grad_norm learning_rate tokens pairs tokens_per_second world_size generation seconds \
+        seconds/data seconds/forward seconds/head seconds/backward seconds/reduce seconds/update seconds/evaluate \
+        seconds/checkpoint seconds/wait";
     assert_eq!(names, expected.split_whitespace().collect::<Vec<_>>());
+}
+
+/// A record of a journal that was written before rows had phases.
+const OLD_COMMIT: &str = r#"{"record":"commit","apply":true,"row":{"step":1,"epoch":0,"finite":true,"loss":0.5,
+    "loss/pairwise":0.5,"loss/calibration":0.0,"rewards/chosen":0.0,"rewards/rejected":0.0,"rewards/margins":0.0,
+    "rewards/accuracies":0.5,"log_ratios/chosen":0.0,"log_ratios/rejected":0.0,"logps/chosen":-9.0,"logps/rejected":-9.0,
+    "grad_norm":1.0,"learning_rate":0.001,"tokens":500,"pairs":8,"tokens_per_second":250.0,"world_size":2,
+    "generation":1,"seconds":2.0}}"#;
+
+#[test]
+fn a_commit_from_before_rows_had_phases_reads_with_all_of_them_0() {
+    let record: Record = serde_json::from_str(OLD_COMMIT).unwrap();
+    let Record::Commit(it) = &record else {
+        panic!("{record:?}");
+    };
+    assert_eq!(it.row.phases, Phases::default());
+    assert_eq!((it.row.seconds, it.row.report.tokens), (2.0, 500));
+    let recovery = recover(&[generation(1), record], Some(Step(1))).unwrap();
+    assert_eq!(recovery.committed, Step(1));
+}
+
+#[test]
+fn phases_have_their_names_in_rows_and_read_back_from_their_values() {
+    let phases = Phases::from_values([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]);
+    let json = serde_json::to_value(phases).unwrap();
+    for (name, value) in phases.values() {
+        assert_eq!(json[format!("seconds/{name}")], value, "{json}");
+    }
+    let values = phases.values().map(|(_, value)| value);
+    assert_eq!(Phases::from_values(values), phases);
+    assert_eq!(phases.total(), 45.0);
+    assert_eq!(Phases::mean([&phases, &Phases::default()]).wait, 4.5);
+    assert_eq!(Phases::mean([]), Phases::default());
 }

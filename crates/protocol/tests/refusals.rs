@@ -6,7 +6,7 @@ mod support;
 
 use protocol::{
     Action, Awaits, Cause, CoordinatorMessage, Event, FromWorker, Generation, Incarnation, JobId,
-    Outcome, Recovery, Step, WIRE_VERSION, WorkerMessage,
+    Outcome, Phases, Recovery, Step, WIRE_VERSION, WorkerMessage,
 };
 use support::{Play, facts, join_message, journaled, outcome, policy, report, stopped, told};
 
@@ -72,6 +72,7 @@ fn m1_a_message_of_another_job_is_refused() {
     let mut play = Play::stepping(policy(1), 5);
     let message = WorkerMessage::Prepared {
         report: report(1, true),
+        phases: Phases::default(),
     };
     let from = FromWorker {
         job: JobId("other".into()),
@@ -96,6 +97,7 @@ fn m1_a_message_of_an_old_generation_is_answered_with_the_truth_and_not_acted_on
     for generation in [0, 6] {
         let message = WorkerMessage::Prepared {
             report: report(1, true),
+            phases: Phases::default(),
         };
         let actions = play.say_in(1, generation, message);
         assert_eq!(

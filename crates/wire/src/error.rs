@@ -65,6 +65,18 @@ pub(crate) fn from_one(field: &'static str, value: u64) -> Result<u64, WireError
     Ok(value)
 }
 
+/// A time that passed.
+pub(crate) fn seconds(field: &'static str, value: f64) -> Result<f64, WireError> {
+    if !value.is_finite() || value < 0.0 {
+        return Err(WireError::invalid(
+            field,
+            value,
+            "a finite number of seconds, 0 or more",
+        ));
+    }
+    Ok(value)
+}
+
 /// `host:port`, with a port one can connect to.
 pub(crate) fn address(field: &'static str, value: String) -> Result<String, WireError> {
     let parts = value.rsplit_once(':');

@@ -7,6 +7,7 @@ use protocol::{
 
 use crate::error::{address, from_one, name, required, text};
 use crate::proto::from_worker::Message;
+use crate::report::phases;
 use crate::{WireError, proto};
 
 impl From<FromWorker> for proto::FromWorker {
@@ -60,8 +61,9 @@ impl From<WorkerMessage> for Message {
                 reference_reused,
                 reference_computed,
             }),
-            WorkerMessage::Prepared { report } => Self::Prepared(proto::Prepared {
+            WorkerMessage::Prepared { report, phases } => Self::Prepared(proto::Prepared {
                 report: Some(report.into()),
+                phases: Some(phases.into()),
             }),
             WorkerMessage::Evaluated { row, samples } => Self::Evaluated(proto::Evaluated {
                 row: Some(row.into()),
@@ -116,6 +118,7 @@ impl TryFrom<Message> for WorkerMessage {
             },
             Message::Prepared(it) => Self::Prepared {
                 report: required("Prepared.report", it.report)?.try_into()?,
+                phases: phases(it.phases)?,
             },
             Message::Evaluated(it) => Self::Evaluated {
                 row: required("Evaluated.row", it.row)?.try_into()?,

@@ -1,8 +1,8 @@
-//! Reports and facts. Floats keep their bits, NaN's included: votes are compared by bits.
+//! Reports, phases and facts. Floats of a report keep their bits, NaN's included: votes are compared by bits.
 
-use protocol::{EvaluationRow, MetricsRow, RunFacts, Sample, Statistics, StepReport};
+use protocol::{EvaluationRow, MetricsRow, Phases, RunFacts, Sample, Statistics, StepReport};
 
-use crate::error::{from_one, required, text};
+use crate::error::{from_one, required, seconds, text};
 use crate::{WireError, proto};
 
 impl From<Statistics> for proto::Statistics {
@@ -86,6 +86,7 @@ impl From<MetricsRow> for proto::MetricsRow {
             world_size: it.world_size,
             generation: it.generation,
             seconds: it.seconds,
+            phases: Some(it.phases.into()),
         }
     }
 }
@@ -100,8 +101,48 @@ impl TryFrom<proto::MetricsRow> for MetricsRow {
             world_size: it.world_size,
             generation: it.generation,
             seconds: it.seconds,
+            phases: phases(it.phases)?,
         })
     }
+}
+
+impl From<Phases> for proto::Phases {
+    fn from(it: Phases) -> Self {
+        Self {
+            data: it.data,
+            forward: it.forward,
+            head: it.head,
+            backward: it.backward,
+            reduce: it.reduce,
+            update: it.update,
+            evaluate: it.evaluate,
+            checkpoint: it.checkpoint,
+            wait: it.wait,
+        }
+    }
+}
+
+impl TryFrom<proto::Phases> for Phases {
+    type Error = WireError;
+
+    fn try_from(it: proto::Phases) -> Result<Self, WireError> {
+        Ok(Self {
+            data: seconds("Phases.data", it.data)?,
+            forward: seconds("Phases.forward", it.forward)?,
+            head: seconds("Phases.head", it.head)?,
+            backward: seconds("Phases.backward", it.backward)?,
+            reduce: seconds("Phases.reduce", it.reduce)?,
+            update: seconds("Phases.update", it.update)?,
+            evaluate: seconds("Phases.evaluate", it.evaluate)?,
+            checkpoint: seconds("Phases.checkpoint", it.checkpoint)?,
+            wait: seconds("Phases.wait", it.wait)?,
+        })
+    }
+}
+
+/// Who does not tell sends none.
+pub(crate) fn phases(sent: Option<proto::Phases>) -> Result<Phases, WireError> {
+    sent.map_or(Ok(Phases::default()), Phases::try_from)
 }
 
 impl From<EvaluationRow> for proto::EvaluationRow {

@@ -5,8 +5,8 @@
 use prost::Message as _;
 use protocol::{
     Afterwards, Awaits, Cause, CoordinatorMessage, EvaluationRow, FromWorker, Generation,
-    Incarnation, JobId, MetricsRow, Rank, RunFacts, Sample, Statistics, Step, StepReport, ToWorker,
-    WorkerMessage, WorkerProfile,
+    Incarnation, JobId, MetricsRow, Phases, Rank, RunFacts, Sample, Statistics, Step, StepReport,
+    ToWorker, WorkerMessage, WorkerProfile,
 };
 use wire::{WireError, proto};
 
@@ -41,6 +41,10 @@ fn report() -> StepReport {
     }
 }
 
+fn phases() -> Phases {
+    Phases::from_values(core::array::from_fn(|i| i as f64 + 0.1))
+}
+
 fn facts() -> RunFacts {
     RunFacts {
         steps_total: 100,
@@ -73,7 +77,10 @@ fn worker_messages() -> Vec<WorkerMessage> {
             reference_reused: 5,
             reference_computed: 6,
         },
-        WorkerMessage::Prepared { report: report() },
+        WorkerMessage::Prepared {
+            report: report(),
+            phases: phases(),
+        },
         WorkerMessage::Evaluated {
             row: EvaluationRow {
                 step: 0,
@@ -247,10 +254,61 @@ fn a_metrics_row_survives_the_wire() {
         world_size: 4,
         generation: 2,
         seconds: 0.25,
+        phases: phases(),
     };
     let bytes = proto::MetricsRow::from(row).encode_to_vec();
     let sent = proto::MetricsRow::decode(bytes.as_slice()).unwrap();
     assert_eq!(MetricsRow::try_from(sent), Ok(row));
+}
+
+#[test]
+fn phases_that_are_not_sent_are_all_0() {
+    let message = WorkerMessage::Prepared {
+        report: report(),
+        phases: phases(),
+    };
+    let mut sent = proto::FromWorker::from(said(message));
+    let Some(proto::from_worker::Message::Prepared(prepared)) = sent.message.as_mut() else {
+        panic!("{sent:?}");
+    };
+    prepared.phases = None;
+    let expected = WorkerMessage::Prepared {
+        report: report(),
+        phases: Phases::default(),
+    };
+    assert_eq!(FromWorker::try_from(sent), Ok(said(expected)));
+
+    let row = proto::MetricsRow {
+        report: Some(report().into()),
+        ..proto::MetricsRow::default()
+    };
+    let row = MetricsRow::try_from(row).unwrap();
+    assert_eq!(row.phases, Phases::default());
+}
+
+#[test]
+fn phases_that_no_clock_can_tell_are_refused_by_field() {
+    type Spoil = fn(&mut proto::Phases, f64);
+    let fields: [(&str, Spoil); 9] = [
+        ("Phases.data", |it, value| it.data = value),
+        ("Phases.forward", |it, value| it.forward = value),
+        ("Phases.head", |it, value| it.head = value),
+        ("Phases.backward", |it, value| it.backward = value),
+        ("Phases.reduce", |it, value| it.reduce = value),
+        ("Phases.update", |it, value| it.update = value),
+        ("Phases.evaluate", |it, value| it.evaluate = value),
+        ("Phases.checkpoint", |it, value| it.checkpoint = value),
+        ("Phases.wait", |it, value| it.wait = value),
+    ];
+    for (field, spoil) in fields {
+        for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1e-9] {
+            let sent = proto::Phases::from(phases());
+            refused::<_, Phases>(sent, |it| spoil(it, value), field);
+        }
+        let mut sent = proto::Phases::from(phases());
+        spoil(&mut sent, 0.0);
+        assert!(Phases::try_from(sent).is_ok(), "{field} is 0");
+    }
 }
 
 /// Breaks a valid message and expects the refusal to name `field`.
@@ -320,6 +378,12 @@ fn a_workers_message_that_breaks_a_rule_is_refused_by_field() {
         Prepared,
         |it| it.report.as_mut().unwrap().statistics = None,
         no_statistics
+    );
+    spoil!(
+        3,
+        Prepared,
+        |it| it.phases.as_mut().unwrap().wait = -1.0,
+        "Phases.wait"
     );
     spoil!(4, Evaluated, |it| it.row = None, "Evaluated.row");
     spoil!(5, Saved, |it| it.step = 0, "Saved.step");

@@ -97,6 +97,7 @@ impl StepGate for Gate<'_> {
     fn prepared(&mut self, report: &StepReport) -> Result<Verdict, GateClosed> {
         let vote = WorkerMessage::Prepared {
             report: to_protocol(report),
+            phases: phases(&report.phases),
         };
         let voice = self.session.voice();
         voice.say(vote.clone()).map_err(|error| closed(&error))?;
@@ -233,6 +234,20 @@ fn to_protocol(report: &StepReport) -> protocol::StepReport {
         learning_rate: report.learning_rate,
         tokens: report.tokens,
         pairs: report.pairs,
+    }
+}
+
+fn phases(it: &trainer::Phases) -> protocol::Phases {
+    protocol::Phases {
+        data: it.data,
+        forward: it.forward,
+        head: it.head,
+        backward: it.backward,
+        reduce: it.reduce,
+        update: it.update,
+        evaluate: it.evaluate,
+        checkpoint: it.checkpoint,
+        wait: it.wait,
     }
 }
 

@@ -8,6 +8,7 @@ use wire::proto;
 
 use crate::numbers::{duration, grouped, plain, signed};
 use crate::objective::kind_has_rewards;
+use crate::phases;
 use crate::timestamp::rfc3339;
 
 /// Events that a status shows.
@@ -84,6 +85,8 @@ fn job_lines(job: &proto::Job) -> Vec<String> {
             plain(statistics.loss),
             grouped(row.tokens_per_second.round() as u64)
         ));
+        let phases = phases::text(&row.phases);
+        lines.extend(phases.map(|text| format!("  time by phase: {text}")));
     }
     lines.extend(job.workers.iter().map(|worker| {
         let rank = worker
@@ -256,4 +259,39 @@ pub(super) fn worker_json(worker: &proto::Worker) -> Value {
 pub(super) fn event_json(event: &proto::Event) -> Value {
     let time = rfc3339(UNIX_EPOCH + Duration::from_millis(event.unix_ms));
     json!({"time": time, "kind": event.kind, "text": event.text})
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::{MetricsRow, Phases, StepReport};
+
+    use super::*;
+
+    #[test]
+    fn a_status_tells_where_the_time_of_the_last_step_went_if_it_was_measured() {
+        let lines = |phases: Phases| {
+            let report = StepReport {
+                step: 3,
+                ..StepReport::default()
+            };
+            let row = MetricsRow {
+                report,
+                phases,
+                ..MetricsRow::default()
+            };
+            let job = proto::Job {
+                last_row: Some(row.into()),
+                ..proto::Job::default()
+            };
+            job_lines(&job)
+        };
+        let measured = Phases {
+            forward: 1.0,
+            backward: 3.0,
+            ..Phases::default()
+        };
+        let line = "  time by phase: forward 25 %, backward 75 %";
+        assert_eq!(lines(measured).last().map(String::as_str), Some(line));
+        assert_eq!(lines(measured).len(), lines(Phases::default()).len() + 1);
+    }
 }

@@ -191,6 +191,7 @@ impl Collector for Jobs {
             );
             gauge(&mut encoder, &jobs, (&name, &help), of)?;
         }
+        phases(&mut encoder, &jobs)?;
         for (name, help, value) in COUNTERS {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             for (job, state) in &*jobs {
@@ -207,6 +208,23 @@ impl Collector for Jobs {
         }
         Ok(())
     }
+}
+
+/// Of the last committed step, a series a phase.
+fn phases(encoder: &mut DescriptorEncoder, jobs: &BTreeMap<String, State>) -> Result<(), Error> {
+    let (name, help) = (
+        "step_phase_seconds",
+        "Time of the last step by phase, the mean over the ranks",
+    );
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    for (job, state) in jobs {
+        let row = state.row.iter();
+        for (phase, value) in row.flat_map(|row| row.phases.values()) {
+            let labels = [("job", job.as_str()), ("phase", phase)];
+            family.encode_family(&labels)?.encode_gauge(&value)?;
+        }
+    }
+    Ok(())
 }
 
 fn gauge(

@@ -10,9 +10,9 @@
 //!     tags/NAME
 //!     artifacts/samples/      step-NNNNNNNN.txt
 //! ```
-//! A name with `/` in it is a file in a folder, so `loss` and `loss/pairwise` cannot both be; the names below `loss` have a
-//! dot there instead (`loss.pairwise`). A row is in many files, and a crash may leave it in some of them: the next start gives
-//! each file what it lacks.
+//! A name with `/` in it is a file in a folder, so `loss` and `loss/pairwise` cannot both be; the names below `loss` and
+//! `seconds` have a dot there instead (`loss.pairwise`, `seconds.forward`). A row is in many files, and a crash may leave it in
+//! some of them: the next start gives each file what it lacks.
 
 mod meta;
 
@@ -32,7 +32,7 @@ use meta::{Experiment, Run, Status};
 /// Longer values of the configuration are cut, as MLflow's own client does.
 const PARAMETER_CHARACTERS_MAX: usize = 6000;
 /// Folders whose name is a metric as well.
-const METRICS_WITH_PARTS: [&str; 2] = ["loss", "eval/loss"];
+const METRICS_WITH_PARTS: [&str; 3] = ["loss", "eval/loss", "seconds"];
 
 /// This run in its file store.
 pub(super) struct Mlflow {

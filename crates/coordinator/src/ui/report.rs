@@ -10,6 +10,7 @@ use super::{WIDTH, wrap};
 use crate::{
     numbers::{duration, grouped, plain, signed},
     objective::kind_has_rewards,
+    phases,
     run_directory::SampleRow,
     summary::Summary,
 };
@@ -103,6 +104,10 @@ impl Report<'_> {
                 "{text}, {} skipped because the gradient was not finite",
                 grouped(totals.skipped_steps)
             );
+        }
+        if let Some(phases) = phases::text(&totals.phases) {
+            let line = wrap(&format!("time by phase: {phases}"), WIDTH).join("\n");
+            text = format!("{text}\n{line}");
         }
         text
     }

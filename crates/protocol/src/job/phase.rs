@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::{Outcome, Rank, RunFacts, Step, StepReport};
+use crate::{Outcome, Phases, Rank, RunFacts, Step, StepReport};
 
 /// Where a job is.
 pub(super) enum Phase {
@@ -18,7 +18,7 @@ pub(super) enum Phase {
     /// Members compute the step after the last commit.
     Stepping {
         /// Votes on it.
-        prepared: BTreeMap<Rank, StepReport>,
+        prepared: BTreeMap<Rank, Vote>,
         /// When it began: at Go, or at the commit before.
         since_ms: u64,
         /// The next commit is to be the last, and why.
@@ -44,6 +44,14 @@ pub(super) enum Phase {
     },
     /// It ended.
     Done(Outcome),
+}
+
+/// What a member prepared.
+pub(super) struct Vote {
+    /// The same bits on all ranks.
+    pub(super) report: StepReport,
+    /// Each rank's own.
+    pub(super) phases: Phases,
 }
 
 /// A worker that joined.

@@ -2,23 +2,23 @@
 
 use std::collections::BTreeMap;
 
-use super::phase::{Phase, Save};
+use super::phase::{Phase, Save, Vote};
 use super::{Action, Job, note};
 use crate::{
-    Cause, CommitRecord, CoordinatorMessage, Incarnation, MetricsRow, Outcome, Record, Step,
-    StepReport,
+    Cause, CommitRecord, CoordinatorMessage, Incarnation, MetricsRow, Outcome, Phases, Record,
+    Step, StepReport,
 };
 
 impl Job {
-    /// A vote. When all members have voted with the same bits, the step commits.
+    /// A vote. When all members have voted with the same bits, the step commits. Their phases are not compared.
     pub(super) fn prepared(
         &mut self,
         now_ms: u64,
         incarnation: Incarnation,
-        report: StepReport,
+        vote: Vote,
         actions: &mut Vec<Action>,
     ) {
-        let step = Step(report.step);
+        let step = Step(vote.report.step);
         let rank = self.members.get(&incarnation).and_then(|it| it.rank);
         let Some(rank) = rank else { return };
         if step == self.committed {
@@ -49,9 +49,10 @@ impl Job {
             return self.fail(Cause::Fatal, reason, None, actions);
         }
         // A vote may be repeated, by its rank or another, but never with other bits.
-        let difference = prepared
-            .iter()
-            .find_map(|(other, theirs)| report.first_difference(theirs).map(|it| (*other, it)));
+        let difference = prepared.iter().find_map(|(other, theirs)| {
+            let difference = vote.report.first_difference(&theirs.report)?;
+            Some((*other, difference))
+        });
         if let Some((other, (field, here, there))) = difference {
             let reason = format!(
                 "rank {rank} prepared step {step} with {field} {here}, rank {other} with {there}: \
@@ -59,7 +60,7 @@ impl Job {
             );
             return self.fail(Cause::Fatal, reason, None, actions);
         }
-        prepared.insert(rank, report);
+        prepared.insert(rank, vote);
         self.commit_when_ready(now_ms, actions);
     }
 
@@ -69,16 +70,23 @@ impl Job {
         let Phase::Stepping { prepared, .. } = &self.phase else {
             return;
         };
-        let report = prepared.values().next().copied();
+        let report = prepared.values().next().map(|vote| vote.report);
         if let Some(report) = report
             && prepared.len() == self.members.len()
             && self.evaluating.is_none()
         {
-            self.commit(now_ms, report, actions);
+            let phases = Phases::mean(prepared.values().map(|vote| &vote.phases));
+            self.commit(now_ms, report, phases, actions);
         }
     }
 
-    fn commit(&mut self, now_ms: u64, report: StepReport, actions: &mut Vec<Action>) {
+    fn commit(
+        &mut self,
+        now_ms: u64,
+        report: StepReport,
+        phases: Phases,
+        actions: &mut Vec<Action>,
+    ) {
         let Phase::Stepping { since_ms, stop, .. } = &self.phase else {
             return;
         };
@@ -113,6 +121,7 @@ impl Job {
             world_size: self.spec.policy.world,
             generation: self.generation.0,
             seconds,
+            phases,
         };
         // This record is the commit: from here on all roll forward (invariants M2, M4).
         actions.push(Action::Journal(Record::Commit(CommitRecord { apply, row })));

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{
-    Awaits, CoordinatorMessage, EvaluationRow, FromWorker, Generation, Incarnation, JobId,
+    Awaits, CoordinatorMessage, EvaluationRow, FromWorker, Generation, Incarnation, JobId, Phases,
     RunFacts, Step, StepReport, ToWorker, WIRE_VERSION, WorkerMessage, WorkerProfile,
 };
 
@@ -115,7 +115,7 @@ impl Worker {
                 Awaits::Go
             }
             Doing::Prepared { report } => {
-                said.push(WorkerMessage::Prepared { report: *report });
+                said.push(self.vote(*report));
                 Awaits::Commit
             }
             Doing::Ending => Awaits::End,
@@ -156,6 +156,12 @@ impl Worker {
         }
     }
 
+    /// The same report on all ranks, and this rank's own times.
+    fn vote(&self, report: StepReport) -> WorkerMessage {
+        let phases = phases(report.step, f64::from(self.rank));
+        WorkerMessage::Prepared { report, phases }
+    }
+
     /// All ranks took part in the collective of `step`.
     pub fn reduced(&mut self, generation: u64, step: u64, oracle: &Oracle) -> Option<Effect> {
         if generation != self.generation {
@@ -169,7 +175,7 @@ impl Worker {
             Doing::Computing { step: current } if current == step => {
                 let report = oracle.report(self.state, step);
                 self.doing = Doing::Prepared { report };
-                Some(Effect::Say(WorkerMessage::Prepared { report }))
+                Some(Effect::Say(self.vote(report)))
             }
             _ => None,
         }
@@ -315,4 +321,11 @@ impl Worker {
             self.evaluated = Some(oracle.evaluation(self.committed));
         }
     }
+}
+
+/// Times of `rank` in a step, no two phases alike. Those of the mean rank are exactly the mean over the ranks.
+pub fn phases(step: u64, rank: f64) -> Phases {
+    Phases::from_values(std::array::from_fn(|phase| {
+        (10 * step + phase as u64) as f64 + rank
+    }))
 }

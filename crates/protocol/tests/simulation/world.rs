@@ -10,7 +10,7 @@ use protocol::{
 
 use crate::disk::{Disk, Oracle};
 use crate::random::{Random, mix};
-use crate::worker::{Effect, Health, Worker};
+use crate::worker::{Effect, Health, Worker, phases};
 
 /// Faults happen until then; after it everything works.
 const FAULTS_END_MS: u64 = 15_000;
@@ -243,7 +243,7 @@ impl World {
         match happens {
             Happens::Start => self.start(),
             Happens::ToCoordinator(from) => {
-                if let WorkerMessage::Prepared { report } = &from.message {
+                if let WorkerMessage::Prepared { report, .. } = &from.message {
                     let vote = (from.generation.0, report.step);
                     self.votes
                         .entry(vote)
@@ -386,6 +386,12 @@ impl World {
                     assert_eq!(
                         votes, self.policy.world as usize,
                         "committed without all votes"
+                    );
+                    let mean_rank = f64::from(self.policy.world - 1) / 2.0;
+                    assert_eq!(
+                        commit.row.phases,
+                        phases(commit.row.report.step, mean_rank),
+                        "not the mean over the ranks"
                     );
                 }
                 self.disk.append(record, &self.oracle);

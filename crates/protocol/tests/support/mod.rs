@@ -4,7 +4,7 @@
 
 use protocol::{
     Action, Awaits, CommitRecord, CoordinatorMessage, Event, FromWorker, Generation, Incarnation,
-    Job, JobId, JobPolicy, JobSpec, MetricsRow, Outcome, Record, Recovery, RunFacts, Step,
+    Job, JobId, JobPolicy, JobSpec, MetricsRow, Outcome, Phases, Record, Recovery, RunFacts, Step,
     StepReport, WIRE_VERSION, WorkerMessage, WorkerProfile,
 };
 
@@ -73,6 +73,11 @@ pub fn commit(step: u64, generation: u64, apply: bool) -> Record {
         world_size: 2,
         generation,
         seconds: 2.0,
+        phases: Phases {
+            forward: 0.5,
+            backward: 1.25,
+            ..Phases::default()
+        },
     };
     Record::Commit(CommitRecord { apply, row })
 }
@@ -148,7 +153,16 @@ impl Play {
     }
 
     pub fn prepare(&mut self, incarnation: u64, report: StepReport) -> Vec<Action> {
-        self.say(incarnation, WorkerMessage::Prepared { report })
+        self.prepare_in(incarnation, report, Phases::default())
+    }
+
+    pub fn prepare_in(
+        &mut self,
+        incarnation: u64,
+        report: StepReport,
+        phases: Phases,
+    ) -> Vec<Action> {
+        self.say(incarnation, WorkerMessage::Prepared { report, phases })
     }
 
     /// All members prepare the next step.
