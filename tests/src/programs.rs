@@ -176,7 +176,8 @@ impl Run {
         let mut rows = self.metrics();
         for row in &mut rows {
             let row = row.as_object_mut().expect("a row is an object");
-            for name in ["seconds", "tokens_per_second", "generation", "world_size"] {
+            row.retain(|name, _| !name.starts_with("seconds"));
+            for name in ["tokens_per_second", "generation", "world_size"] {
                 row.remove(name);
             }
         }

@@ -13,8 +13,10 @@ fn training(folder: &Path) -> Vec<Value> {
     let rows = fs::read_to_string(folder.join("metrics.jsonl")).expect("rows of metrics");
     let rows = rows.lines().map(|line| {
         let mut row: Value = serde_json::from_str(line).expect("a row is JSON");
-        for name in ["seconds", "tokens_per_second", "generation", "world_size"] {
-            row.as_object_mut().expect("an object").remove(name);
+        let values = row.as_object_mut().expect("an object");
+        values.retain(|name, _| !name.starts_with("seconds"));
+        for name in ["tokens_per_second", "generation", "world_size"] {
+            values.remove(name);
         }
         row
     });

@@ -190,6 +190,7 @@ fn compare(run: &Run) {
                 let shown = format!(
                     "{prefix}{}",
                     name.replacen("loss/", &format!("loss{separator}"), 1)
+                        .replacen("seconds/", &format!("seconds{separator}"), 1)
                 );
                 let curve = metrics
                     .get(&shown)

@@ -26,6 +26,8 @@ use std::{
 };
 
 use crate::{Aborter, Collective, CollectiveError, Op, Peer, Region, Ticket, single::check_start};
+pub use exchange::SCRATCH_BYTES;
+
 use engine::Job;
 use state::State;
 

@@ -65,7 +65,7 @@ fn a_job_fits_exactly_when_all_workers_and_the_coordinator_do() {
 
 #[test]
 fn what_cannot_fit_is_refused_with_settings_that_would() {
-    let large = ["train.batch_pairs=256", "train.micro_batch_tokens=3500"];
+    let large = ["train.batch_pairs=256", "train.micro_batch_tokens=14000"];
     let whole = planned(&large, 1 << 40);
     let total = whole.memory.unwrap().total_bytes;
     let refused = planned(&large, total / 10 * 9);

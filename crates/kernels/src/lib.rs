@@ -41,6 +41,7 @@ mod precision;
 mod residual;
 mod rotary;
 mod rows;
+mod speed;
 
 pub use activation::{Activation, activate, activate_backward, gated, gated_backward};
 pub use attention::{
@@ -65,6 +66,7 @@ pub use precision::Precision;
 pub use residual::add;
 pub use rotary::{RotaryTable, rotary, rotary_backward};
 pub use rows::{gather_rows, scatter_add_rows};
+pub use speed::product_speed;
 
 /// Changes whenever the bits of a forward result may change, so that values computed by another version are not reused.
 pub const KERNEL_VERSION: u32 = 1;

@@ -86,7 +86,7 @@ mod tests {
         let text = r#"{"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
             "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 11, "tie_word_embeddings": true,
             "max_position_embeddings": 64, "rms_norm_eps": 1e-5}"#;
-        let config = ModelConfig::parse(text, Path::new("config.json")).unwrap();
+        let config = ModelConfig::parse(text, Path::new("config.json")).expect("a config");
         let found = Operations::of(&config, &[(3, [2, 1])]);
         // q, k, v, o of one block, then gate, up, down.
         let weights = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16;

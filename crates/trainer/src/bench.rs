@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use data::{DataConfig, Tokenizer, step_pairs};
-use model::{Device, Model, ModelConfig, Operations, Saving};
+use model::{Device, Model, ModelConfig, Operations, Saving, is_host};
 use objective::ObjectiveConfig;
 use serde::Serialize;
 use spec::{Dtype, OptimizerSection, SpecError};
@@ -68,6 +68,10 @@ pub struct Profile {
     pub needed_gflop: f64,
     /// Needed operations by second of forward and backward, head included, in units of 10⁹.
     pub gflop_per_second: f64,
+    /// What the same threads reach together in matrix products of a comfortable size, before or after the steps, whichever was
+    /// faster; none on a device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub product_gflop_per_second: Option<f64>,
 }
 
 /// Times `request.steps` steps of Cal-DPO.
@@ -100,6 +104,7 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
     let alone = Box::new(collective::single(0));
     let patience = Duration::from_mins(1);
     let mut learner = Learner::new(model, OptimizerSection::default(), alone, patience);
+    let before = product_speed(device);
     let mut start = Instant::now();
     let (mut pairs_done, mut tokens) = (0, 0);
     let (mut computed_tokens, mut needed) = (0, 0.0);
@@ -145,8 +150,14 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
             computed_tokens: computed_tokens as f64 / steps,
             needed_gflop: needed / steps / 1e9,
             gflop_per_second: needed / through_the_model / 1e9,
+            product_gflop_per_second: before.zip(product_speed(device)).map(|(a, b)| a.max(b)),
         }),
     })
+}
+
+/// Operations by second of matrix products in units of 10⁹; none on a device.
+fn product_speed(device: &Device) -> Option<f64> {
+    is_host(device).then(|| kernels::product_speed(rayon::current_num_threads()) / 1e9)
 }
 
 /// What a forward over `batch` needs.

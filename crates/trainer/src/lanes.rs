@@ -179,7 +179,10 @@ mod tests {
 
     #[test]
     fn results_come_in_order_whatever_lane_was_faster() {
-        let pool = ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        let pool = ThreadPoolBuilder::new()
+            .num_threads(3)
+            .build()
+            .expect("threads");
         let mut all = pool.install(|| Lanes::new(&Device::flex()));
         assert_eq!(all.threads, 3);
         for lanes in 1..=3 {
@@ -189,7 +192,7 @@ mod tests {
                 (0..turns).fold(index as u64, |sum, x| std::hint::black_box(sum ^ x));
                 (index, rayon::current_num_threads())
             };
-            let found = all.all(lanes, 20, &work).unwrap();
+            let found = all.all(lanes, 20, &work).expect("no error");
             let order: Vec<usize> = found.iter().map(|(index, _)| *index).collect();
             assert_eq!(order, (0..20).collect::<Vec<_>>());
             let most = found.iter().map(|(_, threads)| *threads).max();
@@ -199,7 +202,10 @@ mod tests {
 
     #[test]
     fn the_first_error_ends_the_work() {
-        let pool = ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let pool = ThreadPoolBuilder::new()
+            .num_threads(2)
+            .build()
+            .expect("threads");
         let mut all = pool.install(|| Lanes::new(&Device::flex()));
         let done = AtomicUsize::new(0);
         let work = |index: usize| {

@@ -23,6 +23,9 @@ use crate::{CollectiveError, Op, shard_range};
 /// Elements added at a time. Smaller chunks cost more calls and wake-ups; the two that are in use have to stay in a core's cache.
 const CHUNK_ELEMENTS: usize = 64 * 1024;
 
+/// Most bytes that an operation on numbers holds beside its region: two chunks of f64.
+pub const SCRATCH_BYTES: usize = 2 * CHUNK_ELEMENTS * size_of::<f64>();
+
 /// Bytes read between two notes of progress, and the most that is allocated ahead of what has arrived.
 const STRIDE_BYTES: usize = 1024 * 1024;
 

@@ -75,7 +75,7 @@ pub struct Parts {
     pub workspace: u64,
     /// What the allocator loses to gaps between the tensors of a pack.
     pub gaps: u64,
-    /// Sums of a bucket's share, with which gradients are reduced.
+    /// What reducing gradients over the ranks needs beside them.
     pub collective: u64,
 }
 
@@ -196,11 +196,11 @@ impl Workload {
         let trained = self.trained(loaded, pairs, knobs, saves);
         moments.push(moment(
             "training step",
-            self.stepping(trained.with(step.bytes), knobs),
+            Self::stepping(trained.with(step.bytes), knobs),
         ));
         moments.push(moment("checkpoint", trained));
         if !held_out.is_empty() {
-            let pack = self.largest_scored(&self.config, packs(&held_out, knobs), knobs);
+            let pack = self.largest_scored(&self.config, &packs(&held_out, knobs), knobs);
             moments.push(moment("evaluation", trained.with(pack)));
         }
         WorkerMemory {
@@ -231,7 +231,7 @@ impl Workload {
             reference_weights: own.map_or(0, |(_, layout)| self.weights(layout.elements())),
             ..loaded
         };
-        parts.with(self.largest_scored(config, in_order(pairs, knobs), knobs))
+        parts.with(self.largest_scored(config, &in_order(pairs, knobs), knobs))
     }
 
     /// What stays while a run trains.
@@ -251,14 +251,15 @@ impl Workload {
         }
     }
 
-    /// Gradients are reduced after the last pack, but an allocator hardly gives back what packs had before. A worker alone
-    /// reduces nothing.
-    fn stepping(&self, trained: Parts, knobs: &Knobs) -> Parts {
-        let buckets = self.trained.buckets.iter();
-        let shares = buckets.map(|it| it.len.div_ceil(knobs.workers));
-        let sums = shares.max().filter(|_| knobs.workers > 1);
+    /// Gradients are reduced while packs are on their way. A worker alone reduces nothing.
+    fn stepping(trained: Parts, knobs: &Knobs) -> Parts {
+        let scratch = if knobs.workers > 1 {
+            collective::tcp::SCRATCH_BYTES as u64
+        } else {
+            0
+        };
         Parts {
-            collective: sums.unwrap_or(0) as u64 * FLOAT,
+            collective: scratch,
             ..trained
         }
     }
@@ -287,7 +288,7 @@ impl Workload {
         };
         let steps = self.steps.iter().map(|step| {
             let lengths: Vec<Lengths> = step.iter().filter_map(|&pair| train[pair]).collect();
-            in_flight(packs(&lengths, knobs), knobs, |shape, threads| {
+            in_flight(&packs(&lengths, knobs), knobs, |shape, threads| {
                 PackBytes::training(&self.config, shape, saving, self.precision, threads)
             })
         });
@@ -298,7 +299,7 @@ impl Workload {
     fn largest_scored(
         &self,
         config: &ModelConfig,
-        shapes: Vec<PackShape>,
+        shapes: &[PackShape],
         knobs: &Knobs,
     ) -> PackBytes {
         in_flight(shapes, knobs, |shape, threads| {
@@ -342,7 +343,7 @@ struct InFlight {
 
 /// The most that lanes hold of these packs; each lane has its part of the threads.
 fn in_flight(
-    shapes: Vec<PackShape>,
+    shapes: &[PackShape],
     knobs: &Knobs,
     bytes: impl Fn(&PackShape, usize) -> PackBytes,
 ) -> InFlight {

@@ -15,7 +15,7 @@ const PROGRAM: Program = Program {
     peak: 0,
 };
 
-const LINES: &str = "train.steps = 9\ntrain.batch_pairs = 12\ntrain.micro_batch_tokens = 128\n\
+const LINES: &str = "train.steps = 9\ntrain.batch_pairs = 12\ntrain.micro_batch_tokens = 512\n\
                      schedule.warmup_steps = 1\nreference.verify_samples = 0";
 
 fn draft(folder: &Folder, lines: &str) -> (Spec, Draft) {
@@ -74,7 +74,8 @@ fn the_largest_micro_batch_is_that_of_the_runs_own_steps() {
     for step in 1..=9 {
         let step = step_pairs(spec.seed, step, lengths.len(), 12, spec.data.shuffle).pairs;
         let step: Vec<usize> = step.iter().map(|&pair| lengths[pair]).collect();
-        let packs = pack_plan(&step, 128);
+        // A pack is a quarter of what may be on its way at once.
+        let packs = pack_plan(&step, 512 / 4);
         let tokens = packs
             .iter()
             .map(|pack| pack.iter().map(|&pair| step[pair]).sum::<usize>());
@@ -99,7 +100,7 @@ fn a_job_that_is_too_large_is_offered_settings_each_of_which_fits() {
     let changes = |key, value: serde_json::Value| [Change { key, value }];
     for change in [
         changes("model.gradient_checkpointing", true.into()),
-        changes("train.micro_batch_tokens", 64.into()),
+        changes("train.micro_batch_tokens", 256.into()),
         changes("cluster.workers", 2.into()),
         changes("cluster.workers", 1.into()),
     ] {
@@ -173,7 +174,7 @@ fn checkpointing_and_smaller_micro_batches_need_less() {
     };
     let plain = step("");
     assert!(step("model.gradient_checkpointing = true") < plain);
-    let spec = LINES.replace("128", "64");
+    let spec = LINES.replace("512", "256");
     let folder_spec = folder.spec(&spec);
     let draft = Draft::load(&folder_spec, 1).unwrap();
     let memory = draft

@@ -77,6 +77,49 @@ fn t2_worlds_of_1_to_4_give_the_same_losses_and_one_world_the_same_bits() {
     }
 }
 
+/// Packs side by side add to shared gradients: the embedding's rows, a tied head's tiles, blocks, adapters.
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    let kto = "objective = { kind = \"kto\" }\n";
+    let lora = "objective = { kind = \"dpo\" }\nadapter = { kind = \"lora\", rank = 4 }\n";
+    for (folder, lines) in [
+        (Folder::tied(31), CAL_DPO),
+        (Folder::new(31), CAL_DPO),
+        (Folder::tied(31), kto),
+        (Folder::tied(31), lora),
+    ] {
+        let spec = folder.spec(&format!(
+            "{lines}optimizer.learning_rate = 1e-3\ntrain = {{ steps = 5, batch_pairs = 12, micro_batch_tokens = 400 }}"
+        ));
+        let bits = |threads: usize, world: usize| {
+            let checkpoints = folder.path(&format!("threads-{threads}-{world}"));
+            let script = Script {
+                checkpoints,
+                evaluate: true,
+                save: true,
+                threads: Some(threads),
+                ..Script::default()
+            };
+            let run = run(&spec, world, &script);
+            let state = state_bits(&Checkpoint::open(&run.checkpoints[&5]).unwrap());
+            let reports = run.reports.iter().map(StepReport::bits);
+            let held_out = run.evaluations.iter().map(|(row, _)| row.loss.to_bits());
+            (
+                state,
+                reports.collect::<Vec<_>>(),
+                held_out.collect::<Vec<_>>(),
+            )
+        };
+        for world in [1, 2] {
+            let alone = bits(1, world);
+            for threads in 2..=4 {
+                let beside = bits(threads, world);
+                assert!(beside == alone, "{lines}: {threads} threads, {world} ranks");
+            }
+        }
+    }
+}
+
 #[test]
 fn t4_the_loss_is_a_mean_over_pairs_however_they_are_packed_and_recomputed() {
     let folder = Folder::new(13);

@@ -20,9 +20,18 @@ pub struct Folder {
 impl Folder {
     /// `pairs` training rows and 7 held-out ones.
     pub fn new(pairs: usize) -> Self {
+        Self::with(pairs, false)
+    }
+
+    /// The same with a model whose head is its embedding.
+    pub fn tied(pairs: usize) -> Self {
+        Self::with(pairs, true)
+    }
+
+    fn with(pairs: usize, tied: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let folder = Self { dir };
-        write_model(&folder.path("model"), |_, _| {});
+        write_model(&folder.path("model"), tied, |_, _| {});
         fs::write(folder.path("train.jsonl"), rows(pairs, 1)).unwrap();
         fs::write(folder.path("eval.jsonl"), rows(7, 2)).unwrap();
         folder
@@ -34,7 +43,7 @@ impl Folder {
 
     /// Rewrites the weights: `change` gets a tensor's name and its values.
     pub fn change_weights(&self, change: impl Fn(&str, &mut [f32])) {
-        write_model(&self.path("model"), change);
+        write_model(&self.path("model"), false, change);
     }
 
     pub fn write(&self, name: &str, text: &str) {
@@ -56,13 +65,13 @@ impl Folder {
     }
 }
 
-fn write_model(dir: &Path, change: impl Fn(&str, &mut [f32])) {
+fn write_model(dir: &Path, tied: bool, change: impl Fn(&str, &mut [f32])) {
     fs::create_dir_all(dir).unwrap();
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 256, "rope_theta": 10000.0, "tie_word_embeddings": false,
+        "max_position_embeddings": 256, "rope_theta": 10000.0, "tie_word_embeddings": tied,
         "attention_bias": false, "mlp_bias": false, "eos_token_id": 1,
     });
     fs::write(dir.join("config.json"), config.to_string()).unwrap();

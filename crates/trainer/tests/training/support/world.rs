@@ -28,6 +28,8 @@ pub struct Script {
     pub save: bool,
     /// Evaluate before the first step and after every step.
     pub evaluate: bool,
+    /// Compute threads of every rank; by default those of the process.
+    pub threads: Option<usize>,
 }
 
 /// What the ranks said.
@@ -77,7 +79,14 @@ pub fn try_run(spec: &Spec, world: usize, script: &Script) -> Result<Run, TrainE
                         let deadline = Instant::now() + PATIENCE;
                         Box::new(door.connect(rank, addresses, 1, [9; 32], deadline).unwrap())
                     };
-                    run_rank(spec, script, collective, shared)
+                    let rank = || run_rank(spec, script, collective, shared);
+                    match script.threads {
+                        None => rank(),
+                        Some(threads) => {
+                            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+                            pool.build().unwrap().install(rank)
+                        }
+                    }
                 })
             })
             .collect();

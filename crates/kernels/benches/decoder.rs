@@ -1,7 +1,9 @@
-//! Speed of one SmolLM2-135M block, forward and backward, over 300 tokens on one thread: `cargo run --release -p kernels
-//! --example gate`. Prints GFLOP/s of the whole block and of its parts; a tool for looking, not a test.
+//! The parts of a training step at SmolLM2-135M's shapes on one thread: matrix products, a block both ways, the log-prob
+//! head. criterion's elements are needed floating-point operations, so its Gelem/s are GFLOP/s: what a head's backward computes
+//! again is not counted.
+#![allow(missing_docs)]
 
-use std::time::Instant;
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use kernels::{
@@ -11,7 +13,6 @@ use kernels::{
     rotary_backward, segment_attention, segment_attention_backward,
 };
 
-const TOKENS: usize = 300;
 const HIDDEN: usize = 576;
 const INNER: usize = 1536;
 const HEADS: usize = 9;
@@ -20,42 +21,14 @@ const HEAD_DIM: usize = 64;
 const VOCABULARY: usize = 49152;
 const NARROW: usize = KV_HEADS * HEAD_DIM;
 
-fn main() {
-    let threads = std::env::args()
-        .nth(1)
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(1);
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build()
-        .expect("start a pool");
-    println!("{TOKENS} tokens, {threads} thread(s)");
-    pool.install(|| {
-        products();
-        block();
-        head();
-    });
-}
-
-/// Best of several rounds, in seconds.
-fn best(rounds: usize, mut work: impl FnMut()) -> f64 {
-    work();
-    let time = |work: &mut dyn FnMut()| {
-        let start = Instant::now();
-        work();
-        start.elapsed().as_secs_f64()
-    };
-    (0..rounds)
-        .map(|_| time(&mut work))
-        .fold(f64::INFINITY, f64::min)
-}
-
-fn report(what: &str, seconds: f64, operations: f64) {
-    println!(
-        "{what:<28} {:9.3} ms {:8.1} GFLOP/s",
-        seconds * 1e3,
-        operations / seconds / 1e9
-    );
+fn all(criterion: &mut Criterion) {
+    let one = rayon::ThreadPoolBuilder::new().num_threads(1);
+    one.build_global().expect("nobody asked for threads before");
+    products(criterion, 300);
+    block(criterion, "5 pairs of 60 tokens", 5, [20, 20, 20]);
+    block(criterion, "1 pair of 600 tokens", 1, [100, 250, 250]);
+    block(criterion, "1 pair of 2000 tokens", 1, [400, 800, 800]);
+    head(criterion, 200);
 }
 
 fn matrix(rows: usize, columns: usize) -> Tensor<2> {
@@ -65,7 +38,8 @@ fn matrix(rows: usize, columns: usize) -> Tensor<2> {
     Tensor::from_data(TensorData::new(values, [rows, columns]), &Device::flex())
 }
 
-fn products() {
+fn products(criterion: &mut Criterion, tokens: usize) {
+    let mut group = criterion.benchmark_group(format!("linear, {tokens} tokens"));
     for (depth, out) in [
         (HIDDEN, HIDDEN),
         (HIDDEN, NARROW),
@@ -73,9 +47,9 @@ fn products() {
         (INNER, HIDDEN),
     ] {
         let (x, weight, dy) = (
-            matrix(TOKENS, depth),
+            matrix(tokens, depth),
             matrix(out, depth),
-            matrix(TOKENS, out),
+            matrix(tokens, out),
         );
         let slot = Slot {
             bucket: 0,
@@ -83,15 +57,20 @@ fn products() {
             len: out * depth,
         };
         let mut gradients = Gradients::zeros(&[slot.len], &Device::flex());
-        let operations = 2.0 * (TOKENS * depth * out) as f64;
-        let forward = best(9, || drop(linear(&x, &weight)));
-        report(&format!("linear {depth} -> {out}"), forward, operations);
-        let backward = best(9, || {
-            linear_backward_weight(&dy, &x, &mut gradients, &slot);
-            drop(linear_backward(&dy, &weight));
+        let operations = 2 * (tokens * depth * out) as u64;
+        group.throughput(Throughput::Elements(operations));
+        group.bench_function(format!("{depth} to {out}, forward"), |bench| {
+            bench.iter(|| linear(&x, &weight));
         });
-        report("  backward", backward, 2.0 * operations);
+        group.throughput(Throughput::Elements(2 * operations));
+        group.bench_function(format!("{depth} to {out}, backward"), |bench| {
+            bench.iter(|| {
+                linear_backward_weight(&dy, &x, &mut gradients, &slot);
+                linear_backward(&dy, &weight)
+            });
+        });
     }
+    group.finish();
 }
 
 /// The weights of a block: q, k, v, o, gate, up, down, two norms.
@@ -165,8 +144,10 @@ impl Block {
     }
 }
 
-fn block() {
+/// One block, forward alone or both ways, over pairs of so many tokens of prompt, chosen and rejected.
+fn block(criterion: &mut Criterion, name: &str, pairs: usize, lengths: [usize; 3]) {
     let (block, mut gradients) = Block::new();
+    let tokens = pairs * lengths.iter().sum::<usize>();
     let plan = AttentionPlan {
         heads: HEADS,
         kv_heads: KV_HEADS,
@@ -175,33 +156,32 @@ fn block() {
         window: None,
         soft_cap: None,
     };
-    // Five pairs of 60 tokens: prompt 20, completions 20 each.
-    let segments: Vec<_> = (0..TOKENS / 60)
-        .map(|i| i * 60)
+    let [prompt, chosen, rejected] = lengths;
+    let segments: Vec<_> = (0..pairs)
+        .map(|pair| pair * (tokens / pairs))
         .map(|at| AttentionSegment {
-            prompt: at..at + 20,
-            completions: [at + 20..at + 40, at + 40..at + 60],
+            prompt: at..at + prompt,
+            completions: [
+                at + prompt..at + prompt + chosen,
+                at + prompt + chosen..at + prompt + chosen + rejected,
+            ],
         })
         .collect();
-    let positions: Vec<u32> = (0..TOKENS)
-        .map(|i| if i % 60 < 40 { i % 60 } else { i % 60 - 20 } as u32)
-        .collect();
+    let own = (0..prompt + chosen).chain(prompt..prompt + rejected);
+    let own: Vec<u32> = own.map(|position| position as u32).collect();
+    let positions = own.repeat(pairs);
     let frequencies: Vec<f32> = (0..HEAD_DIM / 2)
         .map(|i| 1e4f32.powf(-(i as f32) / 32.0))
         .collect();
     let table = RotaryTable::new(&positions, &frequencies, &Device::flex());
-    let (x, dy) = (matrix(TOKENS, HIDDEN), matrix(TOKENS, HIDDEN));
-    let (mut forward_s, mut attention_s) = (f64::INFINITY, f64::INFINITY);
-    let whole = best(9, || {
-        let start = Instant::now();
+    let (x, dy) = (matrix(tokens, HIDDEN), matrix(tokens, HIDDEN));
+    let mut both_ways = || {
         let norm = |index: usize| block.weights.view(&block.norms[index], [HIDDEN]);
         let (normed, norm_saved) = rms_norm(&x, &norm(0), 1e-5);
         let q = rotary(block.linear(&normed, 0), &table, HEADS);
         let k = rotary(block.linear(&normed, 1), &table, KV_HEADS);
         let v = block.linear(&normed, 2);
-        let attention = Instant::now();
         let (attended, attention_saved) = segment_attention(&q, &k, &v, &segments, &plan);
-        let mut attention_time = attention.elapsed().as_secs_f64();
         let middle = add(block.linear(&attended, 3), &x);
         let (middle_normed, middle_saved) = rms_norm(&middle, &norm(1), 1e-5);
         let (gate, up) = (
@@ -210,7 +190,6 @@ fn block() {
         );
         let inner = gated(&gate, &up, Activation::Silu);
         let out = add(block.linear(&inner, 6), &middle);
-        forward_s = forward_s.min(start.elapsed().as_secs_f64());
         drop(out);
 
         let dinner = block.back(&dy, &inner, 6, &mut gradients);
@@ -225,7 +204,6 @@ fn block() {
         let dmiddle = rms_norm_backward(&dnormed, &middle, &norm(1), &middle_saved);
         let dmiddle = add(dmiddle, &dy);
         let dattended = block.back(&dmiddle, &attended, 3, &mut gradients);
-        let attention = Instant::now();
         let (dq, dk, dv) = segment_attention_backward(
             &dattended,
             &q,
@@ -236,8 +214,6 @@ fn block() {
             &segments,
             &plan,
         );
-        attention_time += attention.elapsed().as_secs_f64();
-        attention_s = attention_s.min(attention_time);
         let dq = block.back(
             &rotary_backward(dq, &table, HEADS),
             &normed,
@@ -258,17 +234,19 @@ fn block() {
             rms_norm_backward(&dnormed, &x, &norm(0), &norm_saved),
             &dmiddle,
         );
-        drop(dx);
-    });
-    let parameters: usize = block.slots.iter().map(|(slot, _)| slot.len).sum();
-    let operations = 2.0 * (TOKENS * parameters) as f64;
-    report("block forward", forward_s, operations);
-    report("block forward + backward", whole, 3.0 * operations);
-    println!("{:<28} {:9.3} ms", "  of it attention", attention_s * 1e3);
+        dx
+    };
+    let weights: usize = block.slots.iter().map(|(slot, _)| slot.len).sum();
+    let seen = (0..prompt + chosen).chain(prompt..prompt + rejected);
+    let seen: usize = seen.map(|position| position + 1).sum();
+    let needed = 2 * (tokens * weights) + 4 * pairs * seen * HEADS * HEAD_DIM;
+    let mut group = criterion.benchmark_group("block");
+    group.throughput(Throughput::Elements(3 * needed as u64));
+    group.bench_function(name, |bench| bench.iter(&mut both_ways));
+    group.finish();
 }
 
-fn head() {
-    let rows = 2 * TOKENS / 3;
+fn head(criterion: &mut Criterion, rows: usize) {
     let (hidden, weight) = (matrix(rows, HIDDEN), matrix(VOCABULARY, HIDDEN));
     let targets: Vec<u32> = (0..rows).map(|row| (row * 97) as u32).collect();
     let slot = Slot {
@@ -277,21 +255,31 @@ fn head() {
         len: VOCABULARY * HIDDEN,
     };
     let mut gradients = Gradients::zeros(&[slot.len], &Device::flex());
-    let operations = 2.0 * (rows * VOCABULARY * HIDDEN) as f64;
-    let forward = best(3, || drop(logprob_head(&hidden, &weight, &targets, None)));
-    report(&format!("head over {rows} rows"), forward, operations);
+    let operations = 2 * (rows * VOCABULARY * HIDDEN) as u64;
+    let mut group = criterion.benchmark_group(format!("head, {rows} rows"));
+    group.sample_size(20);
+    group.throughput(Throughput::Elements(operations));
+    group.bench_function("forward", |bench| {
+        bench.iter(|| logprob_head(&hidden, &weight, &targets, None));
+    });
     let (_, saved) = logprob_head(&hidden, &weight, &targets, None);
     let dlogps = vec![1.0; rows];
-    let backward = best(3, || {
-        drop(logprob_head_backward(
-            &dlogps,
-            &hidden,
-            &weight,
-            &targets,
-            None,
-            &saved,
-            Some((&mut gradients, &slot)),
-        ));
+    group.throughput(Throughput::Elements(2 * operations));
+    group.bench_function("backward", |bench| {
+        bench.iter(|| {
+            let sums = Some((&mut gradients, &slot));
+            logprob_head_backward(&dlogps, &hidden, &weight, &targets, None, &saved, sums)
+        });
     });
-    report("  backward (recomputing)", backward, 3.0 * operations);
+    group.finish();
 }
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(30)
+        .warm_up_time(std::time::Duration::from_millis(500))
+        .measurement_time(std::time::Duration::from_secs(2));
+    targets = all
+}
+criterion_main!(benches);
