@@ -230,11 +230,10 @@ fn block(criterion: &mut Criterion, name: &str, pairs: usize, lengths: [usize; 3
         let dnormed = add(add(dq, &dk), &dv);
         let slot = &block.norms[0];
         rms_norm_backward_weight(&dnormed, &x, &norm_saved, &mut gradients, slot);
-        let dx = add(
+        add(
             rms_norm_backward(&dnormed, &x, &norm(0), &norm_saved),
             &dmiddle,
-        );
-        dx
+        )
     };
     let weights: usize = block.slots.iter().map(|(slot, _)| slot.len).sum();
     let seen = (0..prompt + chosen).chain(prompt..prompt + rejected);

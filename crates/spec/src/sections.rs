@@ -124,7 +124,8 @@ pub struct TrainSection {
     /// Pairs of one optimizer step, over all ranks. Default 64.
     #[schemars(range(min = 1))]
     pub batch_pairs: usize,
-    /// Most tokens that go through the model at once (a longer pair goes alone): what memory depends on. Default 2048.
+    /// Most tokens that a worker has on their way through the model at once (a longer pair goes alone): what memory depends on. On
+    /// the CPU packs are cut to a quarter of it and go side by side, one a thread. Default 2048.
     #[schemars(range(min = 1))]
     pub micro_batch_tokens: usize,
 }

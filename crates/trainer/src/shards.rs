@@ -11,6 +11,7 @@
 use std::{ops::Range, time::Instant};
 
 use collective::{Collective, CollectiveError, Op, Region, Ticket, shard_range};
+use rayon::prelude::*;
 use spec::OptimizerSection;
 
 use crate::update::{Update, has_first_moment};
@@ -172,24 +173,35 @@ impl ShardedOptimizer {
     }
 }
 
+/// Elements that a thread updates at a time: enough to be worth a thread, few enough for all of them.
+const PIECE_ELEMENTS: usize = 1 << 18;
+
 impl Shard {
+    /// Updates the own elements, on all threads of this process: every element by itself, so that pieces do not show in the bits.
     fn apply(&mut self, update: &Update, weights: &mut [f32], gradient: &[f32]) {
-        let start = self.range.start;
+        let mut pieces = Vec::new();
+        let (mut weights, mut first) = (&mut weights[self.range.clone()], &mut self.first[..]);
+        let (mut second, mut gradient) = (&mut self.second[..], &gradient[self.range.clone()]);
         for stretch in &self.stretches {
-            let range = stretch.range.clone();
-            let own = range.start - start..range.end - start;
-            let first = match self.first.as_mut_slice() {
-                [] => &mut [],
-                first => &mut first[own.clone()],
-            };
-            update.apply(
-                &mut weights[range.clone()],
-                first,
-                &mut self.second[own],
-                &gradient[range],
-                stretch.decay,
-            );
+            let mut rest = stretch.range.len();
+            while rest > 0 {
+                let len = rest.min(PIECE_ELEMENTS);
+                rest -= len;
+                let of_first = len.min(first.len());
+                pieces.push((
+                    weights.split_off_mut(..len).expect("weights of the shard"),
+                    first.split_off_mut(..of_first).expect("a length of it"),
+                    second.split_off_mut(..len).expect("moments of the shard"),
+                    gradient.split_off(..len).expect("gradient of the shard"),
+                    stretch.decay,
+                ));
+            }
         }
+        pieces
+            .into_par_iter()
+            .for_each(|(weights, first, second, gradient, decay)| {
+                update.apply(weights, first, second, gradient, decay);
+            });
     }
 }
 
