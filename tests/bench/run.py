@@ -78,9 +78,16 @@ def run(command, **options):
 
 def project(model, pairs, workers=WORKERS, threads=None):
     """A whole job: its timed steps, and the peak over its life, reference pass and export included."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="bench-"))
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        return job(pathlib.Path(folder), model, pairs, workers, threads)
+
+
+def job(folder, model, pairs, workers, threads):
+    # As many pairs as the peer reads, so that the reference pass is as long.
+    first = folder / "pairs.jsonl"
+    first.write_text("".join(open(pairs).readlines()[: BATCH_PAIRS * (STEPS + WARMUP)]))
     values = {
-        "job.name": "bench", "job.output": folder / "run", "model.path": model, "data.train": [str(pairs)], "data.eval": [],
+        "job.name": "bench", "job.output": folder / "run", "model.path": model, "data.train": [str(first)], "data.eval": [],
         "data.max_length": MAX_LENGTH, "data.shuffle": False, "data.cache": folder / "tokens", "objective.kind": "cal_dpo",
         "reference.store": folder / "store", "optimizer.learning_rate": 1e-6, "schedule.kind": "constant",
         "train.steps": STEPS + WARMUP, "train.batch_pairs": BATCH_PAIRS, "checkpoint.every_steps": 0,
@@ -88,10 +95,6 @@ def project(model, pairs, workers=WORKERS, threads=None):
     }
     if threads:
         values["cluster.threads"] = threads
-    # The same pairs as the peer reads, so that the reference pass is as long.
-    first = pathlib.Path(folder / "pairs.jsonl")
-    first.write_text("".join(open(pairs).readlines()[: BATCH_PAIRS * (STEPS + WARMUP)]))
-    values["data.train"] = [str(first)]
     text = "".join(f"{key} = {json.dumps(value if isinstance(value, (int, float, list, bool)) else str(value))}\n"
                    for key, value in values.items())
     (folder / "job.toml").write_text(text)
@@ -99,30 +102,23 @@ def project(model, pairs, workers=WORKERS, threads=None):
     _, memory = run([COORDINATOR, folder / "job.toml"])
     whole = time.time() - start
     rows = [json.loads(line) for line in open(folder / "run/metrics.jsonl")][WARMUP:]
-    shutil.rmtree(folder)
-    seconds = [row["seconds"] for row in rows]
-    phases = {key.split("/")[1]: sum(row[key] for row in rows) / sum(seconds) for key in rows[0] if key.startswith("seconds/")}
+    seconds = sum(row["seconds"] for row in rows)
+    phases = {key.split("/")[1]: sum(row[key] for row in rows) / seconds for key in rows[0] if key.startswith("seconds/")}
     return {
-        "pairs_per_second": sum(row["pairs"] for row in rows) / sum(seconds),
-        "tokens_per_second": sum(row["tokens"] for row in rows) / sum(seconds),
+        "pairs_per_second": sum(row["pairs"] for row in rows) / seconds,
+        "tokens_per_second": sum(row["tokens"] for row in rows) / seconds,
         "memory": memory, "whole_seconds": whole, "phases": phases,
     }
 
 
 def peer(model, pairs, micro, checkpointing=False):
-    command = [PEER_PYTHON, PEER, "--model", model, "--data", pairs, "--steps", STEPS, "--warmup", WARMUP, "--batch-pairs",
-               BATCH_PAIRS, "--micro-pairs", micro, "--max-length", MAX_LENGTH, "--threads", os.cpu_count()]
-    with tempfile.TemporaryDirectory() as folder:
-        out, memory = run([str(part) for part in command + ["--checkpointing"] * checkpointing] if not folder else
-                          [str(pathlib.Path(part).resolve()) if str(part).startswith("..") else str(part)
-                           for part in absolute(command + ["--checkpointing"] * checkpointing)], cwd=folder)
-    result = json.loads(out.strip().splitlines()[-1])
-    result["memory"] = memory
-    return result
-
-
-def absolute(command):
-    return [pathlib.Path(part).resolve() if os.path.exists(str(part)) and "/" in str(part) else part for part in command]
+    # Not resolved further: the Python of a virtual environment is a link.
+    python, script, model, pairs = (os.path.abspath(shutil.which(it) or it) for it in (PEER_PYTHON, PEER, model, pairs))
+    command = [python, script, "--model", model, "--data", pairs, "--steps", STEPS, "--warmup", WARMUP, "--batch-pairs", BATCH_PAIRS,
+               "--micro-pairs", micro, "--max-length", MAX_LENGTH, "--threads", os.cpu_count()]
+    with tempfile.TemporaryDirectory() as folder:  # it leaves files where it runs
+        out, memory = run([str(part) for part in command + ["--checkpointing"] * checkpointing], cwd=folder)
+    return json.loads(out.strip().splitlines()[-1]) | {"memory": memory}
 
 
 def table(model, sets):
