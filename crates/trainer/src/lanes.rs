@@ -6,7 +6,6 @@
 //! lane: the device itself is parallel.
 
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
@@ -155,12 +154,6 @@ pub(crate) fn lanes(pack_tokens: &[usize], micro_batch_tokens: usize, threads: u
         tokens <= micro_batch_tokens
     });
     fitting.count().max(1)
-}
-
-impl From<Infallible> for TrainError {
-    fn from(never: Infallible) -> Self {
-        match never {}
-    }
 }
 
 #[cfg(test)]

@@ -91,7 +91,7 @@ impl Saver {
     }
 
     /// Writes the shard as it lies there, for a state that nothing changes any more; `report` hears as in [`Saver::save`]. A copy
-    /// would cost the memory of a third of the training state for nothing.
+    /// would cost as much memory as weights and moments for nothing.
     pub fn save_last(&mut self, learner: &mut Learner, state: TrainState, report: SavedReporter) {
         self.finish();
         self.spare = Snapshot::default();
