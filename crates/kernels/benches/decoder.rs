@@ -5,12 +5,11 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
-use burn::tensor::{Device, Tensor, TensorData};
 use kernels::{
-    Activation, AttentionPlan, AttentionSegment, Flat, Gradients, Precision, RotaryTable, Slot,
-    add, gated, gated_backward, linear, linear_backward, linear_backward_weight, logprob_head,
-    logprob_head_backward, rms_norm, rms_norm_backward, rms_norm_backward_weight, rotary,
-    rotary_backward, segment_attention, segment_attention_backward,
+    Activation, AttentionPlan, AttentionSegment, Device, Flat, Gradients, Precision, RotaryTable,
+    Slot, Tensor, add, gated, gated_backward, linear, linear_backward, linear_backward_weight,
+    logprob_head, logprob_head_backward, rms_norm, rms_norm_backward, rms_norm_backward_weight,
+    rotary, rotary_backward, segment_attention, segment_attention_backward,
 };
 
 const HIDDEN: usize = 576;
@@ -35,7 +34,7 @@ fn matrix(rows: usize, columns: usize) -> Tensor<2> {
     let values = (0..rows * columns)
         .map(|i| ((i * 7919) % 1009) as f32 / 10090.0 - 0.05)
         .collect::<Vec<f32>>();
-    Tensor::from_data(TensorData::new(values, [rows, columns]), &Device::flex())
+    Tensor::new(values, [rows, columns], &Device::flex())
 }
 
 fn products(criterion: &mut Criterion, tokens: usize) {

@@ -1,10 +1,8 @@
 //! The non-linear part of an MLP: f(gate) · up where the MLP is gated, f(x) where it is not.
 
-use burn::tensor::Tensor;
-
 use crate::host::{self, Host};
 use crate::math::{erf, exp, sigmoid, simd, tanh};
-use crate::{composition, parallel};
+use crate::{Tensor, composition, parallel};
 
 /// The function f.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,8 +80,9 @@ impl Curve for Gelu {
 /// f(gate) · up, elementwise; both `[n, d]`.
 pub fn gated(gate: &Tensor<2>, up: &Tensor<2>, activation: Activation) -> Tensor<2> {
     assert_eq!(up.dims(), gate.dims(), "up and gate");
+    device_form!(cuda::gated(gate, Some(up), activation));
     let (Some(gate_host), Some(up_host)) = (Host::read(gate), Host::read(up)) else {
-        return composition::gated(gate, up, activation);
+        return gate.take_back(composition::gated(&gate.burn(), &up.burn(), activation));
     };
     let out = match activation {
         Activation::Silu => gated_host(&gate_host, &up_host, gate.dims(), Silu),
@@ -103,10 +102,14 @@ pub fn gated_backward(
     let shape = gate.dims();
     assert_eq!(up.dims(), shape, "up and gate");
     assert_eq!(dy.dims(), shape, "dy and gate");
+    device_form!(cuda::gated_backward(dy, gate, up, activation));
     let (Some(dy_host), Some(gate_host), Some(up_host)) =
         (Host::read(dy), Host::read(gate), Host::read(up))
     else {
-        return composition::gated_backward(dy, gate, up, activation);
+        let operands = [dy, gate, up].map(Tensor::burn);
+        let (dgate, dup) =
+            composition::gated_backward(&operands[0], &operands[1], &operands[2], activation);
+        return (gate.take_back(dgate), gate.take_back(dup));
     };
     let operands = [&dy_host[..], &gate_host, &up_host];
     let (dgate, dup) = match activation {
@@ -117,10 +120,24 @@ pub fn gated_backward(
     (host::tensor(dgate, shape), host::tensor(dup, shape))
 }
 
+/// As [`gated_backward`], and [`gated`] once more: one pass on a GPU. What a down projection's weight needs, made again when its
+/// gradient is.
+pub fn gated_backward_inner(
+    dy: &Tensor<2>,
+    gate: &Tensor<2>,
+    up: &Tensor<2>,
+    activation: Activation,
+) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+    device_form!(cuda::gated_backward_inner(dy, gate, up, activation));
+    let (dgate, dup) = gated_backward(dy, gate, up, activation);
+    (dgate, dup, gated(gate, up, activation))
+}
+
 /// f(x), elementwise.
 pub fn activate(x: &Tensor<2>, activation: Activation) -> Tensor<2> {
+    device_form!(cuda::gated(x, None, activation));
     let Some(x_host) = Host::read(x) else {
-        return composition::activate(x, activation);
+        return x.take_back(composition::activate(&x.burn(), activation));
     };
     let out = match activation {
         Activation::Silu => activate_host(&x_host, x.dims(), Silu),
@@ -133,8 +150,10 @@ pub fn activate(x: &Tensor<2>, activation: Activation) -> Tensor<2> {
 /// The gradient of x.
 pub fn activate_backward(dy: &Tensor<2>, x: &Tensor<2>, activation: Activation) -> Tensor<2> {
     assert_eq!(dy.dims(), x.dims(), "dy and x");
+    device_form!(cuda::activate_backward(dy, x, activation));
     let (Some(dy_host), Some(x_host)) = (Host::read(dy), Host::read(x)) else {
-        return composition::activate_backward(dy, x, activation);
+        let made = composition::activate_backward(&dy.burn(), &x.burn(), activation);
+        return x.take_back(made);
     };
     let out = match activation {
         Activation::Silu => activate_backward_host(&dy_host, &x_host, x.dims(), Silu),

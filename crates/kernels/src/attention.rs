@@ -10,10 +10,8 @@ mod host_form;
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
-
-use crate::composition;
 use crate::host::{self, Host};
+use crate::{Tensor, composition};
 
 /// Rows of a pack that belong to one pair.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +41,18 @@ pub struct AttentionPlan {
 
 /// What [`segment_attention_backward`] needs beside inputs and output: the log-sum-exp of the scores of every token and
 /// head on the host; nothing elsewhere, where the reference recomputes it.
-pub struct AttentionSaved(Option<Vec<f32>>);
+pub struct AttentionSaved(pub(crate) LogSums);
+
+/// Log-sum-exps by token and head.
+#[allow(clippy::large_enum_variant, reason = "one a block")]
+pub(crate) enum LogSums {
+    Host(Vec<f32>),
+    /// By head and token.
+    #[cfg(feature = "cuda")]
+    Gpu(Tensor<2>),
+    /// The reference recomputes them.
+    None,
+}
 
 /// Attention of `q`, `[n, heads · head_dim]`, over `k` and `v`, `[n, kv_heads · head_dim]`. Rows in no segment give 0, and
 /// so does a query that may see nothing.
@@ -58,16 +67,17 @@ pub fn segment_attention(
     plan: &AttentionPlan,
 ) -> (Tensor<2>, AttentionSaved) {
     let rows = check(q, k, v, segments, plan);
+    device_form!(cuda::segment_attention(q, k, v, segments, plan));
     let (Some(q), Some(k), Some(v)) = (Host::read(q), Host::read(k), Host::read(v)) else {
-        return (
-            composition::segment_attention(q, k, v, segments, plan),
-            AttentionSaved(None),
-        );
+        let operands = [q, k, v].map(Tensor::burn);
+        let [queries, keys, values] = &operands;
+        let made = composition::segment_attention(queries, keys, values, segments, plan);
+        return (q.take_back(made), AttentionSaved(LogSums::None));
     };
     let (out, lse) = host_form::forward(&q, &k, &v, rows, segments, plan);
     (
         host::tensor(out, [rows, plan.heads * plan.head_dim]),
-        AttentionSaved(Some(lse)),
+        AttentionSaved(LogSums::Host(lse)),
     )
 }
 
@@ -85,7 +95,10 @@ pub fn segment_attention_backward(
     let rows = check(q, k, v, segments, plan);
     assert_eq!(dy.dims(), q.dims(), "dy and q");
     assert_eq!(out.dims(), q.dims(), "out and q");
-    let (Some(lse), Some(dy), Some(q), Some(k), Some(v), Some(out)) = (
+    device_form!(cuda::segment_attention_backward(
+        dy, q, k, v, out, saved, segments, plan
+    ));
+    let (LogSums::Host(lse), Some(dy), Some(q), Some(k), Some(v), Some(out)) = (
         &saved.0,
         Host::read(dy),
         Host::read(q),
@@ -93,7 +106,11 @@ pub fn segment_attention_backward(
         Host::read(v),
         Host::read(out),
     ) else {
-        return composition::segment_attention_backward(dy, q, k, v, segments, plan);
+        let operands = [dy, q, k, v].map(Tensor::burn);
+        let [dy, queries, keys, values] = &operands;
+        let (dq, dk, dv) =
+            composition::segment_attention_backward(dy, queries, keys, values, segments, plan);
+        return (q.take_back(dq), q.take_back(dk), q.take_back(dv));
     };
     let operands = host_form::Operands {
         q: &q,

@@ -118,8 +118,8 @@ pub(crate) fn turn(x: Tensor<2>, table: &RotaryTable, heads: usize, sign: f32) -
         x.clone().narrow(2, 0, half),
         x.clone().narrow(2, half, half),
     );
-    let cos = table.cos.clone().reshape([rows, 1, half]);
-    let sin = table.sin.clone().reshape([rows, 1, half]).mul_scalar(sign);
+    let cos = table.cos.burn().reshape([rows, 1, half]);
+    let sin = table.sin.burn().reshape([rows, 1, half]).mul_scalar(sign);
     let mut parts = vec![
         low.clone() * cos.clone() - high.clone() * sin.clone(),
         high * cos + low * sin,

@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{Tensor, TensorData};
-
 use crate::host::{self, Host};
-use crate::{Gradients, Slot, composition};
+use crate::{Gradients, Slot, Tensor, composition};
 
 /// Rows `ids` of `weight`, `[vocabulary, d]` → `[ids, d]`.
 ///
@@ -14,8 +12,9 @@ use crate::{Gradients, Slot, composition};
 pub fn embedding(weight: &Tensor<2>, ids: &[u32]) -> Tensor<2> {
     let [vocabulary, width] = weight.dims();
     check(ids, vocabulary);
+    device_form!(cuda::embedding(weight, ids));
     let Some(weight) = Host::read(weight) else {
-        return composition::embedding(weight, ids);
+        return weight.take_back(composition::embedding(&weight.burn(), ids));
     };
     let table: &[f32] = &weight;
     let mut out = Vec::with_capacity(ids.len() * width);
@@ -30,8 +29,9 @@ pub fn embedding_backward(dy: &Tensor<2>, ids: &[u32], gradients: &mut Gradients
     let [rows, width] = dy.dims();
     assert_eq!(rows, ids.len(), "rows of dy and ids");
     check(ids, slot.len / width);
+    device_form!(cuda::embedding_backward(dy, ids, gradients, slot));
     let (Some(dy), Some(sums)) = (Host::read(dy), gradients.host(slot)) else {
-        return composition::embedding_backward(dy, ids, gradients, slot);
+        return composition::embedding_backward(&dy.burn(), ids, gradients, slot);
     };
     for (&id, row) in ids.iter().zip(dy.chunks_exact(width)) {
         for (sum, &value) in sums[id as usize * width..][..width].iter_mut().zip(row) {
@@ -51,7 +51,7 @@ impl EmbeddingRows {
     pub fn add(&mut self, dy: Tensor<2>, ids: &[u32]) {
         let [rows, width] = dy.dims();
         assert_eq!(rows, ids.len(), "rows of dy and ids");
-        let dy = host::into_vec(dy);
+        let dy = dy.into_vec();
         for (&id, row) in ids.iter().zip(dy.chunks_exact(width)) {
             let sums = self.0.entry(id).or_insert_with(|| vec![0.0; width]);
             for (sum, &value) in sums.iter_mut().zip(row) {
@@ -79,7 +79,7 @@ impl EmbeddingRows {
                 }
             } else {
                 let len = row.len();
-                let row = Tensor::from_data(TensorData::new(row, [len]), gradients.device());
+                let row = Tensor::new(row, [len], gradients.device());
                 gradients.accumulate(&row_slot, row);
             }
         }

@@ -1,9 +1,7 @@
 //! Flat weights: every parameter as a range of a few large buckets. Only the memory; what a bucket holds is the layout's
 //! business (`model`), what is done to it the optimizer's (`trainer`).
 
-use burn::tensor::{Device, Tensor, TensorData};
-
-use crate::{Precision, host};
+use crate::{Device, Precision, Tensor};
 
 /// Where one parameter lies: `len` elements from `offset` of bucket `bucket`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +77,7 @@ impl Flat {
         self.operands.clear();
         std::mem::take(&mut self.buckets)
             .into_iter()
-            .map(host::into_vec)
+            .map(Tensor::into_vec)
             .collect()
     }
 
@@ -90,10 +88,22 @@ impl Flat {
             .into_iter()
             .map(|bucket| {
                 let len = bucket.len();
-                Tensor::from_data(TensorData::new(bucket, [len]), device)
+                Tensor::new(bucket, [len], device)
             })
             .collect();
         self.make_operands();
+    }
+
+    /// Elements `range` of a bucket and what they are as operands, when they are memory of a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn arrays(
+        &self,
+        bucket: usize,
+        range: &std::ops::Range<usize>,
+    ) -> Option<(gpu::View, Option<gpu::View>)> {
+        let part = |bucket: &Tensor<1>| Some(bucket.array()?.view.slice(range.clone()));
+        let weights = part(self.buckets.get(bucket)?)?;
+        Some((weights, self.operands.get(bucket).and_then(part)))
     }
 
     /// The device that holds the weights.
@@ -114,11 +124,11 @@ fn view<const D: usize>(buckets: &[Tensor<1>], slot: &Slot, shape: [usize; D]) -
         slot.len,
         "elements of shape {shape:?} and of {slot:?}"
     );
-    let bucket = buckets[slot.bucket].clone();
-    let [len] = bucket.dims();
+    let [len] = buckets[slot.bucket].dims();
     assert!(
         slot.offset + slot.len <= len,
         "{slot:?} in a bucket of {len}"
     );
-    bucket.narrow(0, slot.offset, slot.len).reshape(shape)
+    let range = slot.offset..slot.offset + slot.len;
+    buckets[slot.bucket].slice(range).reshape(shape)
 }

@@ -1,9 +1,7 @@
 //! Flat gradients: the sums into which every backward adds, laid out like [`crate::Flat`]. On flex plain host memory,
 //! so that a product accumulates in place and the collective gets it without a copy.
 
-use burn::tensor::{Device, Tensor, TensorData};
-
-use crate::{Slot, host};
+use crate::{Device, Slot, Tensor};
 
 /// The gradient of every parameter, in the buckets of its weights. Buckets may be elsewhere for a while: split off, or taken.
 pub struct Gradients {
@@ -21,7 +19,7 @@ impl Gradients {
     /// Zeros for buckets of these lengths.
     pub fn zeros(bucket_lens: &[usize], device: &Device) -> Self {
         let lens = bucket_lens.iter();
-        let buckets = if host::is_host(device) {
+        let buckets = if device.is_host() {
             Buckets::Host(lens.map(|&len| Some(vec![0.0; len])).collect())
         } else {
             Buckets::Device(
@@ -37,22 +35,28 @@ impl Gradients {
     }
 
     /// Adds `gradient`, `[slot.len]`.
-    pub fn accumulate(&mut self, slot: &Slot, gradient: Tensor<1>) {
+    pub fn accumulate(&mut self, slot: &Slot, gradient: impl Into<Tensor<1>>) {
+        let gradient = gradient.into();
         assert_eq!(gradient.dims(), [slot.len], "gradient for {slot:?}");
         self.check(slot);
         let range = slot.offset..slot.offset + slot.len;
         match &mut self.buckets {
             Buckets::Host(buckets) => {
-                let gradient = host::into_vec(gradient);
+                let gradient = gradient.into_vec();
                 let sums = &mut present(&mut buckets[slot.bucket])[range];
                 for (sum, value) in sums.iter_mut().zip(gradient) {
                     *sum += value;
                 }
             }
             Buckets::Device(buckets) => {
-                let bucket = buckets[slot.bucket].take().expect("`check` found it");
-                let sum = bucket.clone().slice([range.clone()]) + gradient;
-                buckets[slot.bucket] = Some(bucket.slice_assign([range], sum));
+                let bucket = present(&mut buckets[slot.bucket]);
+                #[cfg(feature = "cuda")]
+                if crate::cuda::accumulate(bucket, range.clone(), &gradient).is_some() {
+                    return;
+                }
+                let (sums, gradient) = (bucket.burn(), gradient.burn());
+                let sum = sums.clone().slice([range.clone()]) + gradient;
+                *bucket = sums.slice_assign([range], sum).into();
             }
         }
     }
@@ -67,6 +71,42 @@ impl Gradients {
             }
             Buckets::Device(_) => None,
         }
+    }
+
+    /// The sums at `slot` for adding in place, when they are memory of a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn array(&mut self, slot: &Slot) -> Option<crate::tensor::Array<1>> {
+        self.check(slot);
+        match &mut self.buckets {
+            Buckets::Host(_) => None,
+            Buckets::Device(buckets) => {
+                let bucket = present(&mut buckets[slot.bucket]);
+                let part = bucket
+                    .array()?
+                    .view
+                    .slice(slot.offset..slot.offset + slot.len);
+                Some(crate::tensor::Array {
+                    view: part,
+                    shape: [slot.len],
+                })
+            }
+        }
+    }
+
+    /// All buckets, when they are memory of a GPU.
+    ///
+    /// # Panics
+    /// If one of them is not here.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn arrays(&self) -> impl Iterator<Item = &crate::tensor::Array<1>> {
+        let buckets = match &self.buckets {
+            Buckets::Host(_) => &[],
+            Buckets::Device(buckets) => &buckets[..],
+        };
+        buckets.iter().map(|bucket| {
+            let bucket = bucket.as_ref().unwrap_or_else(|| gone());
+            bucket.array().expect("buckets of a GPU lie there")
+        })
     }
 
     /// These buckets alone, for adding to them beside others; [`Gradients::join`] brings them back.
@@ -114,7 +154,8 @@ impl Gradients {
         match &mut self.buckets {
             Buckets::Host(buckets) => buckets[bucket].take().unwrap_or_else(|| gone()),
             Buckets::Device(buckets) => {
-                host::into_vec(buckets[bucket].take().unwrap_or_else(|| gone()))
+                let bucket = buckets[bucket].take();
+                bucket.unwrap_or_else(|| gone()).into_vec()
             }
         }
     }
@@ -129,8 +170,7 @@ impl Gradients {
         match &mut self.buckets {
             Buckets::Host(own) => own[bucket] = Some(values),
             Buckets::Device(own) => {
-                let values = TensorData::new(values, [len]);
-                own[bucket] = Some(Tensor::from_data(values, &self.device));
+                own[bucket] = Some(Tensor::new(values, [len], &self.device));
             }
         }
     }
@@ -150,9 +190,7 @@ impl Gradients {
                 here.for_each(|bucket| bucket.fill(0.0));
             }
             Buckets::Device(buckets) => {
-                for bucket in buckets.iter_mut().flatten() {
-                    *bucket = bucket.zeros_like();
-                }
+                buckets.iter_mut().flatten().for_each(Tensor::clear);
             }
         }
     }

@@ -7,12 +7,10 @@
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
-
 use crate::gemm::{Matrix, Threads, Write, multiply};
 use crate::host::{self, Host};
 use crate::math::{exp, exp_shifted, max, simd, tanh};
-use crate::{Gradients, Slot, composition, parallel};
+use crate::{Gradients, Slot, Tensor, composition, parallel};
 
 /// Most rows whose logits are held at once.
 const ROWS: usize = 512;
@@ -32,6 +30,11 @@ pub fn head_tiles(vocabulary: usize) -> impl Iterator<Item = Range<usize>> {
         .map(move |start| start..vocabulary.min(start + TILE))
 }
 
+/// cap · tanh(x / cap).
+pub fn soft_cap(x: &Tensor<2>, cap: f64) -> Tensor<2> {
+    x.take_back(composition::soft_cap(x.burn(), cap))
+}
+
 /// What [`logprob_head_backward`] needs beside the inputs: the log-sum-exp of every row.
 pub struct HeadSaved {
     pub(crate) lse: Vec<f32>,
@@ -49,8 +52,10 @@ pub fn logprob_head(
     soft_cap: Option<f64>,
 ) -> (Vec<f32>, HeadSaved) {
     let shape = check(hidden, weight, targets);
+    device_form!(cuda::logprob_head(hidden, weight, targets, soft_cap));
     let (Some(hidden), Some(weight)) = (Host::read(hidden), Host::read(weight)) else {
-        let (logps, lse) = composition::logprob_head(hidden, weight, targets, soft_cap);
+        let (hidden, weight) = (hidden.burn(), weight.burn());
+        let (logps, lse) = composition::logprob_head(&hidden, &weight, targets, soft_cap);
         return (logps, HeadSaved { lse });
     };
     let mut running = vec![
@@ -98,10 +103,19 @@ pub fn logprob_head_backward(
         let len = shape.vocabulary * shape.width;
         assert_eq!(slot.len, len, "gradient of the head's weight");
     }
+    #[cfg(feature = "cuda")]
+    let sums = match crate::cuda::logprob_head_backward(
+        dlogps, hidden, weight, targets, soft_cap, saved, sums,
+    ) {
+        Ok(dhidden) => return dhidden,
+        Err(sums) => sums,
+    };
     let (Some(hidden), Some(weight)) = (Host::read(hidden), Host::read(weight)) else {
-        return composition::logprob_head_backward(
-            dlogps, hidden, weight, targets, soft_cap, &saved.lse, sums,
+        let (burns, weight) = (hidden.burn(), weight.burn());
+        let made = composition::logprob_head_backward(
+            dlogps, &burns, &weight, targets, soft_cap, &saved.lse, sums,
         );
+        return hidden.take_back(made);
     };
     let rows = RowGradients {
         dlogps,

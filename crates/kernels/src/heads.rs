@@ -1,16 +1,15 @@
 //! Queries, keys and values that one product makes head by head (GPT-NeoX: q₀ k₀ v₀ q₁ k₁ v₁ …), apart and together again.
 
-use burn::tensor::Tensor;
-
 use crate::host::{self, Host};
-use crate::{composition, parallel};
+use crate::{Tensor, composition, parallel};
 
 /// `[n, 3 · heads · head_dim]` → queries, keys and values, `[n, heads · head_dim]` each.
 pub fn split_heads(x: &Tensor<2>, heads: usize) -> [Tensor<2>; 3] {
     let [rows, width] = x.dims();
     assert_eq!(width % (3 * heads), 0, "{heads} heads in {width} columns");
+    device_form!(cuda::split_heads(x, heads));
     let Some(x) = Host::read(x) else {
-        return composition::split_heads(x, heads);
+        return composition::split_heads(&x.burn(), heads).map(|part| x.take_back(part));
     };
     let (x, head_dim): (&[f32], usize) = (&x, width / (3 * heads));
     [0, 1, 2].map(|part| {
@@ -32,8 +31,10 @@ pub fn join_heads(parts: &[Tensor<2>; 3], heads: usize) -> Tensor<2> {
         assert_eq!(part.dims(), [rows, width], "queries, keys and values");
     }
     assert_eq!(width % heads, 0, "{heads} heads in {width} columns");
+    device_form!(cuda::join_heads(parts, heads));
     let [Some(queries), Some(keys), Some(values)] = parts.each_ref().map(Host::read) else {
-        return composition::join_heads(parts, heads);
+        let joined = composition::join_heads(&parts.each_ref().map(Tensor::burn), heads);
+        return parts[0].take_back(joined);
     };
     let (sources, head_dim) = ([&queries[..], &keys, &values], width / heads);
     let mut out = vec![0.0; rows * width * 3];

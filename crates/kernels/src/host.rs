@@ -5,7 +5,10 @@ use std::ops::Deref;
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, TensorData};
+
+use crate::Tensor;
+use crate::tensor::Place;
 
 /// A flex tensor held for reading as one contiguous f32 slice, row-major.
 pub(crate) struct Host(FlexTensor);
@@ -14,7 +17,12 @@ impl Host {
     /// The tensor's memory (shared, not copied, when it is contiguous), or `None` when it lives on another backend, is
     /// tracked by autodiff, or is not f32.
     pub(crate) fn read<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
-        let primitive = tensor.clone().try_into_primitive::<Flex>().ok()?;
+        let tensor = match &tensor.0 {
+            Place::Burn(tensor) => tensor.clone(),
+            #[cfg(feature = "cuda")]
+            Place::Gpu(_) => return None,
+        };
+        let primitive = tensor.try_into_primitive::<Flex>().ok()?;
         if primitive.dtype() != DType::F32 {
             return None;
         }
@@ -36,21 +44,17 @@ impl Deref for Host {
     }
 }
 
-/// Whether tensors of `device` have fused host forms.
-pub fn is_host(device: &Device) -> bool {
-    Host::read(&Tensor::<1>::zeros([1], device)).is_some()
-}
-
 /// A flex tensor that takes over `data`.
 pub(crate) fn tensor<const D: usize>(data: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
-    Tensor::from_primitive::<Flex>(FlexTensor::from_data(TensorData::new(data, shape)))
+    let primitive = FlexTensor::from_data(TensorData::new(data, shape));
+    burn::tensor::Tensor::from_primitive::<Flex>(primitive).into()
 }
 
-/// The elements of a tensor on any device, row-major; without a copy when a flex tensor is the only one to its memory.
+/// The elements of one of burn's tensors, row-major; without a copy when a flex tensor is the only one to its memory.
 ///
 /// # Panics
 /// If the tensor is not f32 or the device fails.
-pub(crate) fn into_vec<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+pub(crate) fn into_vec<const D: usize>(tensor: burn::tensor::Tensor<D>) -> Vec<f32> {
     tensor
         .into_data()
         .try_into_vec()
@@ -65,7 +69,7 @@ pub(crate) fn into_vec<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 pub(crate) fn take<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, Tensor<D>> {
     let host = Host::read(&tensor).is_some();
     if host {
-        Ok(into_vec(tensor))
+        Ok(tensor.into_vec())
     } else {
         Err(tensor)
     }

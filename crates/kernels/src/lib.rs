@@ -23,9 +23,24 @@
 // Loops vectorise only where they are inlined into a function compiled for the machine's instruction set (`math::simd`).
 #![allow(clippy::inline_always)]
 
+/// Returns what the fused form of a GPU makes of operands that lie there.
+macro_rules! device_form {
+    ($form:expr) => {
+        #[cfg(feature = "cuda")]
+        {
+            use crate::cuda;
+            if let Some(made) = $form {
+                return made;
+            }
+        }
+    };
+}
+
 mod activation;
 mod attention;
 pub mod composition;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod embedding;
 mod flat;
 mod gemm;
@@ -36,14 +51,18 @@ mod host;
 mod linear;
 mod math;
 mod norm;
+mod optimizer;
 mod parallel;
 mod precision;
 mod residual;
 mod rotary;
 mod rows;
 mod speed;
+mod tensor;
 
-pub use activation::{Activation, activate, activate_backward, gated, gated_backward};
+pub use activation::{
+    Activation, activate, activate_backward, gated, gated_backward, gated_backward_inner,
+};
 pub use attention::{
     AttentionBytes, AttentionPlan, AttentionSaved, AttentionSegment, segment_attention,
     segment_attention_backward,
@@ -53,20 +72,24 @@ pub use flat::{Flat, Slot};
 pub use gradients::Gradients;
 pub use head::{
     HeadSaved, TileSums, head_tiles, logprob_head, logprob_head_backward,
-    logprob_head_backward_shared, logprob_head_bytes,
+    logprob_head_backward_shared, logprob_head_bytes, soft_cap,
 };
 pub use heads::{join_heads, split_heads};
-pub use host::is_host;
-pub use linear::{add_bias, bias_backward, linear, linear_backward, linear_backward_weight};
+pub use linear::{
+    add_bias, bias_backward, linear, linear_add, linear_backward, linear_backward_sum,
+    linear_backward_weight,
+};
 pub use norm::{
     LayerSaved, RmsSaved, layer_norm, layer_norm_backward, layer_norm_backward_weight, rms_norm,
-    rms_norm_backward, rms_norm_backward_weight,
+    rms_norm_backward, rms_norm_backward_add, rms_norm_backward_weight, rms_norm_operand,
 };
+pub use optimizer::{UpdateRule, sum_of_squares, update};
 pub use precision::Precision;
 pub use residual::add;
 pub use rotary::{RotaryTable, rotary, rotary_backward};
 pub use rows::{gather_rows, scatter_add_rows};
 pub use speed::product_speed;
+pub use tensor::{Device, DeviceTime, Tensor};
 
 /// Changes whenever the bits of a forward result may change, so that values computed by another version are not reused.
 pub const KERNEL_VERSION: u32 = 1;

@@ -2,11 +2,9 @@
 //! Per-head norms are the same operation on `[tokens · heads, head_dim]`; for Gemma's the caller passes 1 + weight, whose
 //! gradient is the weight's. Layer normalisation as in GPT-NeoX: y = weight · (x − mean(x)) / √(variance(x) + ε) + bias.
 
-use burn::tensor::{Tensor, TensorData};
-
 use crate::host::{self, Host};
 use crate::math::{dot, simd, sum_of};
-use crate::{Gradients, Slot, composition, parallel};
+use crate::{Gradients, Precision, Slot, Tensor, add, composition, parallel};
 
 /// What [`rms_norm_backward`] needs beside the inputs: 1 / √(mean(x²) + ε) of every row.
 pub struct RmsSaved(Inverse);
@@ -21,9 +19,10 @@ enum Inverse {
 pub fn rms_norm(x: &Tensor<2>, weight: &Tensor<1>, epsilon: f64) -> (Tensor<2>, RmsSaved) {
     let [rows, width] = x.dims();
     assert_eq!(weight.dims(), [width], "norm weight for rows of {width}");
+    device_form!(cuda::rms_norm(x, weight, epsilon));
     let (Some(x_host), Some(weight_host)) = (Host::read(x), Host::read(weight)) else {
-        let (y, inverse) = composition::rms_norm(x, weight, epsilon);
-        return (y, RmsSaved(Inverse::Device(inverse)));
+        let (y, inverse) = composition::rms_norm(&x.burn(), &weight.burn(), epsilon);
+        return (x.take_back(y), RmsSaved::device(x.take_back(inverse)));
     };
     let (x, weight): (&[f32], &[f32]) = (&x_host, &weight_host);
     let mut inverse = vec![0.0; rows];
@@ -59,6 +58,18 @@ pub fn rms_norm(x: &Tensor<2>, weight: &Tensor<1>, epsilon: f64) -> (Tensor<2>, 
     )
 }
 
+/// As [`rms_norm`], with the rows as operands of products: one pass on a GPU.
+pub fn rms_norm_operand(
+    x: &Tensor<2>,
+    weight: &Tensor<1>,
+    epsilon: f64,
+    precision: Precision,
+) -> (Tensor<2>, RmsSaved) {
+    device_form!(cuda::rms_norm_operand(x, weight, epsilon, precision));
+    let (y, saved) = rms_norm(x, weight, epsilon);
+    (precision.operand(&y), saved)
+}
+
 /// The gradient of `x`.
 pub fn rms_norm_backward(
     dy: &Tensor<2>,
@@ -68,10 +79,13 @@ pub fn rms_norm_backward(
 ) -> Tensor<2> {
     let [rows, width] = x.dims();
     assert_eq!(dy.dims(), [rows, width], "dy and x");
+    device_form!(cuda::rms_norm_backward(dy, x, weight, saved, None));
     let (Inverse::Host(inverse), Some(dy_host), Some(x_host), Some(weight_host)) =
         (&saved.0, Host::read(dy), Host::read(x), Host::read(weight))
     else {
-        return composition::rms_norm_backward(dy, x, weight, &saved.tensor(x));
+        let [dy, inverse] = [dy, &saved.tensor(x)].map(Tensor::burn);
+        let made = composition::rms_norm_backward(&dy, &x.burn(), &weight.burn(), &inverse);
+        return x.take_back(made);
     };
     let (dy, x, weight): (&[f32], &[f32], &[f32]) = (&dy_host, &x_host, &weight_host);
     let mut out = vec![0.0; rows * width];
@@ -102,6 +116,18 @@ pub fn rms_norm_backward(
     host::tensor(out, [rows, width])
 }
 
+/// As [`rms_norm_backward`], and `plus`: one pass on a GPU.
+pub fn rms_norm_backward_add(
+    dy: &Tensor<2>,
+    x: &Tensor<2>,
+    weight: &Tensor<1>,
+    saved: &RmsSaved,
+    plus: &Tensor<2>,
+) -> Tensor<2> {
+    device_form!(cuda::rms_norm_backward(dy, x, weight, saved, Some(plus)));
+    add(rms_norm_backward(dy, x, weight, saved), plus)
+}
+
 /// Adds Σ dy · x / √(mean(x²) + ε) over rows to the gradient of the weight at `slot`.
 pub fn rms_norm_backward_weight(
     dy: &Tensor<2>,
@@ -113,14 +139,17 @@ pub fn rms_norm_backward_weight(
     let [rows, width] = x.dims();
     assert_eq!(dy.dims(), [rows, width], "dy and x");
     assert_eq!(slot.len, width, "gradient of a norm weight");
+    device_form!(cuda::rms_norm_backward_weight(
+        dy, x, saved, gradients, slot
+    ));
     let (Inverse::Host(inverse), Some(dy_host), Some(x_host), Some(sums)) = (
         &saved.0,
         Host::read(dy),
         Host::read(x),
         gradients.host(slot),
     ) else {
-        let inverse = saved.tensor(x);
-        return composition::rms_norm_backward_weight(dy, x, &inverse, gradients, slot);
+        let [dy, x, inverse] = [dy, x, &saved.tensor(x)].map(Tensor::burn);
+        return composition::rms_norm_backward_weight(&dy, &x, &inverse, gradients, slot);
     };
     let (dy, x): (&[f32], &[f32]) = (&dy_host, &x_host);
     simd(
@@ -140,8 +169,13 @@ pub fn rms_norm_backward_weight(
 }
 
 impl RmsSaved {
+    /// What a device keeps, `[n, 1]`.
+    pub(crate) fn device(inverse: Tensor<2>) -> Self {
+        Self(Inverse::Device(inverse))
+    }
+
     /// `[n, 1]`, where `x` is.
-    fn tensor(&self, x: &Tensor<2>) -> Tensor<2> {
+    pub(crate) fn tensor(&self, x: &Tensor<2>) -> Tensor<2> {
         match &self.0 {
             Inverse::Host(inverse) => column(inverse.clone(), x),
             Inverse::Device(inverse) => inverse.clone(),
@@ -152,7 +186,7 @@ impl RmsSaved {
 /// A value per row of `x`, `[n, 1]`, where `x` is.
 fn column(values: Vec<f32>, x: &Tensor<2>) -> Tensor<2> {
     let rows = values.len();
-    Tensor::from_data(TensorData::new(values, [rows, 1]), &x.device())
+    Tensor::new(values, [rows, 1], &x.device())
 }
 
 /// What [`layer_norm_backward`] needs beside the inputs: mean and 1 / √(variance + ε) of every row.
@@ -173,11 +207,17 @@ pub fn layer_norm(
     let [rows, width] = x.dims();
     assert_eq!(weight.dims(), [width], "norm weight for rows of {width}");
     assert_eq!(bias.dims(), [width], "norm bias for rows of {width}");
+    device_form!(cuda::layer_norm(x, weight, bias, epsilon));
     let (Some(x_host), Some(weight_host), Some(bias_host)) =
         (Host::read(x), Host::read(weight), Host::read(bias))
     else {
-        let (y, mean, inverse) = composition::layer_norm(x, weight, bias, epsilon);
-        return (y, LayerSaved(Moments::Device(Box::new([mean, inverse]))));
+        let [weight, bias] = [weight, bias].map(Tensor::burn);
+        let (y, mean, inverse) = composition::layer_norm(&x.burn(), &weight, &bias, epsilon);
+        let moments = [mean, inverse].map(|values| x.take_back(values));
+        return (
+            x.take_back(y),
+            LayerSaved(Moments::Device(Box::new(moments))),
+        );
     };
     let (x, weight, bias): (&[f32], &[f32], &[f32]) = (&x_host, &weight_host, &bias_host);
     let mut moments = vec![[0.0; 2]; rows];
@@ -223,11 +263,14 @@ pub fn layer_norm_backward(
 ) -> Tensor<2> {
     let [rows, width] = x.dims();
     assert_eq!(dy.dims(), [rows, width], "dy and x");
+    device_form!(cuda::layer_norm_backward(dy, x, weight, saved));
     let (Moments::Host(moments), Some(dy_host), Some(x_host), Some(weight_host)) =
         (&saved.0, Host::read(dy), Host::read(x), Host::read(weight))
     else {
-        let [mean, inverse] = saved.tensors(x);
-        return composition::layer_norm_backward(dy, x, weight, &mean, &inverse);
+        let [mean, inverse] = saved.tensors(x).map(|values| values.burn());
+        let (dy, weight) = (&dy.burn(), &weight.burn());
+        let made = composition::layer_norm_backward(dy, &x.burn(), weight, &mean, &inverse);
+        return x.take_back(made);
     };
     let (dy, x, weight): (&[f32], &[f32], &[f32]) = (&dy_host, &x_host, &weight_host);
     let mut out = vec![0.0; rows * width];
@@ -272,13 +315,17 @@ pub fn layer_norm_backward_weight(
     for slot in slots {
         assert_eq!(slot.len, width, "gradient of a norm's weight or bias");
     }
+    device_form!(cuda::layer_norm_backward_weight(
+        dy, x, saved, gradients, slots
+    ));
     let (Moments::Host(moments), Some(dy_host), Some(x_host), true) = (
         &saved.0,
         Host::read(dy),
         Host::read(x),
         gradients.host(slots[0]).is_some(),
     ) else {
-        let [mean, inverse] = saved.tensors(x);
+        let [mean, inverse] = saved.tensors(x).map(|values| values.burn());
+        let (dy, x) = (&dy.burn(), &x.burn());
         return composition::layer_norm_backward_weight(dy, x, &mean, &inverse, gradients, slots);
     };
     let (dy, x): (&[f32], &[f32]) = (&dy_host, &x_host);
@@ -300,8 +347,14 @@ pub fn layer_norm_backward_weight(
 }
 
 impl LayerSaved {
+    /// What a device keeps, `[n, 1]` each.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device(moments: [Tensor<2>; 2]) -> Self {
+        Self(Moments::Device(Box::new(moments)))
+    }
+
     /// Mean and inverse deviation, `[n, 1]` each, where `x` is.
-    fn tensors(&self, x: &Tensor<2>) -> [Tensor<2>; 2] {
+    pub(crate) fn tensors(&self, x: &Tensor<2>) -> [Tensor<2>; 2] {
         match &self.0 {
             Moments::Host(moments) => [0, 1].map(|index| {
                 let values = moments.iter().map(|moments| moments[index]).collect();

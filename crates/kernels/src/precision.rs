@@ -1,8 +1,9 @@
 //! The arithmetic of matrix products, chosen by their operands: [`Precision::operand`] makes them, the products take what
 //! they are given. Sums, results, norms, softmax and log-sum-exp are f32 in both.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor as BurnTensor};
 
+use crate::Tensor;
 use crate::host::{self, Host};
 use crate::math::simd;
 use crate::parallel;
@@ -23,7 +24,10 @@ impl Precision {
     pub fn operand<const D: usize>(self, x: &Tensor<D>) -> Tensor<D> {
         match (self, Host::read(x)) {
             (Self::F32, _) => x.clone(),
-            (Self::Bf16, None) => x.clone().cast(DType::BF16),
+            (Self::Bf16, None) => {
+                device_form!(cuda::to_bf16(x));
+                x.take_back(x.burn().cast(DType::BF16))
+            }
             (Self::Bf16, Some(values)) => {
                 let mut rounded = values.to_vec();
                 round(&mut rounded);
@@ -56,7 +60,7 @@ pub(crate) fn round(values: &mut [f32]) {
 }
 
 /// A result in f32, whatever the operands were.
-pub(crate) fn result<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+pub(crate) fn result<const D: usize>(x: BurnTensor<D>) -> BurnTensor<D> {
     if x.dtype() == DType::F32 {
         x
     } else {
@@ -65,7 +69,10 @@ pub(crate) fn result<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 }
 
 /// `x` with elements like those of `operand`, to be multiplied with it.
-pub(crate) fn like<const D: usize, const E: usize>(x: Tensor<D>, operand: &Tensor<E>) -> Tensor<D> {
+pub(crate) fn like<const D: usize, const E: usize>(
+    x: BurnTensor<D>,
+    operand: &BurnTensor<E>,
+) -> BurnTensor<D> {
     if x.dtype() == operand.dtype() {
         x
     } else {

@@ -1,11 +1,9 @@
 //! Rotary position embedding in the rotate-half form of Hugging Face (not burn's interleaved one), f32 angles.
 //! Frequency scaling rules are the model's: it passes the final inverse frequencies.
 
-use burn::tensor::{Device, Tensor, TensorData};
-
 use crate::host::{self, Host};
 use crate::math::simd;
-use crate::{composition, parallel};
+use crate::{Device, Tensor, composition, parallel};
 
 /// cos and sin of every position and frequency, `[n, rotated / 2]` each.
 ///
@@ -31,6 +29,13 @@ impl RotaryTable {
         factor: f32,
         device: &Device,
     ) -> Self {
+        device_form!(cuda::rotary_table(
+            positions,
+            columns,
+            &frequencies,
+            factor,
+            device
+        ));
         let table = |function: fn(f32) -> f32| {
             let mut values = Vec::with_capacity(positions.len() * columns);
             for (row, &position) in positions.iter().enumerate() {
@@ -39,7 +44,7 @@ impl RotaryTable {
                 let angles = frequencies.iter().map(|&f| position as f32 * f);
                 values.extend(angles.map(|angle| function(angle) * factor));
             }
-            Tensor::from_data(TensorData::new(values, [positions.len(), columns]), device)
+            Tensor::new(values, [positions.len(), columns], device)
         };
         Self {
             cos: table(f32::cos),
@@ -67,12 +72,14 @@ fn turn(x: Tensor<2>, table: &RotaryTable, heads: usize, sign: f32) -> Tensor<2>
         2 * half <= head_dim,
         "{half} frequencies for heads of {head_dim}"
     );
+    device_form!(cuda::rotary(&x, table, heads, sign));
+    let composed = |x: &Tensor<2>| x.take_back(composition::turn(x.burn(), table, heads, sign));
     let (Some(cos), Some(sin)) = (Host::read(&table.cos), Host::read(&table.sin)) else {
-        return composition::turn(x, table, heads, sign);
+        return composed(&x);
     };
     let mut out = match host::take(x) {
         Ok(out) => out,
-        Err(x) => return composition::turn(x, table, heads, sign),
+        Err(x) => return composed(&x),
     };
     let (cos, sin): (&[f32], &[f32]) = (&cos, &sin);
     parallel::row_blocks(&mut out, width, |first, block| {

@@ -1,9 +1,7 @@
 //! Picking rows and its transpose: how the hidden states that predict completion tokens reach the log-prob head.
 
-use burn::tensor::Tensor;
-
-use crate::composition;
 use crate::host::{self, Host};
+use crate::{Tensor, composition};
 
 /// Rows `rows` of `x`, `[n, d]` → `[rows, d]`; a row may be picked more than once.
 ///
@@ -12,8 +10,9 @@ use crate::host::{self, Host};
 pub fn gather_rows(x: &Tensor<2>, rows: &[usize]) -> Tensor<2> {
     let [total, width] = x.dims();
     check(rows, total);
+    device_form!(cuda::gather_rows(x, rows));
     let Some(x) = Host::read(x) else {
-        return composition::gather_rows(x, rows);
+        return x.take_back(composition::gather_rows(&x.burn(), rows));
     };
     let x: &[f32] = &x;
     let mut out = Vec::with_capacity(rows.len() * width);
@@ -28,8 +27,9 @@ pub fn scatter_add_rows(dy: &Tensor<2>, rows: &[usize], total: usize) -> Tensor<
     let [picked, width] = dy.dims();
     assert_eq!(picked, rows.len(), "rows of dy and row numbers");
     check(rows, total);
+    device_form!(cuda::scatter_add_rows(dy, rows, total));
     let Some(dy) = Host::read(dy) else {
-        return composition::scatter_add_rows(dy, rows, total);
+        return dy.take_back(composition::scatter_add_rows(&dy.burn(), rows, total));
     };
     let mut out = vec![0.0; total * width];
     for (&row, values) in rows.iter().zip(dy.chunks_exact(width)) {

@@ -2,9 +2,7 @@
 
 use std::time::Instant;
 
-use burn::tensor::{Device, Tensor};
-
-use crate::linear;
+use crate::{Device, Tensor, linear};
 
 /// Rows and columns of the matrices: large enough for the product's own best, small enough for a core's caches.
 const SIZE: usize = 768;
@@ -22,7 +20,7 @@ pub fn product_speed(threads: usize) -> f64 {
         pool.expect("start a thread")
     };
     let pools: Vec<_> = (0..threads).map(|_| alone()).collect();
-    let matrix = Tensor::<2>::ones([SIZE, SIZE], &Device::flex());
+    let matrix = Tensor::new(vec![1.0; SIZE * SIZE], [SIZE, SIZE], &Device::flex());
     let start = Instant::now();
     std::thread::scope(|scope| {
         for pool in &pools {

@@ -4,11 +4,11 @@
 
 mod support;
 
-use burn::tensor::{Device, Tensor};
 use kernels::{
-    AttentionPlan, AttentionSegment, composition, segment_attention, segment_attention_backward,
+    AttentionPlan, AttentionSegment, Device, Tensor, composition, segment_attention,
+    segment_attention_backward,
 };
-use support::{bits, close, host, leaf, matrix, on, plan, segment, values};
+use support::{bits, close, host, leaf, matrix, on, plan, segment, tracked, values};
 
 /// Output and gradients of the fused form against the composition and autodiff over it, with and without a soft cap.
 fn check(rows: usize, segments: &[AttentionSegment], plan: &AttentionPlan) {
@@ -20,13 +20,16 @@ fn check(rows: usize, segments: &[AttentionSegment], plan: &AttentionPlan) {
 fn check_one(rows: usize, segments: &[AttentionSegment], plan: &AttentionPlan) {
     let (wide, narrow) = (plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
     let (q, k, v) = (
-        matrix(rows, wide, 1).mul_scalar(3.0),
+        matrix(rows, wide, 1).scale(3.0),
         matrix(rows, narrow, 2),
         matrix(rows, narrow, 3),
     );
     let dy = matrix(rows, wide, 4);
     let (out, saved) = segment_attention(&q, &k, &v, segments, plan);
     let (dq, dk, dv) = segment_attention_backward(&dy, &q, &k, &v, &out, &saved, segments, plan);
+    let leaves = [&q, &k, &v].map(leaf);
+    let tracked = tracked(&dy);
+    let [q, k, v, dy] = [q, k, v, dy].map(|operand| operand.burn());
     close(
         "out",
         &host(&out),
@@ -34,9 +37,8 @@ fn check_one(rows: usize, segments: &[AttentionSegment], plan: &AttentionPlan) {
         1e-5,
     );
     let composed = composition::segment_attention_backward(&dy, &q, &k, &v, segments, plan);
-    let (q, k, v) = (leaf(&q), leaf(&k), leaf(&v));
-    let dy = Tensor::<2>::from_data(dy.to_data(), &Device::flex().autodiff());
-    let grads = (composition::segment_attention(&q, &k, &v, segments, plan) * dy)
+    let [q, k, v] = leaves;
+    let grads = (composition::segment_attention(&q, &k, &v, segments, plan) * tracked)
         .sum()
         .backward();
     for (what, leaf, fused, composed) in [
@@ -211,12 +213,9 @@ fn a_fully_masked_row_gives_zeros_and_no_nan() {
     );
     let (out, saved) = segment_attention(&q, &k, &v, &segments, &plan);
     assert_eq!(host(&out), vec![0.0; 96]);
-    assert_eq!(
-        host(&composition::segment_attention(
-            &q, &k, &v, &segments, &plan
-        )),
-        vec![0.0; 96]
-    );
+    let [q_burn, k_burn, v_burn] = [&q, &k, &v].map(Tensor::burn);
+    let composed = composition::segment_attention(&q_burn, &k_burn, &v_burn, &segments, &plan);
+    assert_eq!(host(&composed), vec![0.0; 96]);
     let (dq, dk, dv) = segment_attention_backward(&dy, &q, &k, &v, &out, &saved, &segments, &plan);
     assert!(
         [dq, dk, dv]
@@ -242,8 +241,8 @@ fn rows_in_no_segment_give_zeros() {
 fn huge_scores_stay_finite() {
     let plan = plan(1, 1, 8, None);
     let (q, k, v) = (
-        matrix(9, 8, 1).mul_scalar(1e6),
-        matrix(9, 8, 2).mul_scalar(1e6),
+        matrix(9, 8, 1).scale(1e6),
+        matrix(9, 8, 2).scale(1e6),
         matrix(9, 8, 3),
     );
     let segments = [segment(0, 4, 3, 2)];

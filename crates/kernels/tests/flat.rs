@@ -4,9 +4,8 @@
 
 mod support;
 
-use burn::tensor::{Device, Tensor, TensorData};
-use kernels::{Flat, Gradients, Precision, Slot};
-use support::{host, values, whole};
+use kernels::{Device, Flat, Gradients, Precision, Slot, Tensor};
+use support::{autodiff, host, values, whole};
 
 #[test]
 fn views_show_the_slot_in_the_asked_shape() {
@@ -79,10 +78,7 @@ fn gradients_add_up_inside_their_slot_only() {
     for _ in 0..2 {
         sums.accumulate(
             &slot,
-            Tensor::from_data(
-                TensorData::new(vec![1.0f32, 2.0, 3.0], [3]),
-                &Device::flex(),
-            ),
+            Tensor::new(vec![1.0, 2.0, 3.0], [3], &Device::flex()),
         );
     }
     let taken = sums.take_host();
@@ -96,18 +92,15 @@ fn gradients_add_up_inside_their_slot_only() {
 
 #[test]
 fn gradients_on_another_device_add_up_the_same() {
-    let mut sums = Gradients::zeros(&[6], &Device::flex().autodiff());
+    let device = autodiff().into();
+    let mut sums = Gradients::zeros(&[6], &device);
     let slot = Slot {
         bucket: 0,
         offset: 1,
         len: 2,
     };
     for _ in 0..3 {
-        let gradient = Tensor::from_data(
-            TensorData::new(vec![1.0f32, -1.0], [2]),
-            &Device::flex().autodiff(),
-        );
-        sums.accumulate(&slot, gradient);
+        sums.accumulate(&slot, Tensor::new(vec![1.0, -1.0], [2], &device));
     }
     let taken = sums.take_host();
     assert_eq!(taken, [vec![0.0, 3.0, -3.0, 0.0, 0.0, 0.0]]);
@@ -172,10 +165,10 @@ fn buckets_of_other_lengths_are_refused() {
 
 #[test]
 fn buckets_that_are_split_off_add_up_apart_and_join_again() {
-    for device in [Device::flex(), Device::flex().autodiff()] {
+    for device in [Device::flex(), autodiff().into()] {
         let mut sums = Gradients::zeros(&[1, 2, 3], &device);
         let mut part = sums.split([2, 0]);
-        let one = |len: usize| Tensor::ones([len], &device);
+        let one = |len: usize| Tensor::new(vec![1.0; len], [len], &device);
         let whole = |bucket: usize| Slot {
             bucket,
             offset: 0,

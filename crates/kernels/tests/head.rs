@@ -4,9 +4,8 @@
 
 mod support;
 
-use burn::tensor::{Device, Tensor, TensorData};
-use kernels::{composition, logprob_head, logprob_head_backward};
-use support::{close, gradients, host, leaf, matrix, values, whole};
+use kernels::{Device, Tensor, composition, logprob_head, logprob_head_backward};
+use support::{close, gradients, host, leaf, matrix, tracked, values, whole};
 
 fn targets(rows: usize, vocabulary: usize) -> Vec<u32> {
     (0..rows)
@@ -25,12 +24,14 @@ fn log_probs_and_gradients_agree_with_composition_and_autodiff() {
         ((70, 12, 2500), Some(1.5)),
     ] {
         let (hidden, weight) = (
-            matrix(rows, width, 1).mul_scalar(4.0),
+            matrix(rows, width, 1).scale(4.0),
             matrix(vocabulary, width, 2),
         );
         let (targets, dlogps) = (targets(rows, vocabulary), values(rows, 3));
         let (logps, saved) = logprob_head(&hidden, &weight, &targets, soft_cap);
-        let (composed, lse) = composition::logprob_head(&hidden, &weight, &targets, soft_cap);
+        let (hidden_burn, weight_burn) = (hidden.burn(), weight.burn());
+        let (composed, lse) =
+            composition::logprob_head(&hidden_burn, &weight_burn, &targets, soft_cap);
         close("log-probs", &logps, &composed, 1e-5);
         let len = vocabulary * width;
         let (mut fused, mut reference) = (gradients(len), gradients(len));
@@ -45,16 +46,15 @@ fn log_probs_and_gradients_agree_with_composition_and_autodiff() {
         );
         let dhidden_composed = composition::logprob_head_backward(
             &dlogps,
-            &hidden,
-            &weight,
+            &hidden_burn,
+            &weight_burn,
             &targets,
             soft_cap,
             &lse,
             Some((&mut reference, &whole(len))),
         );
         let (hidden, weight) = (leaf(&hidden), leaf(&weight));
-        let dlogp =
-            Tensor::<1>::from_data(TensorData::new(dlogps, [rows]), &Device::flex().autodiff());
+        let dlogp = tracked(&Tensor::new(dlogps, [rows], &Device::flex()));
         let grads = (composition::token_logprobs(&hidden, &weight, &targets, soft_cap).0 * dlogp)
             .sum()
             .backward();
@@ -73,7 +73,7 @@ fn log_probs_and_gradients_agree_with_composition_and_autodiff() {
 fn log_probs_agree_with_f64_even_for_large_logits() {
     let (rows, width, vocabulary) = (6, 32, 3000);
     let (hidden, weight) = (
-        matrix(rows, width, 4).mul_scalar(40.0),
+        matrix(rows, width, 4).scale(40.0),
         matrix(vocabulary, width, 5),
     );
     let targets = targets(rows, vocabulary);
@@ -139,10 +139,7 @@ fn gradients_agree_with_finite_differences() {
 
 #[test]
 fn a_head_without_rows_gives_nothing() {
-    let (hidden, weight) = (
-        Tensor::<2>::zeros([0, 4], &Device::flex()),
-        matrix(10, 4, 1),
-    );
+    let (hidden, weight) = (Tensor::zeros([0, 4], &Device::flex()), matrix(10, 4, 1));
     let (logps, saved) = logprob_head(&hidden, &weight, &[], None);
     assert!(logps.is_empty());
     let mut sums = gradients(40);
@@ -162,7 +159,7 @@ fn a_head_without_rows_gives_nothing() {
 #[test]
 fn a_hidden_state_that_is_not_a_number_is_not_hidden() {
     let (hidden, weight) = (
-        Tensor::<2>::full([2, 4], f32::NAN, &Device::flex()),
+        Tensor::new(vec![f32::NAN; 8], [2, 4], &Device::flex()),
         matrix(10, 4, 1),
     );
     let (logps, _) = logprob_head(&hidden, &weight, &[1, 2], None);

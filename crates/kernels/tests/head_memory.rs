@@ -5,8 +5,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use burn::tensor::{Device, Tensor};
-use kernels::{Gradients, Slot, logprob_head, logprob_head_backward};
+use kernels::{Device, Gradients, Slot, Tensor, logprob_head, logprob_head_backward};
 
 /// The system allocator with a count of live bytes and their maximum.
 struct Counting;
@@ -39,10 +38,8 @@ static ALLOCATOR: Counting = Counting;
 fn the_head_never_holds_rows_times_vocabulary() {
     let (rows, width, vocabulary) = (2000, 8, 20_000);
     let device = Device::flex();
-    let (hidden, weight) = (
-        Tensor::<2>::ones([rows, width], &device),
-        Tensor::<2>::ones([vocabulary, width], &device),
-    );
+    let ones = |rows: usize| Tensor::new(vec![1.0; rows * width], [rows, width], &device);
+    let (hidden, weight) = (ones(rows), ones(vocabulary));
     let targets = vec![7; rows];
     let slot = Slot {
         bucket: 0,

@@ -4,15 +4,15 @@
 
 mod support;
 
-use burn::tensor::{DType, Device, Tensor};
-use kernels::{Flat, Precision, Slot, composition};
+use burn::tensor::{DType, Tensor as BurnTensor};
+use kernels::{Device, Flat, Precision, Slot, Tensor, composition};
 use support::{close, gradients, host, matrix, plan, segment, values, whole};
 
 /// Half the distance of two neighbours in bf16, relative: what a result loses when it is rounded.
 const ROUNDING: f32 = 1.0 / 256.0;
 
-fn bf16(x: &Tensor<2>) -> Tensor<2> {
-    x.clone().cast(DType::BF16)
+fn bf16(x: &Tensor<2>) -> BurnTensor<2> {
+    x.burn().cast(DType::BF16)
 }
 
 #[test]
@@ -20,7 +20,7 @@ fn f32_operands_are_the_tensors_themselves_and_bf16_operands_lose_what_bf16_lose
     let x = matrix(7, 9, 1);
     assert_eq!(host(&Precision::F32.operand(&x)), host(&x));
     let rounded = Precision::Bf16.operand(&x);
-    assert_eq!(rounded.dtype(), DType::F32);
+    assert_eq!(rounded.burn().dtype(), DType::F32);
     assert_eq!(host(&rounded), host(&bf16(&x).cast(DType::F32)));
     assert_ne!(host(&rounded), host(&x));
     let again = Precision::Bf16.operand(&rounded);
@@ -56,7 +56,7 @@ fn linear_maps_of_bf16_tensors_give_f32_results_near_the_fused_ones() {
     let [x, weight, dy] = [matrix(33, 48, 1), matrix(20, 48, 2), matrix(33, 20, 3)];
     let operands = [&x, &weight, &dy].map(|tensor| Precision::Bf16.operand(tensor));
     let tensors = [&x, &weight, &dy].map(bf16);
-    let near = |what: &str, fused: &Tensor<2>, composed: &Tensor<2>| {
+    let near = |what: &str, fused: &Tensor<2>, composed: &BurnTensor<2>| {
         assert_eq!(composed.dtype(), DType::F32, "{what}");
         close(what, &host(composed), &host(fused), 2.0 * ROUNDING);
     };
@@ -109,7 +109,7 @@ fn attention_over_bf16_tensors_gives_f32_results_near_the_fused_ones() {
 
 #[test]
 fn the_head_never_rounds_logits() {
-    let (hidden, weight) = (matrix(9, 32, 1).mul_scalar(4.0), matrix(700, 32, 2));
+    let (hidden, weight) = (matrix(9, 32, 1).scale(4.0), matrix(700, 32, 2));
     let targets: Vec<u32> = (0..9).map(|row| row * 71).collect();
     let operands = [&hidden, &weight].map(|tensor| Precision::Bf16.operand(tensor));
     let (fused, saved) = kernels::logprob_head(&operands[0], &operands[1], &targets, None);

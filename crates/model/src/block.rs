@@ -4,11 +4,10 @@
 //! Kept for the backward are the operands that cost a matrix product or attention to make again; norms, turns and the gated
 //! product are recomputed, which costs a percent of the time and saves a third of the memory.
 
-use burn::tensor::Tensor;
 use kernels::{
-    AttentionPlan, AttentionSaved, Gradients, RotaryTable, activate, activate_backward, add, gated,
-    gated_backward, join_heads, rotary, rotary_backward, segment_attention,
-    segment_attention_backward, split_heads,
+    AttentionPlan, AttentionSaved, Gradients, RotaryTable, Tensor, activate, activate_backward,
+    add, gated, gated_backward, gated_backward_inner, join_heads, rotary, rotary_backward,
+    segment_attention, segment_attention_backward, split_heads,
 };
 
 use crate::ModelConfig;
@@ -140,10 +139,8 @@ impl Block<'_> {
     fn finish(&self, x: &Tensor<2>, attended: &Tensor<2>) -> (Tensor<2>, MlpSaved) {
         let slots = self.slots;
         let attended = self.weights.operand(attended);
-        let projected = slots.output.linear(self.weights, &attended);
-        let (joined, projected) = self.join(projected, slots.attention_output_norm.as_ref());
-        // The sum goes into the product's memory: `x` is still needed.
-        let middle = add(joined, x);
+        let norm = slots.attention_output_norm.as_ref();
+        let (middle, projected) = self.join(&slots.output, &attended, norm, x);
         let parallel = self.config.residual == Residual::Parallel;
         let input = if parallel { x } else { &middle };
         let (normed, _) = self.normed(&slots.mlp_norm, input);
@@ -151,9 +148,8 @@ impl Block<'_> {
         let gate = gate.map(|gate| gate.linear(self.weights, &normed));
         let up = slots.up.linear(self.weights, &normed);
         let inner = self.inner(gate.as_ref(), &up);
-        let down = slots.down.linear(self.weights, &inner);
-        let (joined, down) = self.join(down, slots.mlp_output_norm.as_ref());
-        let y = add(joined, &middle);
+        let norm = slots.mlp_output_norm.as_ref();
+        let (y, down) = self.join(&slots.down, &inner, norm, &middle);
         let saved = MlpSaved {
             projected,
             middle: (!parallel).then_some(middle),
@@ -164,14 +160,21 @@ impl Block<'_> {
         (y, saved)
     }
 
-    /// What joins the residual stream, and what was before the norm if there is one.
-    fn join(&self, y: Tensor<2>, norm: Option<&Affine>) -> (Tensor<2>, Option<Tensor<2>>) {
+    /// The residual stream after what `map` makes of `x` has joined it, and what that was before the norm if there is one.
+    fn join(
+        &self,
+        map: &Affine,
+        x: &Tensor<2>,
+        norm: Option<&Affine>,
+        stream: &Tensor<2>,
+    ) -> (Tensor<2>, Option<Tensor<2>>) {
         match norm {
             Some(norm) => {
+                let y = map.linear(self.weights, x);
                 let (normed, _) = norm.norm(self.weights, &y, self.norm());
-                (normed, Some(y))
+                (add(normed, stream), Some(y))
             }
-            None => (y, None),
+            None => (map.linear_add(self.weights, x, stream), None),
         }
     }
 
@@ -186,8 +189,7 @@ impl Block<'_> {
 
     /// The rows of `x`, normalised, as an operand.
     fn normed(&self, norm: &Affine, x: &Tensor<2>) -> (Tensor<2>, NormSaved) {
-        let (normed, saved) = norm.norm(self.weights, x, self.norm());
-        (self.weights.operand(&normed), saved)
+        norm.norm_operand(self.weights, x, self.norm())
     }
 
     /// The gradient of the block's input for that of its output; adds the gradients of its weights.
@@ -208,13 +210,16 @@ impl Block<'_> {
             mlp,
         } = saved;
         let slots = self.slots;
-        let dinput = self.mlp_backward(dy, &x, &mlp, gradients);
+        let parallel = self.config.residual == Residual::Parallel;
+        // Where the MLP reads the block's input, its gradient joins at the end; else the stream's joins it in the middle.
+        let joining = (!parallel).then_some(dy);
+        let dinput = self.mlp_backward(dy, &x, &mlp, joining, gradients);
         let projected = mlp.projected;
         drop((mlp.middle, mlp.gate, mlp.up, mlp.down));
-        // Where the MLP reads the block's input, its gradient joins at the end; else it is the stream's in the middle.
-        let (dmiddle, dparallel) = match self.config.residual {
-            Residual::Parallel => (dy.clone(), Some(dinput)),
-            Residual::Sequential | Residual::Sandwich => (add(dinput, dy), None),
+        let (dmiddle, dparallel) = if parallel {
+            (dy.clone(), Some(dinput))
+        } else {
+            (dinput, None)
         };
         let dprojected = self.join_backward(
             &dmiddle,
@@ -255,15 +260,15 @@ impl Block<'_> {
         let (normed, norm_saved) = self.normed(&slots.attention_norm, &x);
         let dnormed = self.projections_backward([dqueries, dkeys, dvalues], &normed, gradients);
         drop(normed);
-        let dx = slots.attention_norm.norm_backward(
+        let dx = slots.attention_norm.norm_backward_add(
             self.weights,
             &dnormed,
             &x,
             &norm_saved,
             self.config.norm,
+            &dmiddle,
             gradients,
         );
-        let dx = add(dx, &dmiddle);
         match dparallel {
             Some(dparallel) => add(dx, &dparallel),
             None => dx,
@@ -279,12 +284,8 @@ impl Block<'_> {
     ) -> Tensor<2> {
         match &self.slots.projections {
             ProjectionSlots::Apart(maps) => {
-                let mut back = |side: usize| {
-                    maps[side].linear_backward(self.weights, &outs[side], normed, gradients)
-                };
-                let dnormed = back(0);
-                let dnormed = add(dnormed, &back(1));
-                add(dnormed, &back(2))
+                let maps: Vec<_> = maps.iter().zip(&outs).collect();
+                Affine::linear_backward_sum(&maps, self.weights, normed, gradients)
             }
             ProjectionSlots::HeadByHead(map) => {
                 let together = join_heads(&outs, self.plan.heads);
@@ -294,15 +295,16 @@ impl Block<'_> {
         }
     }
 
-    /// The gradient of the MLP's input, before its residual.
+    /// The gradient of the MLP's input, and `joining`.
     fn mlp_backward(
         &self,
         dy: &Tensor<2>,
         x: &Tensor<2>,
         saved: &MlpSaved,
+        joining: Option<&Tensor<2>>,
         gradients: &mut Gradients,
     ) -> Tensor<2> {
-        let (slots, activation) = (self.slots, self.config.mlp.activation);
+        let slots = self.slots;
         let (gate, up) = (saved.gate.as_ref(), &saved.up);
         let ddown = self.join_backward(
             dy,
@@ -310,39 +312,59 @@ impl Block<'_> {
             slots.mlp_output_norm.as_ref(),
             gradients,
         );
-        let inner = self.inner(gate, up);
-        let dinner = slots
-            .down
-            .linear_backward(self.weights, &ddown, &inner, gradients);
-        let (dgate, dup) = match gate {
-            Some(gate) => {
-                let (dgate, dup) = gated_backward(&dinner, gate, up, activation);
-                (Some(dgate), dup)
-            }
-            None => (None, activate_backward(&dinner, up, activation)),
-        };
+        let (dgate, dup) = self.inner_backward(&ddown, gate, up, gradients);
         let input = saved.middle.as_ref().unwrap_or(x);
         let (normed, norm_saved) = self.normed(&slots.mlp_norm, input);
         let dnormed = match (&slots.gate, dgate) {
             (Some(map), Some(dgate)) => {
-                let dnormed = map.linear_backward(self.weights, &dgate, &normed, gradients);
-                let of_up = slots
-                    .up
-                    .linear_backward(self.weights, &dup, &normed, gradients);
-                add(dnormed, &of_up)
+                let maps = [(map, &dgate), (&slots.up, &dup)];
+                Affine::linear_backward_sum(&maps, self.weights, &normed, gradients)
             }
             _ => slots
                 .up
                 .linear_backward(self.weights, &dup, &normed, gradients),
         };
-        slots.mlp_norm.norm_backward(
-            self.weights,
-            &dnormed,
-            input,
-            &norm_saved,
-            self.config.norm,
-            gradients,
-        )
+        let (norm, kind) = (&slots.mlp_norm, self.config.norm);
+        match joining {
+            Some(joining) => norm.norm_backward_add(
+                self.weights,
+                &dnormed,
+                input,
+                &norm_saved,
+                kind,
+                joining,
+                gradients,
+            ),
+            None => norm.norm_backward(self.weights, &dnormed, input, &norm_saved, kind, gradients),
+        }
+    }
+
+    /// The gradients of gate and up for that of the down projection's output; adds its weight's.
+    fn inner_backward(
+        &self,
+        ddown: &Tensor<2>,
+        gate: Option<&Tensor<2>>,
+        up: &Tensor<2>,
+        gradients: &mut Gradients,
+    ) -> (Option<Tensor<2>>, Tensor<2>) {
+        let (down, activation) = (&self.slots.down, self.config.mlp.activation);
+        let Some(gate) = gate else {
+            let inner = self.inner(None, up);
+            let dinner = down.linear_backward(self.weights, ddown, &inner, gradients);
+            return (None, activate_backward(&dinner, up, activation));
+        };
+        let dy = self.weights.operand(ddown);
+        let Some(dinner) = down.input_backward(self.weights, &dy, up.dims()[1]) else {
+            let inner = self.inner(Some(gate), up);
+            let dinner = down.linear_backward(self.weights, ddown, &inner, gradients);
+            let (dgate, dup) = gated_backward(&dinner, gate, up, activation);
+            return (Some(dgate), dup);
+        };
+        let (dgate, dup, inner) = gated_backward_inner(&dinner, gate, up, activation);
+        let inner = self.weights.operand(&inner);
+        down.bias_backward(self.weights, ddown, gradients);
+        down.matrix_backward(self.weights, &dy, &inner, gradients);
+        (Some(dgate), dup)
     }
 
     /// The gradient of what [`Block::join`] was given.

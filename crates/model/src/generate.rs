@@ -1,7 +1,7 @@
 //! Continuing a text token by token, for looking at a model. Keys and values of past tokens are cached on the host and
 //! attention of the one new token is a plain loop; training and scoring never come through here.
 
-use burn::tensor::Tensor;
+use kernels::Tensor;
 use kernels::{AttentionPlan, gather_rows, segment_attention};
 
 use crate::Model;
@@ -123,12 +123,12 @@ impl Model {
                 segment_attention(&queries, &keys, &values, &pack.segments, block.plan);
             x = block.finish_alone(&x, &attended);
             past.push(Past {
-                keys: host(keys),
-                values: host(values),
+                keys: keys.into_vec(),
+                values: values.into_vec(),
             });
         }
         let last = gather_rows(&x, &[prompt.len() - 1]);
-        (past, host(self.predict(&last)))
+        (past, self.predict(&last).into_vec())
     }
 
     /// Logits after one more token, which stands at `position`.
@@ -138,14 +138,14 @@ impl Model {
         for (index, past) in past.iter_mut().enumerate() {
             let block = self.block(index);
             let projected = block.project(&x, &tables);
-            past.keys.extend(host(projected.keys));
-            past.values.extend(host(projected.values));
-            let attended = past.attend(&host(projected.queries), block.plan);
-            let attended =
-                Tensor::<1>::from_floats(attended.as_slice(), self.device()).unsqueeze::<2>();
+            past.keys.extend(projected.keys.into_vec());
+            past.values.extend(projected.values.into_vec());
+            let attended = past.attend(&projected.queries.into_vec(), block.plan);
+            let shape = [1, attended.len()];
+            let attended = Tensor::new(attended, shape, self.device());
             x = block.finish_alone(&x, &attended);
         }
-        host(self.predict(&x))
+        self.predict(&x).into_vec()
     }
 }
 
@@ -198,11 +198,4 @@ impl Past {
         }
         out
     }
-}
-
-fn host(tensor: Tensor<2>) -> Vec<f32> {
-    tensor
-        .into_data()
-        .try_into_vec()
-        .expect("activations are f32")
 }

@@ -30,14 +30,13 @@ mod weights;
 mod write;
 
 pub use adapter::{Lora, Targets, load_adapter};
-pub use burn::tensor::Device;
 pub use config::{Biases, Family, Gate, MlpPlan, ModelConfig, NormKind, Projections, Residual};
 pub use cost::Operations;
 pub use error::ModelError;
 pub use generate::Sampler;
+pub use kernels::Device;
 pub use kernels::{
     Activation, AttentionPlan, EmbeddingRows, Gradients, Precision, Slot, TileSums, head_tiles,
-    is_host,
 };
 pub use layout::{BUCKET_ELEMENTS_MAX, Bucket, Layout, Parameter, Stage};
 pub use memory::{PackBytes, PackShape};

@@ -217,13 +217,16 @@ impl Widths {
 
     /// What a backward holds at most beside what was kept and the output's gradient.
     fn backward(&self) -> usize {
-        // Gated product, its gradient, gradients of gate and up; norm, its gradient, and one more product to add to it.
+        // Gated product, its gradient, gradients of gate and up; then those two, the norm, its gradient, and one more product to add
+        // to it.
         let outer = match self.residual {
             Residual::Sandwich => self.hidden,
             Residual::Sequential | Residual::Parallel => 0,
         };
-        let inner = (2 + self.copies) * self.intermediate + self.inner;
-        let mlp = self.tokens * (inner + 3 * self.hidden + 1 + outer);
+        let products = (2 + self.copies) * self.intermediate;
+        // The product of a weight's gradient packs rows of its operands.
+        let products = products + self.hidden;
+        let mlp = self.tokens * (self.inner + outer + products.max(3 * self.hidden + 1));
         // From here on the MLP's part of what was kept is gone.
         let stream = match self.residual {
             Residual::Sequential => self.hidden,
@@ -231,12 +234,12 @@ impl Widths {
         };
         let attention =
             self.tokens * (stream + self.queries + self.turned()) + self.attention.backward / FLOAT;
-        let together = match self.projections {
-            Projections::HeadByHead => 3 * self.queries,
-            Projections::Separate | Projections::Stacked => 0,
+        // The norm's rows, with all gradients once more as one; or with the gradient of the rows and one more product to add to it.
+        let products = match self.projections {
+            Projections::HeadByHead => self.hidden + 3 * self.queries,
+            Projections::Separate | Projections::Stacked => 3 * self.hidden,
         };
-        let projections =
-            stream + 2 * self.queries + 2 * self.keys + 3 * self.hidden + 1 + together;
+        let projections = stream + 2 * self.queries + 2 * self.keys + 1 + products;
         let late = attention.max(self.tokens * projections);
         mlp.max(late.saturating_sub(self.tokens * self.kept_of_mlp()))
     }

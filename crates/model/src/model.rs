@@ -6,11 +6,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use burn::tensor::{Device, Tensor};
 use kernels::{
-    Flat, Gradients, HeadSaved, Precision, RotaryTable, Slot, composition::soft_cap, embedding,
+    Device, Flat, Gradients, HeadSaved, Precision, RotaryTable, Slot, Tensor, embedding,
     embedding_backward, gather_rows, linear, logprob_head, logprob_head_backward,
-    logprob_head_backward_shared, scatter_add_rows,
+    logprob_head_backward_shared, scatter_add_rows, soft_cap,
 };
 
 use crate::block::{Block, BlockSaved, Rows, Tables};
@@ -200,7 +199,7 @@ impl Model {
             let values = self
                 .weights
                 .view::<1>(&parameter.slot(), [parameter.elements()]);
-            let values: Vec<f32> = values.into_data().try_into_vec().expect("weights are f32");
+            let values = values.into_vec();
             let hashed = little_endian(&values, |bytes| {
                 hasher.update(bytes);
                 Ok::<(), std::convert::Infallible>(())
@@ -313,7 +312,7 @@ impl Model {
         let input = self.adapter.is_none().then(|| InputGradient {
             tokens: tape.pack.tokens,
             dx: match self.config.embedding_scale {
-                Some(scale) => dx.mul_scalar(scale),
+                Some(scale) => dx.scale(scale),
                 None => dx,
             },
         });
@@ -355,6 +354,14 @@ impl Model {
         let expected = self.trained().bucket_lens();
         assert_eq!(lens, expected, "lengths of the weight buckets");
         self.trained_weights().put_host(weights);
+    }
+
+    /// The flat weights that are trained, where they lie.
+    pub fn flat(&self) -> &Flat {
+        match &self.adapter {
+            Some(adapter) => &adapter.weights,
+            None => &self.weights,
+        }
     }
 
     fn trained_weights(&mut self) -> &mut Flat {
@@ -427,7 +434,6 @@ impl Model {
         let start = Instant::now();
         let picked = gather_rows(&x, &predictions.rows);
         let (normed, norm) = self.final_norm(&picked);
-        let normed = self.both().operand(&normed);
         let (tokens, head) = logprob_head(
             &normed,
             &self.head(),
@@ -498,7 +504,7 @@ impl Model {
         let shape = [self.config.vocabulary, self.config.hidden];
         let x = embedding(&self.weights.view(&self.slots.embedding, shape), tokens);
         match self.config.embedding_scale {
-            Some(scale) => x.mul_scalar(scale),
+            Some(scale) => x.scale(scale),
             None => x,
         }
     }
@@ -540,14 +546,14 @@ impl Model {
             kind: self.config.norm,
             epsilon: self.config.norm_epsilon,
         };
-        self.slots.norm.norm(self.both(), x, norm)
+        self.slots.norm.norm_operand(self.both(), x, norm)
     }
 
     /// Logits of rows after the final norm.
     fn logits(&self, normed: &Tensor<2>) -> Tensor<2> {
-        let logits = linear(&self.both().operand(normed), &self.head());
+        let logits = linear(normed, &self.head());
         match self.config.logit_cap {
-            Some(cap) => soft_cap(logits, cap),
+            Some(cap) => soft_cap(&logits, cap),
             None => logits,
         }
     }

@@ -1,8 +1,7 @@
 //! Where a backward adds its gradients, stage by stage: into gradients that are its own, or into sums that the backwards of
 //! several packs share. Only the border; how packs take turns is `trainer`'s.
 
-use burn::tensor::Tensor;
-use kernels::{EmbeddingRows, Gradients, TileSums};
+use kernels::{EmbeddingRows, Gradients, Tensor, TileSums};
 
 use crate::Stage;
 

@@ -19,12 +19,7 @@ fn greedy_tokens_are_the_largest_logits_of_a_forward_without_cache() {
         let new = model.generate(&text, 20, &mut Sampler::greedy(), &[]);
         assert_eq!(new.len(), 20);
         for token in new {
-            let logits: Vec<f32> = model
-                .trace(&text)
-                .logits
-                .into_data()
-                .try_into_vec()
-                .unwrap();
+            let logits = model.trace(&text).logits.into_vec();
             let last = &logits[logits.len() - 37..];
             let best = (0..37)
                 .max_by(|&a, &b| last[a].total_cmp(&last[b]))
@@ -65,8 +60,7 @@ fn a_stop_token_ends_the_text() {
 fn a_nucleus_leaves_out_what_is_unlikely_and_nothing_else() {
     let model = lively(tiny(Family::Llama, true, None));
     let prompt = ids(4, 1);
-    let logits = model.trace(&prompt).logits.into_data();
-    let logits: Vec<f32> = logits.try_into_vec().unwrap();
+    let logits = model.trace(&prompt).logits.into_vec();
     let last = &logits[logits.len() - 37..];
     let total: f64 = last.iter().map(|logit| f64::from(*logit).exp()).sum();
     let mut order: Vec<usize> = (0..37).collect();
@@ -93,12 +87,7 @@ fn a_nucleus_leaves_out_what_is_unlikely_and_nothing_else() {
 fn sampling_follows_the_distribution() {
     let model = lively(tiny(Family::Llama, true, None));
     let prompt = ids(4, 1);
-    let logits: Vec<f32> = model
-        .trace(&prompt)
-        .logits
-        .into_data()
-        .try_into_vec()
-        .unwrap();
+    let logits = model.trace(&prompt).logits.into_vec();
     let weights: Vec<f64> = logits[logits.len() - 37..]
         .iter()
         .map(|logit| f64::from(*logit).exp())

@@ -1,5 +1,7 @@
 //! Against transformers: the tiny fixtures of the shared folder with hidden states, logits, log-probs and Cal-DPO
 //! gradients computed by transformers and torch in f64.
+//!
+//! On the CPU in f32, unless CALDPO_TEST_DEVICE is `cuda` (with the feature of that name) or CALDPO_TEST_DTYPE `bf16`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -24,12 +26,92 @@ const FIXTURES: [&str; 8] = [
     "gpt-neox",
 ];
 
-/// Measured worst: 2e-6 of the largest element.
-const HIDDEN_TOLERANCE: f32 = 2e-5;
-/// Nats of a sequence of up to ~40 tokens.
-const LOGP_TOLERANCE: f64 = 1e-4;
-/// Relative L2 distance of a tensor's gradient.
-const GRADIENT_TOLERANCE: f64 = 1e-4;
+/// How far a run may be from f64.
+struct Tolerance {
+    /// Hidden states and logits, of the largest element.
+    hidden: f32,
+    /// Nats of a sequence of up to ~40 tokens.
+    logp: f64,
+    /// Nats of a token.
+    token: f64,
+    /// Relative L2 distance of a tensor's gradient.
+    gradient: f64,
+    /// The norm of all gradients, relative.
+    norm: f64,
+    /// Relative L2 distance of a bucket's gradient when the same pairs are packed otherwise.
+    packing: f64,
+}
+
+/// Hidden states measured worst: 2e-6.
+const F32: Tolerance = Tolerance {
+    hidden: 2e-5,
+    logp: 1e-4,
+    token: 2e-5,
+    gradient: 1e-4,
+    norm: 1e-5,
+    packing: 1e-5,
+};
+
+/// Measured worst on the CPU: 3.7e-2 (logits), 0.15, 0.064, 6e-2, 4e-3, 3e-7; a GPU may sum packs of other sizes in another
+/// order, and then operands round another way. Per fixture, beside torch's own bf16:
+/// [`bf16_is_as_near_to_f64_as_that_of_torch`].
+const BF16: Tolerance = Tolerance {
+    hidden: 4e-2,
+    logp: 0.3,
+    token: 0.12,
+    gradient: 8e-2,
+    norm: 1e-2,
+    packing: 1e-2,
+};
+
+/// On a GPU what lies between two products is bf16 too, as in torch; the host keeps f32 there. Seen on an H100: 5.0e-2.
+const BF16_GPU: Tolerance = Tolerance {
+    hidden: 6e-2,
+    ..BF16
+};
+
+fn tolerance() -> Tolerance {
+    match (precision(), device().is_gpu()) {
+        (Precision::F32, _) => F32,
+        (Precision::Bf16, false) => BF16,
+        (Precision::Bf16, true) => BF16_GPU,
+    }
+}
+
+/// How much farther from f64 than torch's bf16 ours may be.
+fn beside_torch() -> f64 {
+    if device().is_gpu() { 1.5 } else { 1.25 }
+}
+
+/// What computes in every test.
+fn device() -> Device {
+    match std::env::var("CALDPO_TEST_DEVICE").as_deref() {
+        Err(_) | Ok("flex") => Device::flex(),
+        #[cfg(feature = "cuda")]
+        Ok("cuda") => Device::cuda(0).unwrap(),
+        #[cfg(not(feature = "cuda"))]
+        Ok("cuda") => panic!("CALDPO_TEST_DEVICE=cuda needs a build with --features cuda"),
+        Ok(other) => panic!("CALDPO_TEST_DEVICE is flex or cuda, not {other}"),
+    }
+}
+
+/// The operands of products in every test that does not choose them itself.
+fn precision() -> Precision {
+    match std::env::var("CALDPO_TEST_DTYPE").as_deref() {
+        Err(_) | Ok("f32") => Precision::F32,
+        Ok("bf16") => Precision::Bf16,
+        Ok(other) => panic!("CALDPO_TEST_DTYPE is f32 or bf16, not {other}"),
+    }
+}
+
+/// Negative controls leave the tolerances of f32; those of bf16 could hide what they break.
+fn skip_control() -> bool {
+    let skip = precision() != Precision::F32;
+    if skip {
+        println!("skipped: a negative control of f32");
+    }
+    skip
+}
 
 #[test]
 fn hidden_states_and_logits_are_those_of_transformers() {
@@ -41,7 +123,7 @@ fn hidden_states_and_logits_are_those_of_transformers() {
         let named = hidden.map(|(index, state)| (format!("hidden_states.{index}"), state));
         for (tensor, found) in named.chain([("logits".to_owned(), trace.logits)]) {
             let expected = golden.tensor(&tensor);
-            let found: Vec<f32> = found.into_data().try_into_vec().unwrap();
+            let found = found.into_vec();
             assert_eq!(found.len(), expected.len(), "{name} {tensor}");
             let largest = expected.iter().fold(0f32, |a, b| a.max(b.abs()));
             let worst = found
@@ -50,7 +132,7 @@ fn hidden_states_and_logits_are_those_of_transformers() {
                 .fold(0f32, |a, (x, y)| a.max((x - y).abs()));
             println!("{name} {tensor}: {:.1e}", worst / largest);
             assert!(
-                worst <= HIDDEN_TOLERANCE * largest,
+                worst <= tolerance().hidden * largest,
                 "{name} {tensor}: {worst} of {largest}"
             );
         }
@@ -63,12 +145,14 @@ fn sequence_and_token_log_probs_are_those_of_transformers() {
         let pack = golden.pack();
         let sums = golden.model.forward(&pack);
         let tokens = golden.model.token_logps(&pack);
+        let (mut worst_sum, mut worst_token) = (0f64, 0f64);
         for (pair, (sums, tokens)) in sums.logps.iter().zip(&tokens).enumerate() {
             for (side, key) in ["chosen", "rejected"].into_iter().enumerate() {
                 let expected = golden.json["logps_f64"][pair][key].as_f64().unwrap();
                 let error = (f64::from(sums[side]) - expected).abs();
+                worst_sum = worst_sum.max(error);
                 assert!(
-                    error <= LOGP_TOLERANCE,
+                    error <= tolerance().logp,
                     "{name} pair {pair} {key}: {} for {expected}",
                     sums[side]
                 );
@@ -82,13 +166,15 @@ fn sequence_and_token_log_probs_are_those_of_transformers() {
                 );
                 for (token, expected) in tokens[side].iter().zip(expected) {
                     let error = (f64::from(*token) - expected.as_f64().unwrap()).abs();
+                    worst_token = worst_token.max(error);
                     assert!(
-                        error <= 2e-5,
+                        error <= tolerance().token,
                         "{name} pair {pair} {key}: {token} for {expected}"
                     );
                 }
             }
         }
+        println!("{name}: worst sequence {worst_sum:.1e}, token {worst_token:.1e}");
     });
 }
 
@@ -106,7 +192,7 @@ fn gradients_of_cal_dpo_at_the_start_are_those_of_torch() {
                 .sum();
             let norm_error = (squares.sqrt() / expected_norm - 1.0).abs();
             assert!(
-                norm_error <= 1e-5,
+                norm_error <= tolerance().norm,
                 "{name}: gradient norm {} for {expected_norm}",
                 squares.sqrt()
             );
@@ -121,12 +207,12 @@ fn gradients_of_cal_dpo_at_the_start_are_those_of_torch() {
                 let distance = relative_distance(found, &expected);
                 worst = worst.max(distance);
                 assert!(
-                    distance <= GRADIENT_TOLERANCE,
+                    distance <= tolerance().gradient,
                     "{name} {}: {distance}",
                     parameter.name
                 );
             }
-            println!("{name} {saving:?}: worst gradient {worst:.1e}");
+            println!("{name} {saving:?}: worst gradient {worst:.1e}, norm {norm_error:.1e}");
         }
     });
 }
@@ -140,10 +226,13 @@ fn packing_pairs_together_or_apart_accumulates_the_same_gradient() {
             let (_, saved) = golden.model.forward_train(&Pack::new([tokens(&pair)]));
             golden.model.backward(saved, &[START], &mut apart);
         }
+        let mut worst = 0f64;
         for (together, apart) in together.iter().zip(apart.take_host()) {
             let distance = relative_distance(&apart, together);
-            assert!(distance <= 1e-5, "{name}: {distance}");
+            worst = worst.max(distance);
+            assert!(distance <= tolerance().packing, "{name}: {distance}");
         }
+        println!("{name}: packed apart {worst:.1e}");
     });
 }
 
@@ -154,7 +243,7 @@ fn bf16_is_as_near_to_f64_as_that_of_torch() {
         golden.model.set_precision(Precision::Bf16);
         let of_torch = |key: &str| torch[name][key].as_f64().unwrap();
         let worst = golden.worst_token_logp();
-        let bound = f64::min(0.15, 1.25 * of_torch("logp"));
+        let bound = f64::min(0.15, beside_torch() * of_torch("logp"));
         assert!(worst <= bound, "{name}: a token is off by {worst}, {bound}");
         // It is bf16: f32 would be a thousand times nearer.
         assert!(worst > 1e-3, "{name}: {worst}");
@@ -170,7 +259,7 @@ fn bf16_is_as_near_to_f64_as_that_of_torch() {
             assert!(cosine >= 0.99, "{name} {}: {cosine}", parameter.name);
             widest = widest.max(cosine.min(1.0).acos());
         }
-        let bound = 1.25 * of_torch("angle");
+        let bound = beside_torch() * of_torch("angle");
         println!(
             "{name}: token {worst:.4}, angle {widest:.4}; {}",
             torch[name]
@@ -212,6 +301,9 @@ fn bf16_sums_are_f32() {
 #[test]
 fn a_fixture_read_with_another_decoder_is_not_that_of_transformers() {
     // Negative control: the comparison notices a wrong rotary base, and a window that is left out.
+    if skip_control() {
+        return;
+    }
     for (name, key, value) in [
         (
             "llama",
@@ -232,14 +324,8 @@ fn a_fixture_read_with_another_decoder_is_not_that_of_transformers() {
         let config = model::ModelConfig::parse(&config.to_string(), &dir).unwrap();
         let mut golden = Golden::load(&dir);
         let weights = golden.model.take_weights();
-        golden.model = Model::from_parts(config, weights, &Device::flex()).unwrap();
-        let found: Vec<f32> = golden
-            .model
-            .trace(&golden.input_ids())
-            .logits
-            .into_data()
-            .try_into_vec()
-            .unwrap();
+        golden.model = Model::from_parts(config, weights, &device()).unwrap();
+        let found = golden.model.trace(&golden.input_ids()).logits.into_vec();
         let distance = relative_distance(&found, &golden.tensor("logits"));
         assert!(distance > 1e-3, "{name} without its {key}: {distance}");
     }
@@ -248,13 +334,16 @@ fn a_fixture_read_with_another_decoder_is_not_that_of_transformers() {
 #[test]
 fn what_decoders_get_wrong_is_not_that_of_transformers() {
     // Negative controls: each breaks one thing, and the log-probs or gradients leave the tolerance.
+    if skip_control() {
+        return;
+    }
     let Some(dir) = fixture("llama") else { return };
     let golden = Golden::load(&dir);
     let right = golden.worst_logp(&golden.pack());
-    assert!(right <= LOGP_TOLERANCE, "{right}");
+    assert!(right <= F32.logp, "{right}");
     let broken = |what: &str, worst: f64| {
         println!("{what}: {worst:.1e}");
-        assert!(worst > 10.0 * LOGP_TOLERANCE, "{what}: {worst}");
+        assert!(worst > 10.0 * F32.logp, "{what}: {worst}");
     };
 
     let mut pack = golden.pack();
@@ -365,8 +454,10 @@ struct Golden {
 
 impl Golden {
     fn load(dir: &Path) -> Self {
+        let mut model = Model::load(dir, &device()).unwrap();
+        model.set_precision(precision());
         Self {
-            model: Model::load(dir, &Device::flex()).unwrap(),
+            model,
             json: serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap(),
             tensors: std::fs::read(dir.join("golden.safetensors")).unwrap(),
         }

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use data::{DataConfig, Tokenizer, step_pairs};
-use model::{Device, Model, ModelConfig, Operations, Saving, is_host};
+use kernels::DeviceTime;
+use model::{Device, Model, ModelConfig, Operations, Saving};
 use objective::ObjectiveConfig;
 use serde::Serialize;
 use spec::{Dtype, OptimizerSection, SpecError};
@@ -48,7 +49,7 @@ pub struct BenchResult {
     pub tokens_per_second: f64,
     /// Mean over the timed steps.
     pub seconds_per_step: f64,
-    /// Highest memory of this process; `None` where the system does not tell.
+    /// Highest memory of this process, or on a GPU of what it holds there; `None` where the system does not tell.
     pub peak_memory_gib: Option<f64>,
     /// Parameters of the model; tied weights count once.
     pub parameters: u64,
@@ -58,7 +59,7 @@ pub struct BenchResult {
 }
 
 /// Where the time of the timed steps went, and what it was spent on.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Profile {
     /// Mean seconds of a step.
     pub seconds: Phases,
@@ -72,6 +73,23 @@ pub struct Profile {
     /// faster; none on a device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub product_gflop_per_second: Option<f64>,
+    /// What a GPU did when it took the last step once more, the longest first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub device: Vec<DeviceWork>,
+}
+
+/// Launches of one kernel, or products of one shape, in a step.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DeviceWork {
+    /// The kernel, or the product's shape.
+    pub name: String,
+    /// How often it ran.
+    pub launches: usize,
+    /// Seconds on the device, all launches together.
+    pub seconds: f64,
+    /// Of products: operations by second in units of 10¹².
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tflop_per_second: Option<f64>,
 }
 
 /// Times `request.steps` steps of Cal-DPO.
@@ -108,11 +126,7 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
     let mut start = Instant::now();
     let (mut pairs_done, mut tokens) = (0, 0);
     let (mut computed_tokens, mut needed) = (0, 0.0);
-    for step in 1..=request.warmup + request.steps {
-        if step == request.warmup + 1 {
-            learner.times = Phases::default();
-            start = Instant::now();
-        }
+    let take = |learner: &mut Learner, step: u64| -> Result<StepWork, TrainError> {
         let batching = Instant::now();
         let order = step_pairs(0, step, pairs.len(), request.batch_pairs, false);
         let batch = order.pairs.iter().map(|&pair| &pairs[pair]);
@@ -128,22 +142,48 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
         );
         tracing::debug!(step, loss = measures.loss, "timed step");
         learner.apply(prepared.reduced, OptimizerSection::default().learning_rate)?;
+        Ok(StepWork {
+            pairs: batch.counts.pairs,
+            tokens: batch.tokens,
+            computed_tokens: batch.own_tokens().iter().sum(),
+            needed: operations(learner.model.config(), &batch).training(),
+        })
+    };
+    let last = request.warmup + request.steps;
+    for step in 1..=last {
+        if step == request.warmup + 1 {
+            device.synchronize();
+            learner.times = Phases::default();
+            start = Instant::now();
+        }
+        let done = take(&mut learner, step)?;
         if step > request.warmup {
-            pairs_done += batch.counts.pairs;
-            tokens += batch.tokens;
-            computed_tokens += batch.own_tokens().iter().sum::<usize>();
-            needed += operations(learner.model.config(), &batch).training();
+            pairs_done += done.pairs;
+            tokens += done.tokens;
+            computed_tokens += done.computed_tokens;
+            needed += done.needed;
         }
     }
+    device.synchronize();
     let seconds = start.elapsed().as_secs_f64();
     let steps = request.steps as f64;
     let times = learner.times;
+    let peak = device
+        .peak_bytes()
+        .map(|bytes| bytes as u64)
+        .or(peak_bytes());
+    let (traced, device_times) = if device.is_gpu() {
+        device.traced(|| take(&mut learner, last).map(drop))
+    } else {
+        (Ok(()), Vec::new())
+    };
+    traced?;
     let through_the_model = times.forward + times.head + times.backward;
     Ok(BenchResult {
         pairs_per_second: pairs_done as f64 / seconds,
         tokens_per_second: tokens as f64 / seconds,
         seconds_per_step: seconds / steps,
-        peak_memory_gib: peak_bytes().map(|bytes| bytes as f64 / f64::from(1 << 30)),
+        peak_memory_gib: peak.map(|bytes| bytes as f64 / f64::from(1 << 30)),
         parameters,
         profile: Some(Profile {
             seconds: times.over(steps),
@@ -151,13 +191,36 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
             needed_gflop: needed / steps / 1e9,
             gflop_per_second: needed / through_the_model / 1e9,
             product_gflop_per_second: before.zip(product_speed(device)).map(|(a, b)| a.max(b)),
+            device: device_times.into_iter().map(DeviceWork::from).collect(),
         }),
     })
 }
 
+/// What a step did.
+struct StepWork {
+    pairs: u64,
+    tokens: u64,
+    computed_tokens: usize,
+    needed: f64,
+}
+
+impl From<DeviceTime> for DeviceWork {
+    fn from(time: DeviceTime) -> Self {
+        let by_second = time.operations / time.seconds / 1e12;
+        Self {
+            name: time.name,
+            launches: time.launches,
+            seconds: time.seconds,
+            tflop_per_second: (time.operations > 0.0).then_some(by_second),
+        }
+    }
+}
+
 /// Operations by second of matrix products in units of 10⁹; none on a device.
 fn product_speed(device: &Device) -> Option<f64> {
-    is_host(device).then(|| kernels::product_speed(rayon::current_num_threads()) / 1e9)
+    device
+        .is_host()
+        .then(|| kernels::product_speed(rayon::current_num_threads()) / 1e9)
 }
 
 /// What a forward over `batch` needs.

@@ -10,7 +10,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 
-use model::{Device, is_host};
+use model::Device;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::TrainError;
@@ -30,7 +30,7 @@ impl Lanes {
     /// The lanes of a process that computes on `device` with the threads of the rayon pool that this is called in.
     pub fn new(device: &Device) -> Self {
         Self {
-            host: is_host(device),
+            host: device.is_host(),
             threads: rayon::current_num_threads(),
             pools: BTreeMap::new(),
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use checkpoint::MeanState;
 use collective::{Collective, CollectiveError, Op, Region, Ticket};
-use model::{Gradients, Model, PackLogps, Stage, is_host};
+use model::{Gradients, Model, PackLogps, Stage};
 use objective::{BatchStatistics, ObjectiveConfig, PairLogps, RunningMean, pair_loss};
 use spec::OptimizerSection;
 
@@ -28,6 +28,8 @@ pub(crate) struct Learner {
     pub shift: RunningMean,
     gradients: Gradients,
     lanes: Lanes,
+    /// Whether weights, moments and gradient stay on a GPU from step to step: a rank alone has nobody to send them to.
+    resident: bool,
     /// How long to wait for the other ranks in any one operation.
     patience: Duration,
     /// Where the time went, since whoever reads it last set it back.
@@ -62,13 +64,16 @@ impl Learner {
         collective: Box<dyn Collective>,
         patience: Duration,
     ) -> Self {
+        let resident = model.device().is_gpu() && collective.world() == 1;
         let optimizer = ShardedOptimizer::new(
             section,
             &stretches(&model),
             collective.world(),
             collective.rank(),
+            resident.then(|| model.device()),
         );
         Self {
+            resident,
             gradients: model.zero_gradients(),
             lanes: Lanes::new(model.device()),
             model,
@@ -121,7 +126,11 @@ impl Learner {
         let logps = self.share(batch.pairs.len(), &own)?;
         let deadline = self.deadline();
         let collective = self.collective.as_mut();
-        let reduced = self.optimizer.reduced(collective, tickets, deadline)?;
+        let reduced = if self.resident {
+            ShardedOptimizer::norm(&self.gradients)
+        } else {
+            self.optimizer.reduced(collective, tickets, deadline)?
+        };
         self.times.reduce += start.elapsed().as_secs_f64();
         Ok(Prepared {
             pairs: (0..)
@@ -141,6 +150,7 @@ impl Learner {
         batch: &Batch<'_>,
         derivatives: &(dyn Fn(usize, [f32; 2]) -> [f32; 2] + Sync),
     ) -> Result<(OwnLogps, Vec<Ticket>), TrainError> {
+        let resident = self.resident;
         let Self {
             model,
             collective,
@@ -152,10 +162,13 @@ impl Learner {
         let model: &Model = model;
         let start = Instant::now();
         let head = model.head_slot().bucket;
-        let shared = model.trains_itself() && is_host(model.device());
+        let shared = model.trains_itself() && model.device().is_host();
         let mut head_sums = shared.then(|| gradients.take(head));
         let reduction = Mutex::new(Reduction::new(collective.as_mut(), model));
         let ready = |stage: Stage, gradients: &mut Gradients| {
+            if resident {
+                return;
+            }
             let mut reduction = reduction.lock().unwrap_or_else(PoisonError::into_inner);
             reduction.start(stage, gradients);
         };
@@ -203,6 +216,10 @@ impl Learner {
         let mut reduction = reduction
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
+        if resident {
+            times.add_packs(start.elapsed().as_secs_f64(), &busy);
+            return Ok((own, Vec::new()));
+        }
         if packs == 0 {
             early_stages(model.config().blocks()).for_each(|it| reduction.start(it, gradients));
         }
@@ -256,6 +273,14 @@ impl Learner {
     /// Updates the weights on all ranks.
     pub fn apply(&mut self, reduced: Reduced, learning_rate: f64) -> Result<(), CollectiveError> {
         let start = Instant::now();
+        if self.resident {
+            let (model, gradients) = (&self.model, &self.gradients);
+            self.optimizer
+                .apply_in_place(model, gradients, reduced.norm, learning_rate);
+            self.gradients.zero();
+            self.times.update += start.elapsed().as_secs_f64();
+            return Ok(());
+        }
         let deadline = self.deadline();
         let weights = self.model.take_weights();
         let collective = self.collective.as_mut();
@@ -378,13 +403,17 @@ fn stretches(model: &Model) -> Vec<Vec<Stretch>> {
     let buckets = layout.buckets.iter();
     buckets
         .map(|bucket| {
-            layout.parameters[bucket.parameters.clone()]
-                .iter()
-                .map(|parameter| Stretch {
-                    range: parameter.range(),
-                    decay: parameter.decay,
-                })
-                .collect()
+            let mut stretches: Vec<Stretch> = Vec::new();
+            for parameter in &layout.parameters[bucket.parameters.clone()] {
+                let (range, decay) = (parameter.range(), parameter.decay);
+                match stretches.last_mut() {
+                    Some(last) if last.decay == decay && last.range.end == range.start => {
+                        last.range.end = range.end;
+                    }
+                    _ => stretches.push(Stretch { range, decay }),
+                }
+            }
+            stretches
         })
         .collect()
 }

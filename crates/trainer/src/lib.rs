@@ -23,6 +23,7 @@ mod generate;
 mod lanes;
 mod learner;
 mod measure;
+mod moments;
 mod phases;
 pub mod plan;
 mod process;

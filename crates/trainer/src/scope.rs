@@ -15,23 +15,14 @@ pub(crate) fn scope(spec: &Spec, weights: [u8; 32], device: &Device) -> Scope {
         weights,
         truncation: format!("{truncation} {}", spec.data.max_length),
         dtype: spec.model.dtype.name().into(),
-        backend: backend(device),
-        device_class: device_class(),
+        backend: device.backend(),
+        device_class: device.class(host_class()),
         kernels: kernels::KERNEL_VERSION.to_string(),
     }
 }
 
-/// The backend's name, without the index of the device: equal devices compute equal bits.
-fn backend(device: &Device) -> String {
-    let shown = format!("{device:?}").to_lowercase();
-    let known = ["flex", "cuda"]
-        .into_iter()
-        .find(|name| shown.contains(name));
-    known.map_or(shown.clone(), str::to_owned)
-}
-
 /// Sums are taken in as many lanes as the instruction set has, so their bits depend on it and on nothing else of the CPU.
-fn device_class() -> String {
+fn host_class() -> String {
     format!("{} {}", std::env::consts::ARCH, instructions())
 }
 

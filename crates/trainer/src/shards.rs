@@ -14,6 +14,10 @@ use collective::{Collective, CollectiveError, Op, Region, Ticket, shard_range};
 use rayon::prelude::*;
 use spec::OptimizerSection;
 
+use kernels::{Device, Gradients};
+use model::Model;
+
+use crate::moments::Moments;
 use crate::update::{Update, has_first_moment};
 
 /// Flat memory in the layout's buckets.
@@ -43,9 +47,9 @@ pub struct Shard {
     /// The own elements within the bucket.
     pub range: Range<usize>,
     /// First moments of them; empty for a rule that has none.
-    pub first: Vec<f32>,
+    pub first: Moments,
     /// Second moments of them.
-    pub second: Vec<f32>,
+    pub second: Moments,
     /// Stretches of one kind within the range.
     stretches: Vec<Stretch>,
 }
@@ -53,7 +57,7 @@ pub struct Shard {
 /// A reduced gradient, kept until the step is committed or dropped.
 #[derive(Debug)]
 pub struct Reduced {
-    /// The buckets, of which only the own shards are defined.
+    /// The buckets, of which only the own shards are defined. None where the gradient stays on a GPU.
     pub buckets: Buckets,
     /// Norm of the whole gradient over all parameters and ranks; the same bits on all ranks, not finite if any element is
     /// not.
@@ -61,12 +65,13 @@ pub struct Reduced {
 }
 
 impl ShardedOptimizer {
-    /// Fresh moments for buckets of `stretches` that cover them in order.
+    /// Fresh moments for buckets of `stretches` that cover them in order, on `device` where that is a GPU that keeps them.
     pub fn new(
         section: OptimizerSection,
         buckets: &[Vec<Stretch>],
         world: usize,
         rank: usize,
+        device: Option<&Device>,
     ) -> Self {
         let buckets = buckets
             .iter()
@@ -79,8 +84,8 @@ impl ShardedOptimizer {
                     0
                 };
                 Shard {
-                    first: vec![0.0; first],
-                    second: vec![0.0; range.len()],
+                    first: Moments::zeros(first, device),
+                    second: Moments::zeros(range.len(), device),
                     stretches: cut(stretches, &range),
                     range,
                 }
@@ -173,6 +178,48 @@ impl ShardedOptimizer {
     }
 }
 
+impl ShardedOptimizer {
+    /// As [`ShardedOptimizer::reduced`] for a rank alone whose gradient stays on a GPU.
+    pub fn norm(gradients: &Gradients) -> Reduced {
+        let squares = kernels::sum_of_squares(gradients);
+        Reduced {
+            buckets: Vec::new(),
+            norm: squares.expect("a gradient on a GPU").sqrt(),
+        }
+    }
+
+    /// As [`ShardedOptimizer::apply`] for a rank alone that has everything on a GPU.
+    ///
+    /// # Panics
+    /// If the gradient is not finite: such a step is skipped, not applied.
+    pub fn apply_in_place(
+        &mut self,
+        model: &Model,
+        gradients: &Gradients,
+        norm: f64,
+        learning_rate: f64,
+    ) {
+        assert!(norm.is_finite(), "norm {norm} applied");
+        self.updates += 1;
+        let update = Update::new(&self.section, learning_rate, norm, self.updates);
+        for (index, shard) in self.buckets.iter().enumerate() {
+            for stretch in &shard.stretches {
+                let range = stretch.range.clone();
+                let own = range.start - shard.range.start..range.end - shard.range.start;
+                let part = |moments: &Moments| {
+                    let moments = moments.device()?;
+                    Some(moments.slice(own.clone()))
+                };
+                let (first, second) = (part(&shard.first), part(&shard.second));
+                let second = second.expect("second moments on a GPU");
+                let moments = (first.as_ref(), &second);
+                let (clip, rule) = (update.clip(), update.rule(stretch.decay));
+                kernels::update(model.flat(), index, range, gradients, moments, clip, &rule);
+            }
+        }
+    }
+}
+
 /// Elements that a thread updates at a time: enough to be worth a thread, few enough for all of them.
 const PIECE_ELEMENTS: usize = 1 << 18;
 
@@ -180,8 +227,8 @@ impl Shard {
     /// Updates the own elements, on all threads of this process: every element by itself, so that pieces do not show in the bits.
     fn apply(&mut self, update: &Update, weights: &mut [f32], gradient: &[f32]) {
         let mut pieces = Vec::new();
-        let (mut weights, mut first) = (&mut weights[self.range.clone()], &mut self.first[..]);
-        let (mut second, mut gradient) = (&mut self.second[..], &gradient[self.range.clone()]);
+        let (mut weights, mut first) = (&mut weights[self.range.clone()], self.first.host());
+        let (mut second, mut gradient) = (self.second.host(), &gradient[self.range.clone()]);
         for stretch in &self.stretches {
             let mut rest = stretch.range.len();
             while rest > 0 {

@@ -100,16 +100,21 @@ impl Saver {
         let tensors = tensor_specs(learner.model.trained());
         let weights = learner.model.take_weights();
         let shards = learner.optimizer.shards();
+        let moments = shards
+            .iter()
+            .map(|shard| [shard.first.read(), shard.second.read()])
+            .collect::<Vec<_>>();
         let mut pieces = Vec::new();
         for kind in [Kind::Weight, Kind::FirstMoment, Kind::SecondMoment] {
             for part in &parts {
                 let shard = &shards[part.bucket];
                 let own = part.range.start - shard.range.start..part.range.end - shard.range.start;
+                let [first, second] = &moments[part.bucket];
                 let values = match kind {
                     Kind::Weight => &weights[part.bucket][part.range.clone()],
-                    Kind::FirstMoment if shard.first.is_empty() => continue,
-                    Kind::FirstMoment => &shard.first[own],
-                    Kind::SecondMoment => &shard.second[own],
+                    Kind::FirstMoment if first.is_empty() => continue,
+                    Kind::FirstMoment => &first[own],
+                    Kind::SecondMoment => &second[own],
                 };
                 pieces.push(part.piece(kind, values));
             }
@@ -145,8 +150,8 @@ impl Snapshot {
         let weights = learner.model.take_weights();
         for (bucket, shard) in weights.iter().zip(learner.optimizer.shards()) {
             self.weights.extend_from_slice(&bucket[shard.range.clone()]);
-            self.first.extend_from_slice(&shard.first);
-            self.second.extend_from_slice(&shard.second);
+            self.first.extend_from_slice(&shard.first.read());
+            self.second.extend_from_slice(&shard.second.read());
         }
         learner.model.put_weights(weights);
     }
@@ -262,13 +267,19 @@ pub(crate) fn restore(
     learner.model.put_weights(weights);
     let shards = learner.optimizer.shards_mut();
     let ranges: Vec<_> = shards.iter().map(|shard| shard.range.clone()).collect();
-    for part in parts(&layout, &ranges) {
-        let shard = &mut shards[part.bucket];
-        let own = part.range.start - shard.range.start..part.range.end - shard.range.start;
-        if !shard.first.is_empty() {
-            read(&part, Kind::FirstMoment, &mut shard.first[own.clone()])?;
+    for (bucket, shard) in shards.iter_mut().enumerate() {
+        let mut first = vec![0.0; shard.first.len()];
+        let mut second = vec![0.0; shard.second.len()];
+        let all = parts(&layout, &ranges).into_iter();
+        for part in all.filter(|part| part.bucket == bucket) {
+            let own = part.range.start - shard.range.start..part.range.end - shard.range.start;
+            if !first.is_empty() {
+                read(&part, Kind::FirstMoment, &mut first[own.clone()])?;
+            }
+            read(&part, Kind::SecondMoment, &mut second[own])?;
         }
-        read(&part, Kind::SecondMoment, &mut shard.second[own])?;
+        shard.first.write(first);
+        shard.second.write(second);
     }
     learner.optimizer.set_updates(state.updates);
     learner.shift = state

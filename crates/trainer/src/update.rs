@@ -2,6 +2,7 @@
 //! 1711.05101, Algorithm 2) and RMSprop as torch has it. Which piece, whose gradient and when are the caller's. Values and
 //! moments are f32, factors are computed in f64.
 
+use kernels::UpdateRule;
 use spec::{OptimizerKind, OptimizerSection};
 
 /// The factors of one update.
@@ -85,6 +86,33 @@ impl Update {
         Self {
             clip: clip_scale(section.max_grad_norm, grad_norm) as f32,
             rule,
+        }
+    }
+
+    /// What the gradient is multiplied by.
+    pub fn clip(&self) -> f32 {
+        self.clip
+    }
+
+    /// The rule as a GPU applies it.
+    pub fn rule(&self, decay: bool) -> UpdateRule {
+        match self.rule {
+            Rule::AdamW(rule) => UpdateRule::AdamW {
+                keep_first: rule.keep_first,
+                add_first: rule.add_first,
+                keep_second: rule.keep_second,
+                add_second: rule.add_second,
+                step_size: rule.step_size,
+                root_correction: rule.root_correction,
+                eps: rule.eps,
+                keep_weight: if decay { rule.keep_weight } else { 1.0 },
+            },
+            Rule::RmsProp(rule) => UpdateRule::RmsProp {
+                keep: rule.keep,
+                add: rule.add,
+                step_size: rule.step_size,
+                eps: rule.eps,
+            },
         }
     }
 

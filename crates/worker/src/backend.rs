@@ -11,14 +11,14 @@ pub enum Backend {
     Auto,
     /// burn's flex backend.
     Cpu,
-    /// burn's CUDA backend.
+    /// A GPU.
     Cuda,
 }
 
 /// A backend that cannot be had.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct BackendError(&'static str);
+pub struct BackendError(String);
 
 /// The device for `backend`.
 ///
@@ -34,18 +34,16 @@ pub fn device(backend: Backend) -> Result<Device, BackendError> {
 
 #[cfg(feature = "cuda")]
 fn cuda() -> Result<Device, BackendError> {
-    // Asked before any CUDA call: without a driver or a device the list is empty and nothing panics.
-    let devices = Device::enumerate(burn::tensor::DeviceType::Cuda);
-    devices.into_iter().next().ok_or(BackendError(
-        "no CUDA device is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --backend cpu",
-    ))
+    // One process has one GPU: the first of those that it sees.
+    Device::cuda(0).map_err(|error| BackendError(format!("{error}; or use --backend cpu")))
 }
 
 #[cfg(not(feature = "cuda"))]
 fn cuda() -> Result<Device, BackendError> {
-    Err(BackendError(
-        "this program was built without CUDA; build with --features cuda, or use --backend cpu",
-    ))
+    let cure = "build with --features cuda, or use --backend cpu";
+    Err(BackendError(format!(
+        "this program was built without CUDA; {cure}"
+    )))
 }
 
 #[cfg(all(test, not(feature = "cuda")))]

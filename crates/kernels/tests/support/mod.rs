@@ -2,8 +2,8 @@
 
 #![allow(dead_code)]
 
-use burn::tensor::{Device, Tensor, TensorData};
-use kernels::{AttentionPlan, AttentionSegment, Gradients, Slot};
+use burn::tensor::Tensor as BurnTensor;
+use kernels::{AttentionPlan, AttentionSegment, Device, Gradients, Slot, Tensor};
 
 /// A fixed stream of numbers in [−1, 1).
 pub fn values(count: usize, seed: u32) -> Vec<f32> {
@@ -26,20 +26,31 @@ pub fn matrix(rows: usize, columns: usize, seed: u32) -> Tensor<2> {
 }
 
 pub fn vector(len: usize, seed: u32) -> Tensor<1> {
-    Tensor::from_data(TensorData::new(values(len, seed), [len]), &Device::flex())
+    Tensor::new(values(len, seed), [len], &Device::flex())
 }
 
 pub fn on(device: &Device, rows: usize, columns: usize, values: &[f32]) -> Tensor<2> {
-    Tensor::from_data(TensorData::new(values.to_vec(), [rows, columns]), device)
+    Tensor::new(values.to_vec(), [rows, columns], device)
+}
+
+/// burn's autodiff over flex: nothing is fused here, everything takes its composition.
+pub fn autodiff() -> burn::tensor::Device {
+    burn::tensor::Device::flex().autodiff()
+}
+
+/// The same values as a constant of an autodiff graph.
+pub fn tracked<const D: usize>(tensor: &Tensor<D>) -> BurnTensor<D> {
+    BurnTensor::from_data(tensor.burn().to_data(), &autodiff())
 }
 
 /// The same values as a leaf of an autodiff graph.
-pub fn leaf<const D: usize>(tensor: &Tensor<D>) -> Tensor<D> {
-    Tensor::from_data(tensor.to_data(), &Device::flex().autodiff()).require_grad()
+pub fn leaf<const D: usize>(tensor: &Tensor<D>) -> BurnTensor<D> {
+    tracked(tensor).require_grad()
 }
 
-pub fn host<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
-    tensor.to_data().try_to_vec().unwrap()
+/// The elements of a tensor of this crate or of burn's.
+pub fn host<const D: usize>(tensor: &(impl Clone + Into<Tensor<D>>)) -> Vec<f32> {
+    tensor.clone().into().into_vec()
 }
 
 pub fn bits(values: &[f32]) -> Vec<u32> {
