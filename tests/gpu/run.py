@@ -1,0 +1,192 @@
+"""The checks and timings of tests/gpu.sh, which says what they are and what they need."""
+import json, os, subprocess, sys, tempfile, time
+
+BIN = os.path.abspath(os.environ["GPU_BIN"])
+OUT = os.path.abspath(os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpu-"))
+TOKENIZER = os.environ.get("TOKENIZER", "../shared/models/smollm2-135m-instruct")
+PAIRS = os.environ.get("PAIRS", "../shared/data/chat-preferences-1024.jsonl")
+PEER = os.environ.get("PEER", "../shared/tools/peer_dpo.py")
+TOKENS = [int(tokens) for tokens in os.environ.get("TOKENS", "8192 16384").split()]
+SCRATCH = tempfile.mkdtemp(prefix="gpu-")
+START = time.time()
+ROWS, FAILED = [], []
+
+
+def say(*words):
+    print(f"[{time.time() - START:4.0f} s]", *words, flush=True)
+
+
+def row(what, result, note=""):
+    ROWS.append((what, result, note))
+    say(what, "|", result, "|", note)
+
+
+def run(name, command, limit, **environment):
+    """Runs a program; its output goes to a file and is returned with its exit status."""
+    log = os.path.join(OUT, name + ".txt")
+    with open(log, "w") as file:
+        try:
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=limit, env={**os.environ, **environment}).returncode
+        except subprocess.TimeoutExpired:
+            status = f"no end within {limit} s"
+        except OSError as error:
+            status = str(error)
+    return status, open(log).read()
+
+
+def test(what, program, arguments, limit, **environment):
+    status, output = run(what.replace(" ", "-").replace(",", ""), [os.path.join(BIN, program), *arguments], limit, **environment)
+    results = [line for line in output.splitlines() if line.startswith("test result")]
+    if status != 0:
+        FAILED.append(what)
+    row(what, "passed" if status == 0 else f"FAILED ({status})", results[-1][13:].split(";")[0:2] if results else output[-300:])
+
+
+def kernels():
+    test("fused kernels against the host", "kernels_cuda", ["--ignored", "--test-threads=1", "--nocapture"], 120)
+
+
+def goldens():
+    for dtype in ("f32", "bf16"):
+        test(f"transformers goldens, {dtype}", "model_golden", ["--test-threads=1", "--nocapture"], 90, CALDPO_TEST_DEVICE="cuda", CALDPO_TEST_DTYPE=dtype)
+
+
+def nccl():
+    arguments = ["--ignored", "--test-threads=1", "--nocapture"]
+    test("NCCL, world of one", "collective_nccl", [*arguments, "--skip", "process"], 90)
+    test("NCCL, ranks on one GPU", "collective_nccl", [*arguments, "process"], 120)
+
+
+def agree():
+    """60 steps of DPO on the quickstart's letters, on the CPU and on the GPU, in f32 and bf16.
+
+    A model this small is moved far by rounding alone: the CPU's own bf16 is the yardstick of the GPU's.
+    """
+    runs = {}
+    for backend, dtype in (("cpu", "f32"), ("cpu", "bf16"), ("cuda", "f32"), ("cuda", "bf16")):
+        output = os.path.join(SCRATCH, f"{backend}-{dtype}")
+        settings = {"cluster.backend": backend, "model.dtype": dtype, "job.output": output, "train.steps": 60, "cluster.workers": 1,
+                    "reference.store": os.path.join(SCRATCH, "references")}
+        command = [os.path.join(BIN, "coordinator"), "--config", "configs/quickstart-dpo.toml"]
+        for key, value in settings.items():
+            command += ["--set", f"{key}={value}"]
+        status, log = run(f"agree-{backend}-{dtype}", command, 120)
+        if status != 0:
+            FAILED.append("agree")
+            return row(f"60 steps, {backend} {dtype}", f"FAILED ({status})", log[-300:])
+        runs[backend, dtype] = [json.loads(line) for line in open(os.path.join(output, "metrics.jsonl"))]
+    names = ("log_ratios/chosen", "log_ratios/rejected")
+    exact = runs["cpu", "f32"]
+
+    def means(key):
+        return [(a[name], b[name]) for a, b in zip(exact, runs[key]) for name in names if abs(a[name]) >= 10]
+
+    def farthest(key):
+        return max((abs(a - b) / abs(a) for a, b in means(key)), default=0.0)
+
+    yardstick = {"f32": 0.05, "bf16": max(0.05, 1.5 * farthest(("cpu", "bf16")))}
+    for key in (("cuda", "f32"), ("cuda", "bf16")):
+        first = max(abs(runs[key][0][name]) for name in names)
+        pairs, worst = means(key), farthest(key)
+        good = first == 0.0 and pairs and worst <= yardstick[key[1]]
+        if not good:
+            FAILED.append("agree")
+        row(f"60 steps against the CPU's f32, {key[1]}", "passed" if good else "FAILED",
+            f"first step's log-ratios {first:g}; the {len(pairs)} means of at least 10 nats differ by {100 * worst:.2f} % at most, {100 * yardstick[key[1]]:.1f} % allowed")
+
+
+def random_model(name, *arguments):
+    path = os.path.join(SCRATCH, name)
+    status, log = run("make-" + name, [sys.executable, "tests/gpu/random_model.py", TOKENIZER, path, *arguments], 180)
+    if status != 0:
+        raise SystemExit(f"make {name}: {log[-500:]}")
+    return path
+
+
+def conversations(path):
+    """The pairs with their shared turns as the prompt, which is what the peer reads."""
+    out = os.path.join(SCRATCH, "pairs.jsonl")
+    with open(out, "w") as file:
+        for line in open(path):
+            row = json.loads(line)
+            if isinstance(row["chosen"], list) and not isinstance(row["prompt"], list):
+                shared = 0
+                while shared < min(len(row["chosen"]), len(row["rejected"])) - 1 and row["chosen"][shared] == row["rejected"][shared]:
+                    shared += 1
+                row = dict(prompt=row["chosen"][:shared], chosen=row["chosen"][shared:], rejected=row["rejected"][shared:])
+            file.write(json.dumps({key: row[key] for key in ("prompt", "chosen", "rejected")}) + "\n")
+    return out
+
+
+def bench(model, micro, *arguments):
+    command = [os.path.join(BIN, "coordinator"), "worker", "bench", "--model", model, "--data", os.path.join(SCRATCH, "pairs.jsonl"), "--batch-pairs", "64",
+               "--micro-batch-tokens", str(micro), "--steps", "2", "--warmup", "1", "--max-length", "1024", "--dtype", "bf16", "--backend", "cuda", "--profile", *arguments]
+    status, log = run(f"bench-{os.path.basename(model)}-{micro}", command, 180)
+    lines = [line for line in log.splitlines() if line.startswith("{")]
+    if status != 0 or not lines:
+        FAILED.append("speed")
+        row(f"{os.path.basename(model)}, {micro} tokens at once", f"FAILED ({status})", log[-300:])
+        return None
+    result = json.loads(lines[-1])
+    profile = result["profile"]
+    device = profile.pop("device", [])
+    busy = sum(work["seconds"] for work in device)
+    row(f"{os.path.basename(model)}, bf16, {micro} tokens at once", f"{result['pairs_per_second']:.1f} pairs/s",
+        f"{result['tokens_per_second']:.0f} tokens/s, {result['seconds_per_step']:.3f} s a step, {profile['needed_gflop'] / 1e3 / result['seconds_per_step']:.0f} TFLOP/s needed, {result['peak_memory_gib']:.1f} GiB")
+    print("   phases:", {key: round(value, 4) for key, value in profile["seconds"].items() if value > 0}, flush=True)
+    for work in device[:16]:
+        rate = f"{work['tflop_per_second']:.0f} TFLOP/s" if "tflop_per_second" in work else ""
+        print(f"   {work['name']:28} {work['launches']:5} {1e3 * work['seconds']:8.2f} ms {100 * work['seconds'] / busy:5.1f} %  {rate}")
+    print(f"   all launches {sum(work['launches'] for work in device)}, {1e3 * busy:.1f} ms, one step", flush=True)
+    return result
+
+
+def peer(model, micro):
+    command = [sys.executable, PEER, "--model", model, "--data", os.path.join(SCRATCH, "pairs.jsonl"), "--steps", "2", "--warmup", "1", "--batch-pairs", "64",
+               "--micro-pairs", str(micro), "--dtype", "bf16", "--device", "cuda"]
+    status, log = run(f"peer-{os.path.basename(model)}-{micro}", command, 240)
+    lines = [line for line in log.splitlines() if line.startswith('{"peer"')]
+    if status != 0 or not lines:
+        row(f"TRL, {os.path.basename(model)}, {micro} pairs at once", f"no result ({status})", log.strip().splitlines()[-1][:200] if log.strip() else "")
+        return None
+    result = json.loads(lines[-1])
+    row(f"TRL, {os.path.basename(model)}, bf16, {micro} pairs at once", f"{result['pairs_per_second']:.1f} pairs/s",
+        f"{result['tokens_per_second']:.0f} tokens/s, {result['peak_memory_gib']:.1f} GiB; {result['peer']}")
+    return result
+
+
+def speed():
+    conversations(PAIRS)
+    models = [(os.environ.get("MODEL") or random_model("smollm2-135m-random", "--like"), TOKENS), (random_model("llama-1.2b-random"), TOKENS)]
+    for model, tokens in models:
+        own = [result for result in (bench(model, micro) for micro in tokens) if result]
+        peers = [result for result in (peer(model, micro) for micro in os.environ.get("PEER_MICRO", "8 16").split()) if result]
+        if own and peers:
+            best = lambda results: max(results, key=lambda result: result["pairs_per_second"])
+            a, b = best(own), best(peers)
+            row(f"{os.path.basename(model)} beside TRL", f"{a['pairs_per_second'] / b['pairs_per_second']:.2f} × pairs/s", f"memory {a['peak_memory_gib'] / b['peak_memory_gib']:.2f} of TRL's")
+    # A model of 3.2e9 parameters trained whole on one card.
+    if os.environ.get("LARGE", "1") == "1":
+        large = random_model("llama-3b-random", "--hidden", "3072", "--layers", "28", "--heads", "24", "--kv-heads", "8", "--intermediate", "8192")
+        bench(large, 4096, "--gradient-checkpointing")
+
+
+def probe():
+    status, output = run("probe", [os.path.join(BIN, "gpu_probe"), "all"], 180)
+    row("probe", "done" if status == 0 else f"ended with {status}", "see probe.txt")
+    print(output)
+
+
+PARTS = dict(kernels=kernels, goldens=goldens, nccl=nccl, agree=agree, speed=speed, probe=probe)
+wanted = sys.argv[1:] or ["kernels", "goldens", "nccl", "agree", "speed"]
+for name in wanted:
+    if name not in PARTS:
+        raise SystemExit(f"{name} is none of {', '.join(PARTS)}")
+status, facts = run("device", ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"], 30)
+say(facts.strip())
+for name in wanted:
+    PARTS[name]()
+print("\n| what | result | |\n|---|---|---|")
+for what, result, note in ROWS:
+    print(f"| {what} | {result} | {note if isinstance(note, str) else ';'.join(note)} |")
+sys.exit(1 if FAILED else 0)
