@@ -2,7 +2,7 @@
 
 use std::{fmt, ops::Range, sync::Arc, time::Instant};
 
-use crate::CollectiveError;
+use crate::{CollectiveError, DeviceRegion, Element};
 
 /// What to do with a region. All ranks start the same operations on regions of the same length in the same order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub enum Op {
     },
 }
 
-/// Memory that an operation takes over and gives back. A device variant joins with NCCL.
+/// Memory that an operation takes over and gives back.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Region {
     /// Gradients, weights, moments.
@@ -29,6 +29,8 @@ pub enum Region {
     HostF64(Vec<f64>),
     /// Opaque bytes, for [`Op::Broadcast`] alone; ranks other than the root get the root's length.
     HostBytes(Vec<u8>),
+    /// Memory of a GPU. TCP refuses it.
+    Device(DeviceRegion),
 }
 
 impl Region {
@@ -38,6 +40,7 @@ impl Region {
             Self::HostF32(values) => values.len(),
             Self::HostF64(values) => values.len(),
             Self::HostBytes(bytes) => bytes.len(),
+            Self::Device(region) => region.elements(),
         }
     }
 
@@ -79,11 +82,34 @@ impl Region {
         }
     }
 
+    /// The region of a device.
+    ///
+    /// # Panics
+    /// If the region holds something else: an operation never changes a region's type.
+    pub fn into_device(self) -> DeviceRegion {
+        match self {
+            Self::Device(region) => region,
+            other => panic!(
+                "region of {} where device memory was started",
+                other.element()
+            ),
+        }
+    }
+
+    /// What a region of a device holds.
+    pub(crate) fn device_element(&self) -> Option<Element> {
+        match self {
+            Self::Device(region) => Some(region.element()),
+            _ => None,
+        }
+    }
+
     pub(crate) fn element(&self) -> &'static str {
         match self {
             Self::HostF32(_) => "f32",
             Self::HostF64(_) => "f64",
             Self::HostBytes(_) => "bytes",
+            Self::Device(region) => region.element().name(),
         }
     }
 }
@@ -124,6 +150,16 @@ pub trait Collective: Send {
 
     /// A handle for aborting from another thread while this one waits.
     fn aborter(&self) -> Aborter;
+
+    /// Leaves the group in order: every rank calls it after its last operation has been waited for. Only a device needs it,
+    /// where a rank that merely drops its end takes away memory that peers may still be reading; otherwise it is a drop.
+    ///
+    /// # Errors
+    /// A group that already failed, or peers that do not leave before the deadline.
+    fn close(self: Box<Self>, deadline: Instant) -> Result<(), CollectiveError> {
+        let _ = deadline;
+        Ok(())
+    }
 
     /// [`Collective::start`] and [`Collective::wait`] in one, for callers with nothing to do meanwhile.
     ///

@@ -109,6 +109,35 @@ pub enum CollectiveError {
         /// What the peer runs.
         got: String,
     },
+    /// A device, NCCL or the CUDA driver refused or broke something. NCCL does not say which rank is to blame.
+    #[error("rank {rank} of {world}, generation {generation}, {during}: {cause}")]
+    Device {
+        /// This rank.
+        rank: usize,
+        /// Number of ranks.
+        world: usize,
+        /// The generation that ended.
+        generation: u64,
+        /// What was under way.
+        during: String,
+        /// Which call failed, and the library's words.
+        cause: String,
+    },
+    /// The deadline passed on a device.
+    #[error(
+        "the deadline passed on rank {rank} of {world}, generation {generation}, while {awaited}; NCCL does not say which rank \
+         is late"
+    )]
+    Stalled {
+        /// This rank.
+        rank: usize,
+        /// Number of ranks.
+        world: usize,
+        /// The generation that ended.
+        generation: u64,
+        /// What was under way.
+        awaited: String,
+    },
     /// The own side is wrong: addresses, listener, threads.
     #[error("{what}: {cause}")]
     Local {

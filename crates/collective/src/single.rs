@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use crate::{Aborter, Collective, CollectiveError, Op, Region, Ticket};
+use crate::{Aborter, Collective, CollectiveError, Element, Op, Region, Ticket};
 
 /// The only rank of a generation.
 pub struct Single {
@@ -106,8 +106,15 @@ pub(crate) fn check_start(
             format!("root {root} is no rank of a world of {world}")
         }
         Op::Broadcast { .. } => return Ok(()),
-        _ if matches!(region, Region::HostBytes(_)) => {
+        _ if matches!(region, Region::HostBytes(_))
+            || region.device_element() == Some(Element::Byte) =>
+        {
             "bytes can be broadcast and nothing else".into()
+        }
+        Op::AllReduceSum | Op::ReduceScatterSum
+            if region.device_element() == Some(Element::Bf16) =>
+        {
+            "sums are made in f32 or wider".into()
         }
         _ => return Ok(()),
     };

@@ -247,6 +247,12 @@ impl Collective for Tcp {
         generation: u64,
     ) -> Result<Ticket, CollectiveError> {
         check_start(op, &region, self.world, generation, self.generation)?;
+        if let Region::Device(_) = region {
+            return Err(CollectiveError::Unsupported {
+                op: format!("{op:?}"),
+                reason: "device memory needs NCCL; this group is connected over TCP".into(),
+            });
+        }
         let sequence = self.started;
         self.state.begin(sequence)?;
         self.started += 1;

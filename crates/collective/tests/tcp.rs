@@ -1,8 +1,11 @@
 //! Ranks as threads on loopback: sums against naive ones, order of addition, and every refusal.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod suite;
+
 use std::{
     net::{IpAddr, Ipv4Addr, TcpStream},
+    sync::Barrier,
     time::{Duration, Instant},
 };
 
@@ -10,17 +13,10 @@ use collective::{
     Collective, CollectiveError, Op, Region, shard_range, single,
     tcp::{Rendezvous, Tcp},
 };
+use suite::{Sums, bits, naive_sum, soon, within};
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const SECRET: [u8; 32] = [7; 32];
-
-fn soon() -> Instant {
-    within(60_000)
-}
-
-fn within(milliseconds: u64) -> Instant {
-    Instant::now() + Duration::from_millis(milliseconds)
-}
 
 /// Runs `body` once per rank, each on its thread, connected to the others; the results in order of ranks.
 fn group<R: Send>(world: usize, body: impl Fn(Tcp) -> R + Sync) -> Vec<R> {
@@ -50,34 +46,6 @@ fn group<R: Send>(world: usize, body: impl Fn(Tcp) -> R + Sync) -> Vec<R> {
     })
 }
 
-/// Values whose sums depend on the order of addition.
-fn values(rank: usize, len: usize) -> Vec<f32> {
-    let mut state = rank as u64 * 7919 + 17;
-    (0..len)
-        .map(|_| {
-            state = state
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
-            ((state >> 40) as f32 / 1e3 - 8e3) * 10f32.powi((state % 7) as i32 - 3)
-        })
-        .collect()
-}
-
-/// `((x₀ + x₁) + x₂) + …` over `ranks` in their order.
-fn naive_sum(ranks: &[usize], len: usize) -> Vec<f32> {
-    let mut sum = values(ranks[0], len);
-    for &rank in &ranks[1..] {
-        for (sum, value) in sum.iter_mut().zip(values(rank, len)) {
-            *sum += value;
-        }
-    }
-    sum
-}
-
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|value| value.to_bits()).collect()
-}
-
 #[test]
 fn the_values_of_these_tests_tell_orders_of_addition_apart() {
     assert_ne!(
@@ -89,87 +57,32 @@ fn the_values_of_these_tests_tell_orders_of_addition_apart() {
 #[test]
 fn sums_have_the_bits_of_adding_in_the_order_of_ranks() {
     for world in 1..=4 {
-        // The last: more than a chunk for every rank.
-        for len in [0, 1, 3, 7, 1000, 270_001] {
-            let expected = bits(&naive_sum(&[0, 1, 2, 3][..world], len));
-            let results = group(world, |mut tcp| {
-                let region = Region::HostF32(values(tcp.rank(), len));
-                let all = tcp.run(Op::AllReduceSum, region.clone(), soon()).unwrap();
-                let own = tcp.run(Op::ReduceScatterSum, region, soon()).unwrap();
-                let (rank, all, own) = (tcp.rank(), all.into_f32(), own.into_f32());
-                let shard = shard_range(len, world, rank);
-                assert_eq!(bits(&own[shard.clone()]), bits(&all[shard]));
-                bits(&all)
-            });
-            for result in results {
-                assert!(result == expected, "world {world}, {len} elements");
-            }
-        }
+        group(world, |mut tcp| {
+            suite::sums(&mut tcp, Sums::InTheOrderOfRanks);
+        });
     }
 }
 
 #[test]
 fn doubles_are_summed_exactly_where_only_one_rank_filled_a_slot() {
-    let results = group(3, |mut tcp| {
-        let mut slots = vec![0.0; 10];
-        for slot in shard_range(10, 3, tcp.rank()) {
-            slots[slot] = -(slot as f64) / 3.0;
-        }
-        tcp.run(Op::AllReduceSum, Region::HostF64(slots), soon())
-            .unwrap()
-            .into_f64()
-    });
-    for result in results {
-        let expected: Vec<f64> = (0..10).map(|slot| -f64::from(slot) / 3.0).collect();
-        assert_eq!(result, expected);
-    }
+    group(3, |mut tcp| suite::doubles(&mut tcp));
 }
 
 #[test]
 fn a_gather_brings_every_shard_to_every_rank() {
     for world in 1..=4 {
-        for len in [0, 2, 5, 70_001] {
-            let results = group(world, |mut tcp| {
-                let mut region = vec![f32::NAN; len];
-                let own = shard_range(len, world, tcp.rank());
-                region[own.clone()].copy_from_slice(&values(9, len)[own]);
-                tcp.run(Op::AllGather, Region::HostF32(region), soon())
-                    .unwrap()
-                    .into_f32()
-            });
-            assert!(results.iter().all(|result| *result == values(9, len)));
-        }
+        group(world, |mut tcp| suite::gathers(&mut tcp));
     }
 }
 
 #[test]
 fn a_broadcast_of_bytes_has_the_roots_length_everywhere() {
-    let message = vec![42u8; 3_000_001];
-    let results = group(3, |mut tcp| {
-        let own = if tcp.rank() == 1 {
-            message.clone()
-        } else {
-            Vec::new()
-        };
-        let op = Op::Broadcast { root: 1 };
-        tcp.run(op, Region::HostBytes(own), soon())
-            .unwrap()
-            .into_bytes()
-    });
-    assert!(results.iter().all(|result| *result == message));
+    group(3, |mut tcp| suite::broadcasts(&mut tcp));
 }
 
 #[test]
 fn started_operations_run_in_order_and_are_waited_for_in_any() {
-    let results = group(2, |mut tcp| {
-        let region = |value: f64| Region::HostF64(vec![value; 5]);
-        let first = tcp.start(Op::AllReduceSum, region(1.0), 3).unwrap();
-        let second = tcp.start(Op::AllReduceSum, region(10.0), 3).unwrap();
-        let second = tcp.wait(second, soon()).unwrap().into_f64();
-        let first = tcp.wait(first, soon()).unwrap().into_f64();
-        (first[0], second[4])
-    });
-    assert_eq!(results, [(2.0, 20.0), (2.0, 20.0)]);
+    group(2, |mut tcp| suite::order(&mut tcp));
 }
 
 #[test]
@@ -219,47 +132,23 @@ fn a_lost_peer_is_named_long_before_the_deadline() {
 
 #[test]
 fn a_silent_peer_is_named_when_the_deadline_passes_and_the_group_is_over() {
-    let gate = std::sync::Barrier::new(2);
-    group(2, |mut tcp| {
-        if tcp.rank() == 1 {
-            gate.wait();
-            return;
-        }
-        let region = Region::HostF32(vec![1.0; 100]);
-        let error = tcp
-            .run(Op::AllGather, region.clone(), within(50))
-            .unwrap_err();
-        gate.wait();
-        let text = error.to_string();
-        assert!(matches!(error, CollectiveError::Deadline { .. }), "{text}");
-        assert!(text.contains("rank 1 (127.0.0.1:") && text.contains("AllGather"));
-        let again = tcp.start(Op::AllGather, region, 3).unwrap_err();
-        assert_eq!(again, error);
-    });
+    let gate = Barrier::new(2);
+    let errors = group(2, |mut tcp| suite::silent_peer(&mut tcp, &gate));
+    let error = errors.into_iter().flatten().next().unwrap();
+    assert!(matches!(error, CollectiveError::Deadline { .. }));
+    assert!(error.to_string().contains("rank 1 (127.0.0.1:"), "{error}");
 }
 
 #[test]
 fn an_abort_wakes_a_waiter_with_its_reason_and_a_stale_abort_does_not() {
-    let gate = std::sync::Barrier::new(2);
+    let gate = Barrier::new(2);
     group(2, |mut tcp| {
-        let region = || Region::HostF32(vec![0.0; 10]);
-        tcp.run(Op::AllGather, region(), soon()).unwrap();
+        suite::abort_while_waiting(&mut tcp, &gate);
         if tcp.rank() == 1 {
-            // The other rank starts nothing yet, so this wait can only end by the abort.
-            let ticket = tcp.start(Op::AllReduceSum, region(), 3).unwrap();
-            let aborter = tcp.aborter();
-            aborter.abort(2, "stale");
-            std::thread::scope(|scope| {
-                scope.spawn(move || aborter.abort(3, "rank 1 is drained"));
-                let error = tcp.wait(ticket, soon()).unwrap_err();
-                assert!(error.to_string().contains("rank 1 is drained"), "{error}");
-            });
-            gate.wait();
-            return;
+            let region = Region::HostF32(vec![0.0; 10]);
+            let error = tcp.run(Op::AllReduceSum, region, soon()).unwrap_err();
+            assert!(matches!(error, CollectiveError::Lost { .. }), "{error}");
         }
-        gate.wait();
-        let error = tcp.run(Op::AllReduceSum, region(), soon()).unwrap_err();
-        assert!(matches!(error, CollectiveError::Lost { .. }), "{error}");
     });
 }
 
@@ -279,23 +168,7 @@ fn ranks_that_run_different_operations_find_out() {
 
 #[test]
 fn impossible_starts_are_refused_without_harm_to_the_group() {
-    group(2, |mut tcp| {
-        let stale = tcp.start(Op::AllGather, Region::HostF32(vec![]), 2);
-        assert_eq!(
-            stale,
-            Err(CollectiveError::Stale {
-                asked: 2,
-                current: 3
-            })
-        );
-        let bytes = tcp.start(Op::AllReduceSum, Region::HostBytes(vec![1]), 3);
-        assert!(matches!(bytes, Err(CollectiveError::Unsupported { .. })));
-        let root = tcp.start(Op::Broadcast { root: 2 }, Region::HostF32(vec![]), 3);
-        assert!(matches!(root, Err(CollectiveError::Unsupported { .. })));
-        let region = Region::HostF64(vec![1.0]);
-        let sum = tcp.run(Op::AllReduceSum, region, soon()).unwrap();
-        assert_eq!(sum.into_f64(), [2.0]);
-    });
+    group(2, |mut tcp| suite::refusals(&mut tcp));
 }
 
 /// Both ends of a rendezvous of two where they differ in one thing; (rank 0's error, rank 1's error).

@@ -64,6 +64,7 @@ fn run(
         Region::HostF32(values) => exchange.run(values).map(Region::HostF32),
         Region::HostF64(values) => exchange.run(values).map(Region::HostF64),
         Region::HostBytes(bytes) => exchange.broadcast_bytes(bytes).map(Region::HostBytes),
+        Region::Device(_) => unreachable!("start refuses device memory"),
     }
 }
 
