@@ -13,7 +13,7 @@
 #               without it cargo builds them here
 # OUT           where logs go, by default a temporary folder
 #
-# Needs the NVIDIA driver, the CUDA toolkit's headers and libraries (CUDA_PATH, LD_LIBRARY_PATH) and Python 3.
+# Needs the NVIDIA driver, the CUDA toolkit's headers and libraries and NCCL (CUDA_PATH, LD_LIBRARY_PATH), and Python 3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export CUDA_PATH="${CUDA_PATH:-/usr/local/cuda}"

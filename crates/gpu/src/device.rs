@@ -75,6 +75,16 @@ impl Gpu {
         if !has_driver {
             return Err(GpuError::NoDriver);
         }
+        // Whether there is a device comes first: only then is what else is missing worth a word.
+        let count = match driver::init() {
+            Ok(()) => driver::device::get_count().map_err(GpuError::of("cuDeviceGetCount"))?,
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => 0,
+            Err(error) => return Err(GpuError::of("cuInit")(error)),
+        };
+        let count = usize::try_from(count).unwrap_or(0);
+        if ordinal >= count {
+            return Err(GpuError::NoDevice { ordinal, count });
+        }
         if !has_compiler {
             let library = "libnvrtc.so";
             return Err(GpuError::NoLibrary { library });
@@ -84,12 +94,6 @@ impl Gpu {
             return Err(GpuError::NoLibrary { library });
         }
         let headers = headers()?;
-        driver::init().map_err(GpuError::of("cuInit"))?;
-        let count = driver::device::get_count().map_err(GpuError::of("cuDeviceGetCount"))?;
-        let count = usize::try_from(count).unwrap_or(0);
-        if ordinal >= count {
-            return Err(GpuError::NoDevice { ordinal, count });
-        }
         let device = driver::device::get(ordinal as i32).map_err(GpuError::of("cuDeviceGet"))?;
         // SAFETY: `device` is the driver's; the primary context is kept for good and shared with burn's backend.
         let context = unsafe {

@@ -28,7 +28,9 @@ pub enum GpuError {
         folder: String,
     },
     /// There is no such device.
-    #[error("CUDA device {ordinal} of {count}; check nvidia-smi and CUDA_VISIBLE_DEVICES")]
+    #[error(
+        "no CUDA device {ordinal}: this process sees {count}; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    )]
     NoDevice {
         /// The device that was asked for, counted from 0.
         ordinal: usize,
@@ -75,6 +77,11 @@ pub enum GpuError {
 }
 
 impl GpuError {
+    /// Whether this machine simply has no such device, rather than one that cannot be used.
+    pub fn is_absence(&self) -> bool {
+        matches!(self, Self::NoDriver | Self::NoDevice { .. })
+    }
+
     /// For `map_err`: what a call of the driver answered.
     pub(crate) fn of(call: &'static str) -> impl Fn(DriverError) -> Self {
         move |error| {

@@ -224,7 +224,7 @@ impl Widths {
             Residual::Sequential | Residual::Parallel => 0,
         };
         let products = (2 + self.copies) * self.intermediate;
-        // The product of a weight's gradient packs rows of its operands.
+        // Fitted: so much more is found there than these tensors account for.
         let products = products + self.hidden;
         let mlp = self.tokens * (self.inner + outer + products.max(3 * self.hidden + 1));
         // From here on the MLP's part of what was kept is gone.

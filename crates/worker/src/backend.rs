@@ -6,7 +6,8 @@ use model::Device;
 /// Which backend to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Backend {
-    /// CUDA when this program has it and a device is there, else the CPU.
+    /// CUDA when this program has it and a device is there, else the CPU. A device that is there and cannot be used is an error:
+    /// the CPU in its place would only look like a slow GPU.
     #[default]
     Auto,
     /// burn's flex backend.
@@ -27,7 +28,7 @@ pub struct BackendError(String);
 pub fn device(backend: Backend) -> Result<Device, BackendError> {
     match backend {
         Backend::Cpu => Ok(Device::flex()),
-        Backend::Auto => Ok(cuda().unwrap_or_else(|_| Device::flex())),
+        Backend::Auto => auto(),
         Backend::Cuda => cuda(),
     }
 }
@@ -35,7 +36,26 @@ pub fn device(backend: Backend) -> Result<Device, BackendError> {
 #[cfg(feature = "cuda")]
 fn cuda() -> Result<Device, BackendError> {
     // One process has one GPU: the first of those that it sees.
-    Device::cuda(0).map_err(|error| BackendError(format!("{error}; or use --backend cpu")))
+    Device::cuda(0).map_err(|error| unusable(&error))
+}
+
+#[cfg(feature = "cuda")]
+fn auto() -> Result<Device, BackendError> {
+    match Device::cuda(0) {
+        Err(error) if !error.is_absence() => Err(unusable(&error)),
+        found => Ok(found.unwrap_or_else(|_| Device::flex())),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn unusable(error: &impl std::fmt::Display) -> BackendError {
+    BackendError(format!("{error}; or use --backend cpu"))
+}
+
+#[cfg(not(feature = "cuda"))]
+#[allow(clippy::unnecessary_wraps, reason = "as with the feature")]
+fn auto() -> Result<Device, BackendError> {
+    Ok(Device::flex())
 }
 
 #[cfg(not(feature = "cuda"))]
