@@ -26,30 +26,27 @@ PEER_MICRO = os.environ.get("PEER_MICRO", "1 8").split()
 
 
 class Memory(threading.Thread):
-    """The most that a process and its descendants hold at once: proportional set sizes, summed five times a second."""
+    """The most that a process and its descendants hold at once: proportional set sizes, summed once a second, for reading them
+    walks their page tables and takes from what is timed."""
 
     def __init__(self, root):
         super().__init__(daemon=True)
         self.root, self.peak, self.over = root, 0, threading.Event()
 
     def run(self):
-        while not self.over.wait(0.2):
+        while not self.over.wait(1):
             self.peak = max(self.peak, sum(map(proportional, descendants(self.root))))
 
 
 def descendants(root):
-    children = {}
-    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, rest = stat.read_text().split(" (", 1)
-            parent = int(rest.rsplit(") ", 1)[1].split()[1])
-            children.setdefault(parent, []).append(int(pid))
-        except (OSError, ValueError):
-            continue
     found, rest = [], [root]
     while rest:
         found.append(rest.pop())
-        rest += children.get(found[-1], [])
+        for children in pathlib.Path(f"/proc/{found[-1]}/task").glob("*/children"):
+            try:
+                rest += map(int, children.read_text().split())
+            except OSError:
+                continue  # it has ended
     return found
 
 
@@ -101,6 +98,7 @@ def job(folder, model, pairs, workers, threads):
     start = time.time()
     _, memory = run([COORDINATOR, folder / "job.toml"])
     whole = time.time() - start
+    # A row has the update of the step before it, and the first update makes the moments: two steps of warm-up leave it out.
     rows = [json.loads(line) for line in open(folder / "run/metrics.jsonl")][WARMUP:]
     seconds = sum(row["seconds"] for row in rows)
     phases = {key.split("/")[1]: sum(row[key] for row in rows) / seconds for key in rows[0] if key.startswith("seconds/")}
