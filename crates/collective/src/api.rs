@@ -18,6 +18,17 @@ pub enum Op {
         /// The rank whose region is sent.
         root: usize,
     },
+    /// Every rank gives its own [`shard_range`] and gets that of the rank before it, rank 0 that of the last, so that each
+    /// shard is at two ranks. The rest of the region is unspecified.
+    Mirror,
+    /// One rank's region replaces another's of the same length. The others take part with whatever they bring, such as
+    /// nothing.
+    Send {
+        /// Whose region is sent.
+        from: usize,
+        /// Whose is replaced; if it is `from`, nothing happens.
+        to: usize,
+    },
 }
 
 /// Memory that an operation takes over and gives back.
@@ -145,6 +156,13 @@ pub trait Collective: Send {
     /// A lost peer, an abort, or the deadline; each ends the generation.
     fn wait(&mut self, ticket: Ticket, deadline: Instant) -> Result<Region, CollectiveError>;
 
+    /// Whether the group still stands, without waiting for anything: for callers in a long computation that a lost peer makes
+    /// useless.
+    ///
+    /// # Errors
+    /// The failure that ended it.
+    fn check(&self) -> Result<(), CollectiveError>;
+
     /// Ends `generation`: every waiter, here and at the peers, gets an error. Nothing happens if it is not the own one.
     fn abort(&mut self, generation: u64);
 
@@ -159,6 +177,13 @@ pub trait Collective: Send {
     fn close(self: Box<Self>, deadline: Instant) -> Result<(), CollectiveError> {
         let _ = deadline;
         Ok(())
+    }
+
+    /// Ends the generation and gives back the regions of operations that were started, or refused, and not waited for, in the
+    /// order of their starts. Of an unfinished operation's region the elements that this rank only gives are whole, and the
+    /// others are unspecified. An implementation that cannot give them back gives none.
+    fn reclaim(self: Box<Self>) -> Vec<Region> {
+        Vec::new()
     }
 
     /// [`Collective::start`] and [`Collective::wait`] in one, for callers with nothing to do meanwhile.

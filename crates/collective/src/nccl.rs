@@ -197,6 +197,12 @@ impl Collective for Nccl {
         generation: u64,
     ) -> Result<Ticket, CollectiveError> {
         check_start(op, &region, self.world(), generation, self.generation())?;
+        if let Op::Send { .. } = op {
+            return Err(CollectiveError::Unsupported {
+                op: format!("{op:?}"),
+                reason: "between NCCL's ranks regions go to all or to none".into(),
+            });
+        }
         let sequence = self.started;
         let (elements, element) = (region.len(), region.element());
         let what = format!("{op:?} of {elements} {element} (operation {sequence})");
@@ -213,6 +219,10 @@ impl Collective for Nccl {
 
     fn wait(&mut self, ticket: Ticket, deadline: Instant) -> Result<Region, CollectiveError> {
         self.state.wait(ticket.sequence, deadline)
+    }
+
+    fn check(&self) -> Result<(), CollectiveError> {
+        self.state.check()
     }
 
     fn abort(&mut self, generation: u64) {

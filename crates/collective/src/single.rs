@@ -59,11 +59,11 @@ impl Collective for Single {
         region: Region,
         generation: u64,
     ) -> Result<Ticket, CollectiveError> {
-        self.check_alive()?;
         check_start(op, &region, 1, generation, self.generation)?;
         let sequence = self.started;
         self.started += 1;
         self.pending.insert(sequence, region);
+        self.check_alive()?;
         Ok(Ticket { sequence })
     }
 
@@ -75,8 +75,16 @@ impl Collective for Single {
             .ok_or(CollectiveError::UnknownTicket { sequence })
     }
 
+    fn check(&self) -> Result<(), CollectiveError> {
+        self.check_alive()
+    }
+
     fn abort(&mut self, generation: u64) {
         self.aborter().abort(generation, "by this rank");
+    }
+
+    fn reclaim(self: Box<Self>) -> Vec<Region> {
+        self.pending.into_values().collect()
     }
 
     fn aborter(&self) -> Aborter {
@@ -106,6 +114,9 @@ pub(crate) fn check_start(
             format!("root {root} is no rank of a world of {world}")
         }
         Op::Broadcast { .. } => return Ok(()),
+        Op::Send { from, to } if from.max(to) >= world => {
+            format!("rank {} is none of a world of {world}", from.max(to))
+        }
         _ if matches!(region, Region::HostBytes(_))
             || region.device_element() == Some(Element::Byte) =>
         {

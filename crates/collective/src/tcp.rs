@@ -19,8 +19,8 @@ mod state;
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
-    sync::{Arc, mpsc},
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -34,13 +34,59 @@ use state::State;
 /// A caller that has connected must say who it is within this time, so that a stranger cannot hold the door.
 const HELLO_MS_MAX: u64 = 2_000;
 
+/// A dialer looks this often whether it shall still dial.
+const DIAL_ATTEMPT: Duration = Duration::from_secs(2);
+
 /// The accept loop looks at its deadline this often.
 const ACCEPT_POLL_MS: u64 = 2;
 
-/// The bound listener of a rank that is not connected yet. One rendezvous serves one generation.
+/// The bound listener of a rank, which stays for generation after generation: callers of an earlier one, and strangers, do not
+/// know what the present one knows, and are turned away.
 pub struct Rendezvous {
     listener: TcpListener,
     address: SocketAddr,
+    stop: Arc<Stop>,
+}
+
+/// How another thread ends a rendezvous.
+#[derive(Default)]
+struct Stop {
+    /// Up to which generation, and why.
+    stopped: Mutex<Option<(u64, String)>>,
+    /// The connection whose handshake is awaited.
+    dialing: Mutex<Option<TcpStream>>,
+}
+
+impl Stop {
+    fn stop(&self, generation: u64, reason: &str) {
+        *lock(&self.stopped) = Some((generation, reason.to_owned()));
+        if let Some(stream) = &*lock(&self.dialing) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    fn check(&self, generation: u64) -> Result<(), CollectiveError> {
+        match &*lock(&self.stopped) {
+            Some((stopped, reason)) if generation <= *stopped => Err(CollectiveError::Aborted {
+                generation,
+                reason: reason.clone(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Runs a handshake on `stream`, which a stop ends.
+    fn during<R>(&self, stream: &TcpStream, handshake: impl FnOnce() -> R) -> R {
+        *lock(&self.dialing) = stream.try_clone().ok();
+        let result = handshake();
+        *lock(&self.dialing) = None;
+        result
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Plain values: a thread that panicked while it held them leaves them usable.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Rendezvous {
@@ -55,7 +101,11 @@ impl Rendezvous {
         };
         let listener = TcpListener::bind((ip, 0)).map_err(local)?;
         let address = listener.local_addr().map_err(local)?;
-        Ok(Self { listener, address })
+        Ok(Self {
+            listener,
+            address,
+            stop: Arc::default(),
+        })
     }
 
     /// Where peers reach this rank, `ip:port`.
@@ -63,13 +113,19 @@ impl Rendezvous {
         self.address.to_string()
     }
 
+    /// A handle for ending [`Rendezvous::connect`] from another thread, for a generation and all before it.
+    pub fn aborter(&self) -> Aborter {
+        let stop = Arc::clone(&self.stop);
+        Aborter::new(move |generation, reason| stop.stop(generation, reason))
+    }
+
     /// Connects all ranks of `generation`. `addresses[r]` is rank r's; `secret` is the generation's and equal everywhere.
     /// Strangers who cannot prove the secret are turned away without harm to the group.
     ///
     /// # Errors
-    /// A peer that cannot be reached or does not come within the deadline, a wrong secret, another generation.
+    /// A peer that cannot be reached or does not come within the deadline, a wrong secret, another generation, an abort.
     pub fn connect(
-        self,
+        &self,
         rank: usize,
         addresses: &[String],
         generation: u64,
@@ -95,16 +151,17 @@ impl Rendezvous {
         };
         let mut streams: Vec<Option<TcpStream>> = (0..world).map(|_| None).collect();
         for other in 0..rank {
-            streams[other] = Some(dial(&group, &peer(other), deadline)?);
+            streams[other] = Some(dial(&self.stop, &group, &peer(other), deadline)?);
         }
-        self.accept_higher(&group, &mut streams, deadline)
-            .map_err(|refused| CollectiveError::Missing {
-                missing: (rank + 1..world)
-                    .filter(|&other| streams[other].is_none())
-                    .map(peer)
-                    .collect(),
-                refused,
-            })?;
+        let refused = self.accept_higher(&group, &mut streams, deadline);
+        self.stop.check(generation)?;
+        refused.map_err(|refused| CollectiveError::Missing {
+            missing: (rank + 1..world)
+                .filter(|&other| streams[other].is_none())
+                .map(peer)
+                .collect(),
+            refused,
+        })?;
         Tcp::start(&group, (0..world).map(peer).collect(), streams)
     }
 
@@ -122,6 +179,7 @@ impl Rendezvous {
         while streams[group.rank + 1..].iter().any(Option::is_none) {
             let (stream, address) = match self.listener.accept() {
                 Ok(accepted) => accepted,
+                Err(_) if self.stop.check(group.generation).is_err() => return Err(refused),
                 Err(_) if Instant::now() >= deadline => return Err(refused),
                 Err(_) => {
                     std::thread::sleep(Duration::from_millis(ACCEPT_POLL_MS));
@@ -143,6 +201,7 @@ impl Rendezvous {
 }
 
 fn dial(
+    stop: &Stop,
     group: &handshake::Group,
     peer: &Peer,
     deadline: Instant,
@@ -155,16 +214,29 @@ fn dial(
         .address
         .parse()
         .map_err(|_| unreachable("not an address of the form ip:port".into()))?;
-    let left = deadline.saturating_duration_since(Instant::now());
-    // Listeners are bound before their addresses are given out, so a refusal is final and not worth a retry.
-    let stream = TcpStream::connect_timeout(&address, left.max(Duration::from_millis(1)))
-        .map_err(|error| unreachable(error.to_string()))?;
-    handshake::dial(group, peer.rank, &stream, deadline)
-        .and_then(|()| plain(&stream).map_err(|error| error.to_string()))
-        .map_err(|reason| CollectiveError::Refused {
-            peer: peer.clone(),
-            reason,
-        })?;
+    let stream = loop {
+        stop.check(group.generation)?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        let attempt = left.clamp(Duration::from_millis(1), DIAL_ATTEMPT);
+        match TcpStream::connect_timeout(&address, attempt) {
+            Ok(stream) => break stream,
+            // Nobody answers; another attempt only makes room for a look at `stop`.
+            Err(error) if error.kind() == io::ErrorKind::TimedOut && left > attempt => {}
+            // Listeners are bound before their addresses are given out, so a refusal is final and not worth a retry.
+            Err(error) => return Err(unreachable(error.to_string())),
+        }
+    };
+    let shaken = stop.during(&stream, || {
+        stop.check(group.generation)?;
+        handshake::dial(group, peer.rank, &stream, deadline)
+            .and_then(|()| plain(&stream).map_err(|error| error.to_string()))
+            .map_err(|reason| CollectiveError::Refused {
+                peer: peer.clone(),
+                reason,
+            })
+    });
+    stop.check(group.generation)?;
+    shaken?;
     Ok(stream)
 }
 
@@ -254,8 +326,11 @@ impl Collective for Tcp {
             });
         }
         let sequence = self.started;
-        self.state.begin(sequence)?;
         self.started += 1;
+        if let Err(failure) = self.state.begin(sequence) {
+            self.state.leave(sequence, region);
+            return Err(failure);
+        }
         let job = Job {
             sequence,
             op,
@@ -272,8 +347,17 @@ impl Collective for Tcp {
         self.state.wait(ticket.sequence, deadline)
     }
 
+    fn check(&self) -> Result<(), CollectiveError> {
+        self.state.check()
+    }
+
     fn abort(&mut self, generation: u64) {
         self.aborter().abort(generation, "by this rank");
+    }
+
+    fn reclaim(mut self: Box<Self>) -> Vec<Region> {
+        self.end();
+        self.state.reclaim()
     }
 
     fn aborter(&self) -> Aborter {
@@ -289,8 +373,8 @@ impl Collective for Tcp {
     }
 }
 
-impl Drop for Tcp {
-    fn drop(&mut self) {
+impl Tcp {
+    fn end(&mut self) {
         // Closing the connections wakes an engine that still waits for a peer; finished operations are not harmed.
         self.state.fail(CollectiveError::Aborted {
             generation: self.generation,
@@ -300,5 +384,11 @@ impl Drop for Tcp {
         if let Some(engine) = self.engine.take() {
             let _ = engine.join();
         }
+    }
+}
+
+impl Drop for Tcp {
+    fn drop(&mut self) {
+        self.end();
     }
 }

@@ -13,7 +13,7 @@ use collective::{
     Collective, CollectiveError, Op, Region, shard_range, single,
     tcp::{Rendezvous, Tcp},
 };
-use suite::{Sums, bits, naive_sum, soon, within};
+use suite::{Sums, bits, naive_sum, soon, values, within};
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const SECRET: [u8; 32] = [7; 32];
@@ -72,6 +72,65 @@ fn doubles_are_summed_exactly_where_only_one_rank_filled_a_slot() {
 fn a_gather_brings_every_shard_to_every_rank() {
     for world in 1..=4 {
         group(world, |mut tcp| suite::gathers(&mut tcp));
+    }
+}
+
+#[test]
+fn a_mirror_brings_every_shard_to_the_next_rank() {
+    for world in 1..=4 {
+        group(world, |mut tcp| suite::mirrors(&mut tcp));
+    }
+}
+
+#[test]
+fn a_region_is_sent_from_one_rank_to_another_past_the_rest() {
+    for world in 1..=4 {
+        group(world, |mut tcp| suite::sends(&mut tcp));
+    }
+}
+
+#[test]
+fn regions_that_a_failure_left_behind_come_back_in_order_with_what_they_gave() {
+    let lens = [3_000_000, 5, 0, 1000];
+    let results = group(3, |mut tcp| {
+        let rank = tcp.rank();
+        if rank == 2 {
+            // It takes part in the first operation alone, and is gone.
+            let region = Region::HostF32(vec![0.0; 8]);
+            drop(tcp.run(Op::AllGather, region, soon()).unwrap());
+            return Vec::new();
+        }
+        let generation = tcp.generation();
+        let region = Region::HostF32(vec![0.0; 8]);
+        let first = tcp.start(Op::AllGather, region, generation).unwrap();
+        let mut tickets = Vec::new();
+        let mut refused = 0;
+        for len in lens {
+            let region = Region::HostF32(values(rank, len));
+            match tcp.start(Op::AllGather, region, generation) {
+                Ok(ticket) => tickets.push(ticket),
+                Err(_) => refused += 1,
+            }
+            // Some are refused at their start, and come back all the same.
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        assert!(refused > 0);
+        if rank == 1 {
+            for ticket in tickets {
+                tcp.wait(ticket, soon()).unwrap_err();
+            }
+        }
+        drop(first);
+        let regions = Box::new(tcp).reclaim().into_iter();
+        regions.map(Region::into_f32).collect()
+    });
+    for (rank, regions) in results.iter().enumerate().take(2) {
+        let found: Vec<usize> = regions.iter().map(Vec::len).collect();
+        assert_eq!(found, [&[8], &lens[..]].concat(), "rank {rank}");
+        for region in &regions[1..] {
+            let own = shard_range(region.len(), 3, rank);
+            assert!(region[own.clone()] == values(rank, region.len())[own]);
+        }
     }
 }
 
@@ -253,4 +312,35 @@ fn a_world_of_one_keeps_the_same_rules() {
     single.abort(5);
     assert!(single.wait(ticket, soon()).is_err());
     assert!(single.start(Op::AllGather, region, 5).is_err());
+}
+
+#[test]
+fn a_rendezvous_is_ended_from_another_thread_whether_it_dials_or_accepts_and_then_serves_the_next_generation()
+ {
+    let doors = [(); 2].map(|()| Rendezvous::bind(LOOPBACK).unwrap());
+    let addresses: Vec<String> = doors.iter().map(Rendezvous::address).collect();
+    let connect = |rank: usize, generation: u64| {
+        doors[rank].connect(rank, &addresses, generation, SECRET, soon())
+    };
+    for rank in 0..2 {
+        // The other rank is bound and silent: rank 1 waits in its handshake, rank 0 for a caller.
+        std::thread::scope(|scope| {
+            let aborter = doors[rank].aborter();
+            let waiting = scope.spawn(move || connect(rank, 4).map(|_| ()));
+            std::thread::sleep(Duration::from_millis(100));
+            let started = Instant::now();
+            aborter.abort(4, "the test says so");
+            let error = waiting.join().unwrap().unwrap_err();
+            assert!(started.elapsed() < Duration::from_secs(3));
+            assert!(error.to_string().contains("the test says so"), "{error}");
+        });
+    }
+    // The caller of generation 4 is still in the backlog of rank 0.
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| connect(1, 5).unwrap());
+        let mut tcp = connect(0, 5).unwrap();
+        let other = scope.spawn(move || suite::mirrors(&mut other.join().unwrap()));
+        suite::mirrors(&mut tcp);
+        other.join().unwrap();
+    });
 }

@@ -41,15 +41,17 @@ pub(super) fn plan(op: Op, len: usize, world: usize) -> Vec<Call> {
             root,
         }],
         Op::ReduceScatterSum if even => vec![Call::ReduceScatter { count }],
-        Op::AllGather if even => vec![Call::AllGather { count }],
+        // Sending to one rank alone would be half the work of a world of three, and less of larger ones.
+        Op::AllGather | Op::Mirror if even => vec![Call::AllGather { count }],
         Op::ReduceScatterSum => shards()
             .filter(filled)
             .map(|(range, root)| Call::Reduce { range, root })
             .collect(),
-        Op::AllGather => shards()
+        Op::AllGather | Op::Mirror => shards()
             .filter(filled)
             .map(|(range, root)| Call::Broadcast { range, root })
             .collect(),
+        Op::Send { .. } => unreachable!("start refuses it"),
     }
 }
 

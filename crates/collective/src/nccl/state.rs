@@ -120,6 +120,10 @@ impl State {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn check(&self) -> Result<(), CollectiveError> {
+        self.lock().failure.clone().map_or(Ok(()), Err)
+    }
+
     pub(super) fn begin(&self, sequence: u64, what: String) -> Result<(), CollectiveError> {
         let mut shared = self.lock();
         if let Some(failure) = &shared.failure {

@@ -35,16 +35,22 @@ pub(super) fn spawn(
             // A panic in here is a bug, but waiters must learn of it before their deadline.
             let _guard = FailOnPanic(&state);
             while let Ok(job) = queue.recv() {
-                let Some(region) = run(rank, &state, &writers, job.op, job.region, job.sequence)
-                else {
-                    return;
-                };
-                state.finish(job.sequence, region);
+                match run(rank, &state, &writers, job.op, job.region, job.sequence) {
+                    Ok(region) => state.finish(job.sequence, region),
+                    Err(region) => {
+                        state.leave(job.sequence, region);
+                        break;
+                    }
+                }
+            }
+            // After a failure: until this rank's end is dropped or reclaimed.
+            for job in queue {
+                state.leave(job.sequence, job.region);
             }
         })
 }
 
-/// The finished region, or `None` after a failure, which `state` holds.
+/// The finished region, or as an error the unfinished one after a failure, which `state` holds.
 fn run(
     rank: usize,
     state: &State,
@@ -52,7 +58,7 @@ fn run(
     op: Op,
     region: Region,
     sequence: u64,
-) -> Option<Region> {
+) -> Result<Region, Region> {
     let exchange = Exchange {
         rank,
         state,
@@ -61,11 +67,15 @@ fn run(
         writers,
     };
     match region {
-        Region::HostF32(values) => exchange.run(values).map(Region::HostF32),
-        Region::HostF64(values) => exchange.run(values).map(Region::HostF64),
-        Region::HostBytes(bytes) => exchange.broadcast_bytes(bytes).map(Region::HostBytes),
+        Region::HostF32(values) => both(exchange.run(values), Region::HostF32),
+        Region::HostF64(values) => both(exchange.run(values), Region::HostF64),
+        Region::HostBytes(bytes) => both(exchange.broadcast_bytes(bytes), Region::HostBytes),
         Region::Device(_) => unreachable!("start refuses device memory"),
     }
+}
+
+fn both<T>(done: Result<T, T>, region: fn(T) -> Region) -> Result<Region, Region> {
+    done.map(region).map_err(region)
 }
 
 struct FailOnPanic<'a>(&'a State);

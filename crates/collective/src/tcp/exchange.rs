@@ -42,11 +42,11 @@ pub(super) struct Exchange<'a> {
 struct Stopped;
 
 impl Exchange<'_> {
-    /// Runs an operation on numbers; `None` after a failure.
+    /// Runs an operation on numbers. After a failure the region comes back as an error.
     pub(super) fn run<T: Pod + Add<Output = T> + Send + Sync>(
         &self,
         mut region: Vec<T>,
-    ) -> Option<Vec<T>> {
+    ) -> Result<Vec<T>, Vec<T>> {
         let done = match self.op {
             Op::ReduceScatterSum => self.reduce_scatter(&mut region),
             Op::AllGather => self.all_gather(&mut region),
@@ -54,8 +54,13 @@ impl Exchange<'_> {
                 .reduce_scatter(&mut region)
                 .and_then(|()| self.all_gather(&mut region)),
             Op::Broadcast { root } => self.broadcast(root, &mut region),
+            Op::Mirror => self.mirror(&mut region),
+            Op::Send { from, to } => self.send(from, to, &mut region),
         };
-        done.ok().map(|()| region)
+        match done {
+            Ok(()) => Ok(region),
+            Err(Stopped) => Err(region),
+        }
     }
 
     /// Every peer gets its shard of this rank's region; the own shard, which nobody is sent, becomes the sum over ranks while
@@ -153,15 +158,68 @@ impl Exchange<'_> {
         )
     }
 
-    /// Broadcast of bytes: the root's length counts, whatever the others brought. `None` after a failure.
-    pub(super) fn broadcast_bytes(&self, bytes: Vec<u8>) -> Option<Vec<u8>> {
+    /// The next rank gets this rank's shard, and the shard of the one before is filled in.
+    fn mirror<T: Pod + Send + Sync>(&self, region: &mut [T]) -> Result<(), Stopped> {
+        let world = self.world();
+        let (next, before) = ((self.rank + 1) % world, (self.rank + world - 1) % world);
+        if next == self.rank {
+            return Ok(());
+        }
+        let frame = self.frame::<T>(region.len(), 1);
+        let mut shards = self.shards(region);
+        let own = std::mem::take(&mut shards[self.rank]);
+        let own = bytemuck::cast_slice(&*own);
+        let theirs: &mut [u8] = bytemuck::cast_slice_mut(&mut *shards[before]);
+        self.phase(
+            "mirrored shards",
+            |peer| (peer == next).then_some(own),
+            frame,
+            || {
+                self.expect_frame(before, &frame, theirs.len())?;
+                self.read_all(before, theirs)
+            },
+        )
+    }
+
+    fn send<T: Pod + Send + Sync>(
+        &self,
+        from: usize,
+        to: usize,
+        region: &mut [T],
+    ) -> Result<(), Stopped> {
+        if from == to || (self.rank != from && self.rank != to) {
+            return Ok(());
+        }
+        let frame = self.frame::<T>(region.len(), 1);
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(region);
+        if self.rank == from {
+            let bytes = &*bytes;
+            let payload = |peer| (peer == to).then_some(bytes);
+            return self.phase("a region", payload, frame, || Ok(()));
+        }
+        self.phase(
+            "a region",
+            |_| None,
+            frame,
+            || {
+                self.expect_frame(from, &frame, bytes.len())?;
+                self.read_all(from, bytes)
+            },
+        )
+    }
+
+    /// Broadcast of bytes: the root's length counts, whatever the others brought. After a failure, what this rank brought.
+    pub(super) fn broadcast_bytes(&self, bytes: Vec<u8>) -> Result<Vec<u8>, Vec<u8>> {
         let Op::Broadcast { root } = self.op else {
             unreachable!("start refuses {:?} of bytes", self.op)
         };
         if root == self.rank {
             let frame = self.frame::<u8>(bytes.len(), 1);
             let sent = self.phase("a broadcast", |_| Some(&bytes), frame, || Ok(()));
-            return sent.ok().map(|()| bytes);
+            return match sent {
+                Ok(()) => Ok(bytes),
+                Err(Stopped) => Err(bytes),
+            };
         }
         let mut received = Vec::new();
         let frame = self.frame::<u8>(0, 1);
@@ -187,7 +245,10 @@ impl Exchange<'_> {
                 Ok(())
             },
         );
-        done.ok().map(|()| received)
+        match done {
+            Ok(()) => Ok(received),
+            Err(Stopped) => Err(bytes),
+        }
     }
 
     /// Sends what `payload` names for each peer, each from a thread of its own, while `receive` runs on this one.
@@ -218,7 +279,7 @@ impl Exchange<'_> {
                 }
                 .encode();
                 scope.spawn(
-                    move |_| match send(self.state.stream(peer), &header, bytes) {
+                    move |_| match write(self.state.stream(peer), &header, bytes) {
                         Ok(()) => self.state.sent(peer),
                         Err(error) => self.state.lost(peer, &error),
                     },
@@ -327,7 +388,7 @@ fn add<T: Copy + Add<Output = T>>(sums: &mut [T], values: &[T]) {
     }
 }
 
-fn send(mut stream: &TcpStream, header: &[u8], bytes: &[u8]) -> io::Result<()> {
+fn write(mut stream: &TcpStream, header: &[u8], bytes: &[u8]) -> io::Result<()> {
     stream.write_all(header)?;
     stream.write_all(bytes)
 }

@@ -8,11 +8,11 @@
 //!     16      8  sequence: operations since the rendezvous
 //!     24      8  elements of the whole region
 //!     32      8  bytes of payload that follow
-//!     40      1  operation   0 all-reduce, 1 reduce-scatter, 2 all-gather, 3 broadcast
+//!     40      1  operation   0 all-reduce, 1 reduce-scatter, 2 all-gather, 3 broadcast, 4 mirror, 5 send
 //!     41      1  phase       0 parts to their owner, 1 sums or whole regions from their owner
 //!     42      1  element     4 f32, 8 f64, 1 bytes
 //!     43      5  zero
-//!     48      8  root of a broadcast, else 0
+//!     48      8  root of a broadcast; of a send the receiver, and 2³² times the sender; else 0
 //! ```
 
 use std::fmt;
@@ -40,6 +40,8 @@ impl Frame {
             Op::ReduceScatterSum => (1, 0),
             Op::AllGather => (2, 0),
             Op::Broadcast { root } => (3, root as u64),
+            Op::Mirror => (4, 0),
+            Op::Send { from, to } => (5, (from as u64) << 32 | to as u64),
         };
         let kind = u64::from_le_bytes([op, self.phase, self.element_bytes, 0, 0, 0, 0, 0]);
         let words = [
@@ -73,6 +75,11 @@ impl Frame {
             2 => Op::AllGather,
             3 => Op::Broadcast {
                 root: word(6) as usize,
+            },
+            4 => Op::Mirror,
+            5 => Op::Send {
+                from: (word(6) >> 32) as usize,
+                to: word(6) as u32 as usize,
             },
             other => return Err(format!("a frame of the unknown operation {other}")),
         };

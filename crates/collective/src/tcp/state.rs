@@ -25,6 +25,8 @@ pub(super) struct State {
 struct Shared {
     pending: BTreeSet<u64>,
     done: BTreeMap<u64, Region>,
+    /// Regions of operations that a failure kept from their end.
+    left: BTreeMap<u64, Region>,
     failure: Option<CollectiveError>,
     /// The operation that the engine runs.
     running: String,
@@ -60,6 +62,10 @@ impl State {
             .expect("connected to every rank but the own")
     }
 
+    pub(super) fn check(&self) -> Result<(), CollectiveError> {
+        self.lock().failure.clone().map_or(Ok(()), Err)
+    }
+
     pub(super) fn begin(&self, sequence: u64) -> Result<(), CollectiveError> {
         let mut shared = self.lock();
         if let Some(failure) = &shared.failure {
@@ -74,6 +80,18 @@ impl State {
         shared.pending.remove(&sequence);
         shared.done.insert(sequence, region);
         self.changed.notify_all();
+    }
+
+    pub(super) fn leave(&self, sequence: u64, region: Region) {
+        self.lock().left.insert(sequence, region);
+    }
+
+    /// All regions that nobody has waited for, in the order of their operations.
+    pub(super) fn reclaim(&self) -> Vec<Region> {
+        let mut shared = self.lock();
+        let mut regions = std::mem::take(&mut shared.done);
+        regions.append(&mut shared.left);
+        regions.into_values().collect()
     }
 
     pub(super) fn wait(&self, sequence: u64, deadline: Instant) -> Result<Region, CollectiveError> {

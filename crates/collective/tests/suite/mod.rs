@@ -101,6 +101,7 @@ pub fn healthy(collective: &mut dyn Collective, rule: Sums) {
     sums(collective, rule);
     doubles(collective);
     gathers(collective);
+    mirrors(collective);
     broadcasts(collective);
     order(collective);
     refusals(collective);
@@ -140,6 +141,42 @@ pub fn gathers(collective: &mut dyn Collective) {
         region[own.clone()].copy_from_slice(&values(9, len)[own]);
         let all = collective.run(Op::AllGather, Region::HostF32(region), soon());
         assert!(all.unwrap().into_f32() == values(9, len), "{len} elements");
+    }
+}
+
+pub fn mirrors(collective: &mut dyn Collective) {
+    let (rank, world) = (collective.rank(), collective.world());
+    for len in LENS {
+        let mut region = vec![f32::NAN; len];
+        let own = shard_range(len, world, rank);
+        region[own.clone()].copy_from_slice(&values(9, len)[own.clone()]);
+        let two = collective.run(Op::Mirror, Region::HostF32(region), soon());
+        let two = two.unwrap().into_f32();
+        for shard in [own, shard_range(len, world, (rank + world - 1) % world)] {
+            assert!(
+                two[shard.clone()] == values(9, len)[shard],
+                "{len} elements"
+            );
+        }
+    }
+}
+
+/// Every rank to every rank, itself included; the others bring nothing.
+pub fn sends(collective: &mut dyn Collective) {
+    let (rank, world) = (collective.rank(), collective.world());
+    for from in 0..world {
+        for to in 0..world {
+            let len = [0, 1, 270_001][(from + to) % 3];
+            let region = match rank {
+                rank if rank == from => values(from, len),
+                rank if rank == to => vec![f32::NAN; len],
+                _ => Vec::new(),
+            };
+            let got = collective.run(Op::Send { from, to }, Region::HostF32(region), soon());
+            let got = got.unwrap().into_f32();
+            let expected = if rank == from || rank == to { len } else { 0 };
+            assert!(got == values(from, len)[..expected], "from {from} to {to}");
+        }
     }
 }
 
