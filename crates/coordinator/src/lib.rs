@@ -2,8 +2,8 @@
 //!
 //! What needs no server is here as plain functions and values: the layered configuration ([`config`]), the run directory
 //! and its journal ([`run_directory`]), warnings ([`monitor`]), plots ([`plots`]), the summary ([`summary`]), what a person
-//! sees ([`ui`]), runs beside each other ([`compare`]), what a job will need of this machine (`plan`,
-//! [`machine`]), and who watches: files for other programs ([`trackers`]) and Prometheus ([`metrics`]).
+//! sees ([`ui`]), runs beside each other ([`compare`]), what a job will need of this machine (`plan`),
+//! and who watches: files for other programs ([`trackers`]) and Prometheus ([`metrics`]).
 //!
 //! ```text
 //! run: open run directory ─► recover ─► serve, launch workers ─► driver ─► finish: export, plots, summary
@@ -26,7 +26,6 @@ pub mod finish;
 pub mod init;
 mod launcher;
 pub mod log;
-pub mod machine;
 pub mod metrics;
 pub mod model_card;
 pub mod monitor;

@@ -15,7 +15,6 @@ use coordinator::config::{self, Config, ServiceConfig, Sources};
 use coordinator::init;
 use coordinator::log::{self, LogFormat};
 #[cfg(feature = "local")]
-use coordinator::machine::MachineMemory;
 use coordinator::run::{EXIT_USAGE, Show, run};
 
 /// Aligns a language model to preferences: starts workers on this machine, runs one job to its end, and exits; or, with
@@ -343,7 +342,8 @@ fn data(sources: SourceArguments, json: bool) -> anyhow::Result<()> {
 #[cfg(feature = "local")]
 fn plan(sources: SourceArguments, probe: bool, json: bool) -> anyhow::Result<()> {
     let config = load(sources)?;
-    let plan = coordinator::plan::plan(&config, MachineMemory::here(), probe);
+    let machine = worker::machine::MachineMemory::here();
+    let plan = coordinator::plan::plan(&config, machine, probe);
     let plan = plan.map_err(|error| Unusable(error.to_string()))?;
     let mut out = std::io::stdout().lock();
     let written = if json {

@@ -13,10 +13,10 @@ mod text;
 mod time;
 
 use serde::Serialize;
+use worker::machine::MachineMemory;
 use worker::plan::{Amount, Cure, Job, PlanError, ProbeRequest, WorkerMemory};
 
 use crate::config::Config;
-use crate::machine::MachineMemory;
 
 pub use disk::{Disk, DiskItem};
 pub use time::Time;

@@ -6,9 +6,9 @@
 use std::path::Path;
 
 use coordinator::config::{Config, Sources};
-use coordinator::machine::{LimitBy, MachineMemory};
 use coordinator::plan::{Plan, plan};
 use tempfile::TempDir;
+use worker::machine::{LimitBy, MachineMemory};
 
 fn config(folder: &TempDir, set: &[&str]) -> Config {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/quickstart");

@@ -128,6 +128,9 @@ pub struct TrainSection {
     /// the CPU packs are cut to a quarter of it and go side by side, one a thread. Default 2048.
     #[schemars(range(min = 1))]
     pub micro_batch_tokens: usize,
+    /// Compare the workers' weights and optimizer shards to the bit every so many steps; a difference stops the job and is
+    /// named. 0 never does. Default 100.
+    pub compare_every_steps: u64,
 }
 
 impl Default for TrainSection {
@@ -137,6 +140,7 @@ impl Default for TrainSection {
             steps: None,
             batch_pairs: 64,
             micro_batch_tokens: 2048,
+            compare_every_steps: 100,
         }
     }
 }

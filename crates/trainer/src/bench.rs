@@ -2,6 +2,7 @@
 //! at hand as in a run (their computation is no part of a step).
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use data::{DataConfig, Tokenizer, step_pairs};
@@ -121,7 +122,14 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
     let parameters = model.layout().elements() as u64;
     let alone = Box::new(collective::single(0));
     let patience = Duration::from_mins(1);
-    let mut learner = Learner::new(model, OptimizerSection::default(), alone, patience);
+    let mut learner = Learner::new(
+        model,
+        OptimizerSection::default(),
+        alone,
+        false,
+        patience,
+        Arc::default(),
+    );
     let before = product_speed(device);
     let mut start = Instant::now();
     let (mut pairs_done, mut tokens) = (0, 0);

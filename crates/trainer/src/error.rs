@@ -125,6 +125,44 @@ pub enum TrainError {
         /// Steps of the run.
         total: u64,
     },
+    /// Nobody is left who holds a part of the optimizer's moments.
+    #[error(
+        "the moments of shard {shard} are lost with the ranks that held them; the run goes on from a checkpoint"
+    )]
+    LostShard {
+        /// The rank whose shard it was.
+        shard: usize,
+    },
+    /// A rank of a new generation is not where the others are.
+    #[error("rank {rank} is at step {step} where step {committed} was committed last")]
+    Apart {
+        /// The rank.
+        rank: usize,
+        /// Its step.
+        step: u64,
+        /// The last commit.
+        committed: u64,
+    },
+    /// Copies that must be equal to the bit are not.
+    #[error(
+        "after step {step} {what} differ between rank {rank} and rank {other}: one of their machines computes wrongly, or they          run different programs; go on from the last checkpoint without it"
+    )]
+    Diverged {
+        /// The step.
+        step: u64,
+        /// Which copies.
+        what: String,
+        /// The first rank that differs.
+        rank: usize,
+        /// From this one.
+        other: usize,
+    },
+    /// A rank was asked for what it does not hold.
+    #[error("this worker does not hold {what}; it can only join anew")]
+    NotHeld {
+        /// What.
+        what: String,
+    },
     /// A peer was lost.
     #[error(transparent)]
     Collective(#[from] collective::CollectiveError),
@@ -168,12 +206,16 @@ impl TrainError {
             Self::Collective(_)
             | Self::Closed(_)
             | Self::Thread { .. }
+            | Self::LostShard { .. }
+            | Self::NotHeld { .. }
             | Self::Store(refcache::StoreError::InUse { .. }) => Cause::Temporary,
             Self::Store(_)
             | Self::Append(_)
             | Self::Source(_)
             | Self::ReferenceMissing { .. }
             | Self::Resume { .. }
+            | Self::Apart { .. }
+            | Self::Diverged { .. }
             | Self::Order { .. } => Cause::Fatal,
         }
     }

@@ -5,7 +5,10 @@
 
 use objective::RewardStatistics;
 
+use crate::error::TrainError;
 use crate::phases::Phases;
+use crate::reform::{Held, Past};
+use crate::trainer::Membership;
 
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +17,11 @@ pub enum Next {
     Evaluate,
     /// Prepare this step (from 1); always the one after the last committed step.
     Step(u64),
+    /// Take a snapshot of the present state, which an earlier generation was asked for and did not complete.
+    Save {
+        /// No step follows.
+        last: bool,
+    },
     /// The job is done; the last checkpoint is in place.
     Finish,
     /// Leave before the end; the job may be resumed later.
@@ -29,6 +37,22 @@ pub struct Verdict {
     pub save: bool,
     /// Score the held-out pairs after this step.
     pub evaluate: bool,
+    /// No step follows: the run is complete, or it stops here.
+    pub last: bool,
+}
+
+/// The next generation of a run.
+pub struct Reformation {
+    /// This rank's place in it. If its `resume` names a checkpoint, the run goes back to it, and nothing that ranks hold
+    /// counts.
+    pub membership: Membership,
+    /// The last committed step: who has its gradient and has not heard its verdict gets to it; what was prepared beyond it is
+    /// dropped.
+    pub committed: u64,
+    /// That verdict: apply it, otherwise it was skipped (T6).
+    pub apply: bool,
+    /// Who brings what. Without it the checkpoint does.
+    pub past: Option<Past>,
 }
 
 /// A prepared step. All ranks report identical bits, times apart, so that the coordinator can compare them.
@@ -155,6 +179,30 @@ pub trait StepGate: Send {
     /// # Errors
     /// The control side is gone.
     fn evaluated(&mut self, row: &EvaluationRow, samples: &[Sample]) -> Result<(), GateClosed>;
+
+    /// A step, an evaluation or a wait was interrupted by `why`: a lost peer, or the group is to be formed anew. Tells what
+    /// this rank holds, the newest first, and waits for the next generation; `None` where there will be none, so that the
+    /// error stands.
+    ///
+    /// # Errors
+    /// The control side is gone.
+    fn reform(
+        &mut self,
+        why: &TrainError,
+        held: &[Held],
+    ) -> Result<Option<Reformation>, GateClosed> {
+        let _ = (why, held);
+        Ok(None)
+    }
+
+    /// This rank has all that the generation starts from and waits for the others.
+    ///
+    /// # Errors
+    /// The control side is gone.
+    fn reformed(&mut self, committed: u64) -> Result<(), GateClosed> {
+        let _ = committed;
+        Ok(())
+    }
 
     /// Where a snapshot in the making will report; called once per snapshot.
     fn saved_reporter(&mut self) -> SavedReporter;

@@ -1,29 +1,38 @@
 //! One step's arithmetic, over all ranks: forward and backward of the own packs, gradients reduced as they become complete,
 //! log-probs shared, weights updated. When to do which, and what it means for the job, is `trainer`'s.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use checkpoint::MeanState;
+use checkpoint::{MeanState, TrainState};
 use collective::{Collective, CollectiveError, Op, Region, Ticket};
 use model::{Gradients, Model, PackLogps, Stage};
 use objective::{BatchStatistics, ObjectiveConfig, PairLogps, RunningMean, pair_loss};
 use spec::OptimizerSection;
 
 use crate::batch::Batch;
+use crate::divergence::compare;
 use crate::error::TrainError;
 use crate::exchange::share_logps;
 use crate::lanes::Lanes;
 use crate::measure::pair_logps;
 use crate::phases::{PackTimes, Phases};
-use crate::shards::{Buckets, Reduced, ShardedOptimizer, Stretch};
+use crate::pulse::{Pulse, Work};
+use crate::reform::{Past, Transfer};
+use crate::shards::{Buckets, Place, Reduced, ShardedOptimizer, Stretch, Ungathered};
 use crate::shared_sums::{SharedSums, early_stages, late_stages};
 
 /// The policy, its optimizer's share, and the way to the other ranks.
 pub(crate) struct Learner {
     pub model: Model,
     pub optimizer: ShardedOptimizer,
+    /// Of the present generation.
     pub collective: Box<dyn Collective>,
+    /// What this rank holds of the weights at its step.
+    pub weights: Weights,
+    /// Whether ranks mirror each other's shards.
+    mirror: bool,
+    section: OptimizerSection,
     /// Of `bco_pair`'s rewards over the steps that were applied.
     pub shift: RunningMean,
     gradients: Gradients,
@@ -32,8 +41,32 @@ pub(crate) struct Learner {
     resident: bool,
     /// How long to wait for the other ranks in any one operation.
     patience: Duration,
+    /// Where its work shows.
+    pub pulse: Arc<Pulse>,
     /// Where the time went, since whoever reads it last set it back.
     pub times: Phases,
+}
+
+/// What a rank holds of the weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Weights {
+    /// All.
+    Whole,
+    /// Its own and its mirrored shard; the gather of the others was interrupted.
+    Shards,
+    /// None: an interrupted gather kept them.
+    Lost,
+}
+
+/// What a rank brings to a new generation.
+#[derive(Clone, Copy)]
+pub(crate) enum Holding<'a> {
+    /// It was in none before.
+    Nothing,
+    /// The learner's shards.
+    Present,
+    /// The shards of the generation before, as not all ranks have entered the present one.
+    Before(&'a ShardedOptimizer),
 }
 
 /// A step before its decision.
@@ -62,25 +95,24 @@ impl Learner {
         model: Model,
         section: OptimizerSection,
         collective: Box<dyn Collective>,
+        mirror: bool,
         patience: Duration,
+        pulse: Arc<Pulse>,
     ) -> Self {
-        let resident = model.device().is_gpu() && collective.world() == 1;
-        let optimizer = ShardedOptimizer::new(
-            section,
-            &stretches(&model),
-            collective.world(),
-            collective.rank(),
-            resident.then(|| model.device()),
-        );
+        let resident = is_resident(&model, collective.as_ref());
         Self {
+            optimizer: optimizer(&model, section, collective.as_ref(), mirror),
             resident,
+            weights: Weights::Whole,
+            mirror,
+            section,
             gradients: model.zero_gradients(),
             lanes: Lanes::new(model.device()),
             model,
-            optimizer,
             collective,
             shift: RunningMean::default(),
             patience,
+            pulse,
             times: Phases::default(),
         }
     }
@@ -122,6 +154,7 @@ impl Learner {
         };
         let (own, tickets) = self.backward(batch, &derivatives)?;
 
+        self.pulse.turn_to(Work::Exchanges);
         let start = Instant::now();
         let logps = self.share(batch.pairs.len(), &own)?;
         let deadline = self.deadline();
@@ -157,6 +190,7 @@ impl Learner {
             gradients,
             lanes,
             times,
+            pulse,
             ..
         } = self;
         let model: &Model = model;
@@ -201,10 +235,15 @@ impl Learner {
             (own, times)
         };
         let (mut own, mut busy) = (Vec::new(), PackTimes::default());
-        for (logps, times) in lanes.all(batch.lanes, packs, &pack)? {
+        let each = &mut |_, (logps, times): (OwnLogps, PackTimes)| {
             own.extend(logps);
             busy.add(&times);
-        }
+            pulse.tick();
+            // After a loss the rest of the step would be computed for nothing, and the survivors would wait for it.
+            let reduction = reduction.lock().unwrap_or_else(PoisonError::into_inner);
+            reduction.collective.check().map_err(TrainError::from)
+        };
+        lanes.each(batch.lanes, packs, &pack, each)?;
         let (parts, rows) = sums.finish();
         if let Some(head_sums) = head_sums {
             gradients.put(head, head_sums);
@@ -271,6 +310,9 @@ impl Learner {
     }
 
     /// Updates the weights on all ranks.
+    ///
+    /// # Errors
+    /// A gather that was interrupted; the update of what this rank holds is made all the same.
     pub fn apply(&mut self, reduced: Reduced, learning_rate: f64) -> Result<(), CollectiveError> {
         let start = Instant::now();
         if self.resident {
@@ -281,16 +323,161 @@ impl Learner {
             self.times.update += start.elapsed().as_secs_f64();
             return Ok(());
         }
+        self.pulse.turn_to(Work::Exchanges);
         let deadline = self.deadline();
         let weights = self.model.take_weights();
         let collective = self.collective.as_mut();
-        let (weights, memory) =
-            self.optimizer
-                .apply(collective, weights, reduced, learning_rate, deadline)?;
-        self.model.put_weights(weights);
-        self.reset(memory);
+        let applied = self
+            .optimizer
+            .apply(collective, weights, reduced, learning_rate, deadline);
+        let ended = match applied {
+            Ok((weights, memory)) => {
+                self.model.put_weights(weights);
+                self.reset(memory);
+                Ok(())
+            }
+            Err(ungathered) => {
+                let Ungathered {
+                    error,
+                    weights,
+                    gradients,
+                } = *ungathered;
+                self.recover(weights);
+                self.reset(gradients);
+                Err(error)
+            }
+        };
         self.times.update += start.elapsed().as_secs_f64();
-        Ok(())
+        ended
+    }
+
+    /// Compares weights and moments with the other ranks', after `step`.
+    ///
+    /// # Errors
+    /// Also a difference.
+    pub fn compare(&mut self, step: u64) -> Result<(), TrainError> {
+        if self.collective.world() == 1 {
+            return Ok(());
+        }
+        let start = Instant::now();
+        let deadline = self.deadline();
+        let weights = self.model.take_weights();
+        let layout = self.model.trained();
+        let (collective, optimizer) = (self.collective.as_mut(), &self.optimizer);
+        let compared = compare(collective, layout, &weights, optimizer, step, deadline);
+        self.model.put_weights(weights);
+        self.times.update += start.elapsed().as_secs_f64();
+        compared
+    }
+
+    /// Takes the weights that an interrupted gather had back from the group, which is over.
+    fn recover(&mut self, weights: Vec<Option<Vec<f32>>>) {
+        let mut regions = self.disband().into_iter();
+        self.weights = Weights::Shards;
+        let lens = self.model.trained().bucket_lens();
+        let weights = weights.into_iter().zip(lens).map(|(bucket, len)| {
+            let bucket = bucket.or_else(|| match regions.next() {
+                Some(Region::HostF32(values)) => Some(values),
+                _ => None,
+            });
+            bucket.filter(|it| it.len() == len).unwrap_or_else(|| {
+                self.weights = Weights::Lost;
+                vec![0.0; len]
+            })
+        });
+        let weights = weights.collect();
+        self.model.put_weights(weights);
+    }
+
+    /// [`Learner::apply`] for a committed step whose group is no more.
+    pub fn apply_here(&mut self, reduced: &Reduced, learning_rate: f64, alone: bool) {
+        if self.resident {
+            // A rank alone has nobody to gather from.
+            let (model, gradients) = (&self.model, &self.gradients);
+            self.optimizer
+                .apply_in_place(model, gradients, reduced.norm, learning_rate);
+            return;
+        }
+        let mut weights = self.model.take_weights();
+        self.optimizer
+            .apply_here(&mut weights, reduced, learning_rate);
+        self.model.put_weights(weights);
+        if !alone {
+            self.weights = Weights::Shards;
+        }
+    }
+
+    /// Ends the group, so that nobody waits for this rank in it; what it still had comes back.
+    pub fn disband(&mut self) -> Vec<Region> {
+        let generation = self.collective.generation();
+        let alone: Box<dyn Collective> = Box::new(collective::single(generation));
+        std::mem::replace(&mut self.collective, alone).reclaim()
+    }
+
+    /// Takes from the ranks of the group what this one lacks to be at `committed`: the run's position, weights, and the moments of
+    /// its new shards. Returns the position and the shards; what this rank held is as it was, also with an error.
+    pub fn reform(
+        &mut self,
+        past: &Past,
+        holding: Holding<'_>,
+        state: TrainState,
+        committed: u64,
+    ) -> Result<(TrainState, ShardedOptimizer), TrainError> {
+        let deadline = self.deadline();
+        let mut new = self.fresh_shards();
+        let mut transfer = Transfer {
+            collective: self.collective.as_mut(),
+            past,
+            sources: past.sources()?,
+            lens: self.model.trained().bucket_lens(),
+            deadline,
+        };
+        if self.weights == Weights::Lost && !matches!(holding, Holding::Nothing) {
+            return Err(TrainError::NotHeld {
+                what: "its weights".into(),
+            });
+        }
+        let whole = transfer.agree(committed, state.step, self.weights == Weights::Whole)?;
+        let state = transfer.state(state)?;
+        if whole.contains(&false) {
+            let mut weights = self.model.take_weights();
+            let completed = transfer.weights(&mut weights, &whole);
+            self.model.put_weights(weights);
+            completed?;
+            self.weights = Weights::Whole;
+        }
+        let held = match holding {
+            Holding::Nothing => None,
+            Holding::Present => Some(&self.optimizer),
+            Holding::Before(shards) => Some(shards),
+        };
+        transfer.moments(held, &mut new, self.mirror)?;
+        new.set_updates(state.updates);
+        self.shift = running_mean(&state);
+        Ok((state, new))
+    }
+
+    /// Takes up these shards of the present group, with a fresh gradient; returns the shards before them.
+    pub fn take_up(&mut self, shards: ShardedOptimizer) -> ShardedOptimizer {
+        self.resident = is_resident(&self.model, self.collective.as_ref());
+        self.gradients = self.model.zero_gradients();
+        std::mem::replace(&mut self.optimizer, shards)
+    }
+
+    /// Fresh shards of the present group, for reading a checkpoint.
+    pub fn start_over(&mut self) {
+        let shards = self.fresh_shards();
+        drop(self.take_up(shards));
+        self.weights = Weights::Whole;
+    }
+
+    fn fresh_shards(&self) -> ShardedOptimizer {
+        optimizer(
+            &self.model,
+            self.section,
+            self.collective.as_ref(),
+            self.mirror,
+        )
     }
 
     /// The running mean for a checkpoint; none where no objective has one.
@@ -310,15 +497,24 @@ impl Learner {
         batch: &Batch<'_>,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Vec<[f64; 2]>, TrainError> {
-        let Self { model, lanes, .. } = self;
+        let Self {
+            model,
+            lanes,
+            collective,
+            pulse,
+            ..
+        } = self;
+        pulse.turn_to(Work::Computes);
         let mut own = Vec::new();
         let score = |index: usize| model.forward(&batch.pack(&batch.own[index]));
         let each = &mut |index: usize, result: PackLogps| {
             own.extend(batch.own[index].iter().copied().zip(result.logps));
             progress(index + 1);
-            Ok::<(), TrainError>(())
+            pulse.tick();
+            collective.check().map_err(TrainError::from)
         };
         lanes.each(batch.lanes, batch.own.len(), &score, each)?;
+        self.pulse.turn_to(Work::Exchanges);
         Ok(self.share(batch.pairs.len(), &own)?)
     }
 
@@ -341,6 +537,36 @@ impl Learner {
     fn deadline(&self) -> Instant {
         Instant::now() + self.patience
     }
+}
+
+/// Whether weights, moments and gradient stay on a GPU.
+fn is_resident(model: &Model, collective: &dyn Collective) -> bool {
+    model.device().is_gpu() && collective.world() == 1
+}
+
+/// Fresh moments of a rank's shards.
+fn optimizer(
+    model: &Model,
+    section: OptimizerSection,
+    collective: &dyn Collective,
+    mirror: bool,
+) -> ShardedOptimizer {
+    let place = Place {
+        world: collective.world(),
+        rank: collective.rank(),
+        mirror,
+    };
+    let device = is_resident(model, collective).then(|| model.device());
+    ShardedOptimizer::new(section, &stretches(model), place, device)
+}
+
+/// The running mean that a position holds.
+pub(crate) fn running_mean(state: &TrainState) -> RunningMean {
+    let kept = |kept: MeanState| RunningMean {
+        mean: kept.mean,
+        count: kept.count,
+    };
+    state.shift.map_or_else(RunningMean::default, kept)
 }
 
 /// Log-probs of this rank's pairs by slot.

@@ -15,6 +15,7 @@
 mod adapter;
 mod batch;
 mod bench;
+mod divergence;
 mod error;
 mod evaluate;
 mod exchange;
@@ -27,7 +28,9 @@ mod moments;
 mod phases;
 pub mod plan;
 mod process;
+mod pulse;
 mod reference;
+mod reform;
 mod scope;
 mod score;
 mod setup;
@@ -40,12 +43,14 @@ mod update;
 pub use bench::{BenchRequest, BenchResult, Profile, bench};
 pub use error::{Cause, TrainError};
 pub use gate::{
-    EvaluationRow, GateClosed, Next, Sample, SavedReporter, SavedShard, StepGate, StepReport,
-    Verdict,
+    EvaluationRow, GateClosed, Next, Reformation, Sample, SavedReporter, SavedShard, StepGate,
+    StepReport, Verdict,
 };
 pub use generate::{Continuation, GenerateRequest, Prompts, generate};
 pub use phases::Phases;
+pub use pulse::{Pulse, Work};
 pub use reference::ReferenceCounts;
+pub use reform::{Held, Past};
 pub use score::{ScoreRequest, ScoredPair, score};
 pub use setup::{Facts, Progress, Reports, Setup, reports};
 pub use trainer::{End, Membership, Trainer};

@@ -122,7 +122,7 @@ impl Draft {
             tokenizer,
             train,
             eval,
-        } = Tokens::load(spec, Kept::IfThere, &mut |_, _, _| ())?;
+        } = Tokens::load(spec, Kept::IfThere, &mut |_, _, _| Ok(()))?;
         let mismatched = MismatchedPairs::of(spec, &train, eval.as_ref())?;
         let config = ModelConfig::load(&spec.model.path)?;
         let workload = Workload::new(spec, config, &train.pairs, held_out(spec, eval.as_ref()))?;

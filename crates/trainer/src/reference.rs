@@ -147,7 +147,7 @@ impl References {
         progress: Progress<'_>,
     ) -> Result<(), TrainError> {
         let total = missing.len() as u64;
-        progress(PHASE, 0, total);
+        progress(PHASE, 0, total)?;
         if missing.is_empty() {
             return Ok(());
         }
@@ -175,14 +175,14 @@ impl References {
             if fresh.len() >= APPEND_ENTRIES || due {
                 writer.append(&fresh)?;
                 done += fresh.len() as u64;
-                progress(PHASE, done, total);
+                progress(PHASE, done, total)?;
                 (fresh, since) = (Vec::new(), Instant::now());
             }
             Ok(())
         };
         lanes.each(side_by_side, packs.len(), &score, take)?;
         writer.append(&fresh)?;
-        progress(PHASE, total, total);
+        progress(PHASE, total, total)?;
         Ok(())
     }
 }

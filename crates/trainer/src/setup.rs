@@ -11,10 +11,11 @@ use spec::{Dtype, Spec};
 
 use crate::adapter::Adapter;
 use crate::error::TrainError;
-use crate::plan::{Program, WorkerMemory, Workload};
+use crate::gate::GateClosed;
+use crate::plan::{Program, Workload};
 
-/// Hears how far a long phase is: its name, units done, units in all.
-pub type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64);
+/// Hears how far a long phase is: its name, units done, units in all. An error ends the phase, which nobody waits for any more.
+pub type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64) -> Result<(), GateClosed>;
 
 /// A loaded run.
 pub struct Setup {
@@ -63,7 +64,7 @@ impl Setup {
             eval,
         } = Tokens::load(spec, Kept::Always, progress)?;
         let mismatched = MismatchedPairs::of(spec, &train, eval.as_ref())?;
-        progress("load model", 0, 1);
+        progress("load model", 0, 1)?;
         let mut model = Model::load(&spec.model.path, device)?;
         if spec.model.gradient_checkpointing {
             model.set_saving(Saving::BlockInputs);
@@ -73,7 +74,7 @@ impl Setup {
         let digest = model_digest(&model);
         let adapter = Adapter::of(spec, model.config())?;
         let notes = notes(&model, adapter.as_ref())?;
-        progress("load model", 1, 1);
+        progress("load model", 1, 1)?;
         Ok(Self {
             spec: spec.clone(),
             device: device.clone(),
@@ -142,17 +143,15 @@ impl Setup {
         Reports::of(&self.train, self.eval.as_ref())
     }
 
-    /// The memory that this worker, one of `world`, will need at most, with checkpoints on the way. Displays as one line.
+    /// What the memory of this run's workers depends on, and what this process has beside its model.
     ///
     /// # Errors
     /// A reference model whose config.json cannot be read.
-    pub fn memory(&self, world: usize) -> Result<WorkerMemory, TrainError> {
+    pub fn workload(&self) -> Result<(Workload, Program), TrainError> {
         let config = self.model.config().clone();
         let workload = Workload::new(&self.spec, config, &self.train.pairs, self.held_out())?;
         let weights = self.model.layout().elements() as u64 * size_of::<f32>() as u64;
-        let program = Program::of_this_process(weights);
-        let knobs = workload.knobs(world, rayon::current_num_threads());
-        Ok(workload.memory(&knobs, program, true))
+        Ok((workload, Program::of_this_process(weights)))
     }
 
     /// The held-out pairs that evaluations score.
@@ -189,7 +188,7 @@ pub(crate) fn precision(dtype: Dtype) -> Precision {
 /// The first thing that training would refuse about them.
 pub fn reports(spec: &Spec) -> Result<Reports, TrainError> {
     spec.validate()?;
-    let tokens = Tokens::load(spec, Kept::IfThere, &mut |_, _, _| ())?;
+    let tokens = Tokens::load(spec, Kept::IfThere, &mut |_, _, _| Ok(()))?;
     Ok(Reports::of(&tokens.train, tokens.eval.as_ref()))
 }
 
@@ -265,11 +264,16 @@ impl Tokens {
         let cache = (kept == Kept::Always || cache.exists()).then_some(cache);
         let needs = needs(&spec.objective);
         let mut load = |entries: &[PathBuf], phase: &str| {
-            progress(phase, 0, 1);
+            progress(phase, 0, 1)?;
             let files = local(entries)?;
-            let mut progress = |done, total| progress(phase, done, total);
-            let loaded =
-                data::load_cached(&files, config, &tokenizer, needs, cache, &mut progress)?;
+            let mut heard = Ok(());
+            let mut hear = |done, total| {
+                if heard.is_ok() {
+                    heard = progress(phase, done, total);
+                }
+            };
+            let loaded = data::load_cached(&files, config, &tokenizer, needs, cache, &mut hear)?;
+            heard?;
             for warning in loaded.warnings {
                 tracing::warn!("{warning}");
             }

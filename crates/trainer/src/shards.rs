@@ -7,6 +7,10 @@
 //!                                         update of the own shard ──all-gather──► weights (whole, equal on all ranks)
 //! ```
 //! Between the two halves lies the coordinator's decision, so nothing is changed by the first.
+//!
+//! With a mirror, each rank also holds the moments of the rank before it and makes the same update to them, so that no loss of
+//! one rank loses a moment (DESIGN, "How a step commits"): a second exchange brings the sums of a shard to its mirror. Whatever
+//! happens to the gather, a rank that has applied a step holds its own and its mirrored shard at that step.
 
 use std::{ops::Range, time::Instant};
 
@@ -37,6 +41,8 @@ pub struct Stretch {
 pub struct ShardedOptimizer {
     section: OptimizerSection,
     buckets: Vec<Shard>,
+    /// The shares of the rank before, updated alike; none without a mirror, or in a world of one.
+    mirrored: Vec<Shard>,
     /// Updates applied so far: what the bias corrections count. Skipped steps are no updates.
     updates: u64,
 }
@@ -64,38 +70,66 @@ pub struct Reduced {
     pub norm: f64,
 }
 
+/// A rank among the others, and whether it holds the shard of the rank before too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Ranks.
+    pub world: usize,
+    /// This one.
+    pub rank: usize,
+    /// Whether shards are mirrored; a world of one has nobody to do it.
+    pub mirror: bool,
+}
+
+impl Place {
+    /// The rank whose shard this one mirrors.
+    pub fn before(&self) -> Option<usize> {
+        (self.mirror && self.world > 1).then(|| (self.rank + self.world - 1) % self.world)
+    }
+}
+
+/// An update that was made here and did not reach every rank.
+#[derive(Debug)]
+pub struct Ungathered {
+    /// Why.
+    pub error: CollectiveError,
+    /// By bucket, with the own and the mirrored shard updated; `None` where the collective still has the region, in the order
+    /// of the buckets ([`Collective::reclaim`]).
+    pub weights: Vec<Option<Vec<f32>>>,
+    /// Memory of the gradient.
+    pub gradients: Buckets,
+}
+
 impl ShardedOptimizer {
     /// Fresh moments for buckets of `stretches` that cover them in order, on `device` where that is a GPU that keeps them.
     pub fn new(
         section: OptimizerSection,
         buckets: &[Vec<Stretch>],
-        world: usize,
-        rank: usize,
+        place: Place,
         device: Option<&Device>,
     ) -> Self {
-        let buckets = buckets
-            .iter()
-            .map(|stretches| {
-                let len = stretches.last().map_or(0, |stretch| stretch.range.end);
-                let range = shard_range(len, world, rank);
-                let first = if has_first_moment(&section) {
-                    range.len()
-                } else {
-                    0
-                };
-                Shard {
-                    first: Moments::zeros(first, device),
-                    second: Moments::zeros(range.len(), device),
-                    stretches: cut(stretches, &range),
-                    range,
-                }
-            })
-            .collect();
+        let shards = |rank: usize| {
+            let buckets = buckets.iter();
+            buckets
+                .map(|stretches| Shard::new(&section, stretches, place.world, rank, device))
+                .collect()
+        };
         Self {
             section,
-            buckets,
+            buckets: shards(place.rank),
+            mirrored: place.before().map(shards).unwrap_or_default(),
             updates: 0,
         }
+    }
+
+    /// The shards of the rank before, one per bucket; none without a mirror.
+    pub fn mirrored(&self) -> &[Shard] {
+        &self.mirrored
+    }
+
+    /// As [`ShardedOptimizer::shards_mut`] for the mirrored shards.
+    pub fn mirrored_mut(&mut self) -> &mut [Shard] {
+        &mut self.mirrored
     }
 
     /// The shards, one per bucket.
@@ -106,6 +140,33 @@ impl ShardedOptimizer {
     /// The shards, for filling in what a checkpoint holds, together with [`ShardedOptimizer::set_updates`].
     pub fn shards_mut(&mut self) -> &mut [Shard] {
         &mut self.buckets
+    }
+
+    /// Whether the update rule has first moments.
+    pub fn has_first_moment(&self) -> bool {
+        has_first_moment(&self.section)
+    }
+
+    /// The shard that holds `range` of a bucket.
+    ///
+    /// # Panics
+    /// If neither the own nor the mirrored shard does.
+    pub fn holding(&self, bucket: usize, range: &Range<usize>) -> &Shard {
+        let shards = self.buckets.get(bucket).into_iter();
+        let mut shards = shards.chain(self.mirrored.get(bucket));
+        let found = shards.find(|shard| shard.covers(range));
+        found.unwrap_or_else(|| panic!("{range:?} of bucket {bucket} is not held"))
+    }
+
+    /// As [`ShardedOptimizer::holding`], for writing.
+    ///
+    /// # Panics
+    /// If neither shard holds it.
+    pub fn holding_mut(&mut self, bucket: usize, range: &Range<usize>) -> &mut Shard {
+        let shards = self.buckets.get_mut(bucket).into_iter();
+        let mut shards = shards.chain(self.mirrored.get_mut(bucket));
+        let found = shards.find(|shard| shard.covers(range));
+        found.unwrap_or_else(|| panic!("{range:?} of bucket {bucket} is not held"))
     }
 
     /// Updates applied so far.
@@ -129,12 +190,22 @@ impl ShardedOptimizer {
         tickets: Vec<Ticket>,
         deadline: Instant,
     ) -> Result<Reduced, CollectiveError> {
+        let generation = collective.generation();
         let mut buckets = Vec::with_capacity(tickets.len());
+        let mut mirrors = Vec::with_capacity(self.mirrored.len());
         let mut squares = 0.0;
         for (ticket, shard) in tickets.into_iter().zip(&self.buckets) {
             let bucket = collective.wait(ticket, deadline)?.into_f32();
             squares += sum_of_squares(&bucket[shard.range.clone()]);
-            buckets.push(bucket);
+            if self.mirrored.is_empty() {
+                buckets.push(bucket);
+            } else {
+                let region = Region::HostF32(bucket);
+                mirrors.push(collective.start(Op::Mirror, region, generation)?);
+            }
+        }
+        for ticket in mirrors {
+            buckets.push(collective.wait(ticket, deadline)?.into_f32());
         }
         // Squares of f32 cannot overflow f64, so this sum is finite exactly when every element on every rank is.
         let total = collective.run(Op::AllReduceSum, Region::HostF64(vec![squares]), deadline)?;
@@ -144,10 +215,11 @@ impl ShardedOptimizer {
         })
     }
 
-    /// Updates the own shards of `weights` and gathers the others'. Returns the gathered weights and the gradient's memory.
+    /// Updates the own and the mirrored shards of `weights` and gathers the others'. Returns the gathered weights and the
+    /// gradient's memory.
     ///
     /// # Errors
-    /// What the collective says; the weights are undefined then.
+    /// What the collective says. The update is made all the same: the step was committed.
     ///
     /// # Panics
     /// If the gradient is not finite: such a step is skipped, not applied.
@@ -158,23 +230,66 @@ impl ShardedOptimizer {
         reduced: Reduced,
         learning_rate: f64,
         deadline: Instant,
-    ) -> Result<(Buckets, Buckets), CollectiveError> {
-        assert!(reduced.norm.is_finite(), "norm {} applied", reduced.norm);
-        self.updates += 1;
-        let update = Update::new(&self.section, learning_rate, reduced.norm, self.updates);
+    ) -> Result<(Buckets, Buckets), Box<Ungathered>> {
         let generation = collective.generation();
+        let mut failure = None;
         let mut tickets = Vec::with_capacity(weights.len());
-        let buckets = weights.into_iter().zip(&mut self.buckets);
-        for ((mut weights, shard), gradient) in buckets.zip(&reduced.buckets) {
-            shard.apply(&update, &mut weights, gradient);
+        let mut gathered = Vec::with_capacity(weights.len());
+        let update = self.next_update(reduced.norm, learning_rate);
+        for (bucket, mut weights) in weights.into_iter().enumerate() {
+            self.update(&update, bucket, &mut weights, &reduced.buckets[bucket]);
+            gathered.push(None);
+            if failure.is_some() {
+                gathered[bucket] = Some(weights);
+                continue;
+            }
             // The next bucket's arithmetic runs while this one travels.
-            tickets.push(collective.start(Op::AllGather, Region::HostF32(weights), generation)?);
+            match collective.start(Op::AllGather, Region::HostF32(weights), generation) {
+                Ok(ticket) => tickets.push(ticket),
+                Err(error) => failure = Some(error),
+            }
         }
-        let mut gathered = Vec::with_capacity(tickets.len());
-        for ticket in tickets {
-            gathered.push(collective.wait(ticket, deadline)?.into_f32());
+        for (bucket, ticket) in tickets.into_iter().enumerate() {
+            if failure.is_some() {
+                break;
+            }
+            match collective.wait(ticket, deadline) {
+                Ok(region) => gathered[bucket] = Some(region.into_f32()),
+                Err(error) => failure = Some(error),
+            }
         }
-        Ok((gathered, reduced.buckets))
+        match failure {
+            None => Ok((gathered.into_iter().flatten().collect(), reduced.buckets)),
+            Some(error) => Err(Box::new(Ungathered {
+                error,
+                weights: gathered,
+                gradients: reduced.buckets,
+            })),
+        }
+    }
+
+    /// [`ShardedOptimizer::apply`] without the gather: for a committed step whose group is no more.
+    ///
+    /// # Panics
+    /// If the gradient is not finite.
+    pub fn apply_here(&mut self, weights: &mut Buckets, reduced: &Reduced, learning_rate: f64) {
+        let update = self.next_update(reduced.norm, learning_rate);
+        for (bucket, weights) in weights.iter_mut().enumerate() {
+            self.update(&update, bucket, weights, &reduced.buckets[bucket]);
+        }
+    }
+
+    fn next_update(&mut self, norm: f64, learning_rate: f64) -> Update {
+        assert!(norm.is_finite(), "norm {norm} applied");
+        self.updates += 1;
+        Update::new(&self.section, learning_rate, norm, self.updates)
+    }
+
+    fn update(&mut self, update: &Update, bucket: usize, weights: &mut [f32], gradient: &[f32]) {
+        let mirrored = self.mirrored.get_mut(bucket);
+        for shard in self.buckets.get_mut(bucket).into_iter().chain(mirrored) {
+            shard.apply(update, weights, gradient);
+        }
     }
 }
 
@@ -199,9 +314,7 @@ impl ShardedOptimizer {
         norm: f64,
         learning_rate: f64,
     ) {
-        assert!(norm.is_finite(), "norm {norm} applied");
-        self.updates += 1;
-        let update = Update::new(&self.section, learning_rate, norm, self.updates);
+        let update = self.next_update(norm, learning_rate);
         for (index, shard) in self.buckets.iter().enumerate() {
             for stretch in &shard.stretches {
                 let range = stretch.range.clone();
@@ -224,6 +337,32 @@ impl ShardedOptimizer {
 const PIECE_ELEMENTS: usize = 1 << 18;
 
 impl Shard {
+    fn new(
+        section: &OptimizerSection,
+        stretches: &[Stretch],
+        world: usize,
+        rank: usize,
+        device: Option<&Device>,
+    ) -> Self {
+        let len = stretches.last().map_or(0, |stretch| stretch.range.end);
+        let range = shard_range(len, world, rank);
+        let first = if has_first_moment(section) {
+            range.len()
+        } else {
+            0
+        };
+        Self {
+            first: Moments::zeros(first, device),
+            second: Moments::zeros(range.len(), device),
+            stretches: cut(stretches, &range),
+            range,
+        }
+    }
+
+    fn covers(&self, range: &Range<usize>) -> bool {
+        self.range.start <= range.start && range.end <= self.range.end
+    }
+
     /// Updates the own elements, on all threads of this process: every element by itself, so that pieces do not show in the bits.
     fn apply(&mut self, update: &Update, weights: &mut [f32], gradient: &[f32]) {
         let mut pieces = Vec::new();

@@ -247,3 +247,91 @@ impl Drop for Turn<'_, '_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::path::Path;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use model::{Device, ModelConfig};
+
+    use super::*;
+
+    /// What a pack does before it fails, or before it has to wait.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Until {
+        Start,
+        Tiles,
+        Norm,
+    }
+
+    fn go(turn: &mut Turn<'_, '_>, until: Until) {
+        let tiles = turn.sums.tiles.as_ref().expect("a head in tiles").len();
+        if until != Until::Start {
+            (0..tiles).for_each(|_| turn.tile(0..1, &mut |_| ()));
+        }
+        if until == Until::Norm {
+            turn.stage(Stage::Norm, &mut |_| ());
+        }
+    }
+
+    /// Two packs, of which the second waits for the first, which fails; what became of the second. Nothing is joined, so that a
+    /// pack that waits for ever is seen.
+    fn second(first_until: Until, second: impl FnOnce(Turn<'_, '_>) + Send + 'static) -> String {
+        let config = r#"{"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "vocab_size": 600, "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 10000.0,
+            "max_position_embeddings": 64, "tie_word_embeddings": false}"#;
+        let config = ModelConfig::parse(config, Path::new("config.json")).expect("a config");
+        let model: &'static Model = Box::leak(Box::new(Model::random(config, 1, &Device::flex())));
+        let mut gradients = model.zero_gradients();
+        let head = gradients.take(model.head_slot().bucket);
+        let sums = SharedSums::new(model, 2, &mut gradients, Some(head.leak()), &|_, _| ());
+        let sums: &'static SharedSums<'static> = Box::leak(Box::new(sums));
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn(move || {
+            let ended = catch_unwind(AssertUnwindSafe(|| second(sums.turn(1))));
+            let text = match ended {
+                Ok(()) => "it went on".into(),
+                Err(panic) => *panic.downcast::<String>().unwrap_or_else(|other| {
+                    Box::new(
+                        other
+                            .downcast_ref::<&str>()
+                            .map_or("?", |text| text)
+                            .to_string(),
+                    )
+                }),
+            };
+            drop(tell.send(text));
+        });
+        // It shall be waiting by then; if it is not yet, it sees the failure when it comes.
+        std::thread::sleep(Duration::from_millis(50));
+        let failed = catch_unwind(AssertUnwindSafe(|| {
+            let mut turn = sums.turn(0);
+            go(&mut turn, first_until);
+            panic!("a fault in pack 0");
+        }));
+        assert!(failed.is_err());
+        let ended = told.recv_timeout(Duration::from_secs(20));
+        ended.expect("the second pack still waits for one that failed")
+    }
+
+    #[test]
+    fn a_pack_that_fails_wakes_the_pack_that_waits_for_it() {
+        for until in [Until::Start, Until::Tiles, Until::Norm] {
+            let ended = second(until, |mut turn| {
+                go(&mut turn, Until::Norm);
+                turn.stage(Stage::Block(1), &mut |_| ());
+            });
+            assert_eq!(ended, "another pack failed", "{until:?}");
+        }
+    }
+
+    #[test]
+    fn a_pack_that_needs_no_sums_leaves_after_one_that_failed() {
+        for until in [Until::Start, Until::Tiles, Until::Norm] {
+            assert_eq!(second(until, |turn| drop(turn)), "it went on", "{until:?}");
+        }
+    }
+}

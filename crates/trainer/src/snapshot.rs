@@ -7,12 +7,12 @@ use std::thread::{self, JoinHandle};
 
 use checkpoint::{Checkpoint, Kind, Piece, TensorSpec, TrainState};
 use model::Layout;
-use objective::RunningMean;
 
 use crate::error::TrainError;
 use crate::gate::{SavedReporter, SavedShard};
-use crate::learner::Learner;
+use crate::learner::{Learner, running_mean};
 use crate::setup::Facts;
+use crate::shards::Shard;
 
 /// Where snapshots go and as whose.
 #[derive(Clone, Debug)]
@@ -265,12 +265,26 @@ pub(crate) fn restore(
         read(&part, Kind::Weight, out)?;
     }
     learner.model.put_weights(weights);
-    let shards = learner.optimizer.shards_mut();
+    read_moments(&layout, learner.optimizer.shards_mut(), &read)?;
+    read_moments(&layout, learner.optimizer.mirrored_mut(), &read)?;
+    learner.optimizer.set_updates(state.updates);
+    learner.shift = running_mean(&state);
+    Ok(state)
+}
+
+/// Reads a part's values of one kind from a checkpoint.
+type Read<'a> = &'a dyn Fn(&Part, Kind, &mut [f32]) -> Result<(), TrainError>;
+
+/// Fills in what a checkpoint holds of these shards, one per bucket, or none at all.
+fn read_moments(layout: &Layout, shards: &mut [Shard], read: Read<'_>) -> Result<(), TrainError> {
+    if shards.is_empty() {
+        return Ok(());
+    }
     let ranges: Vec<_> = shards.iter().map(|shard| shard.range.clone()).collect();
     for (bucket, shard) in shards.iter_mut().enumerate() {
         let mut first = vec![0.0; shard.first.len()];
         let mut second = vec![0.0; shard.second.len()];
-        let all = parts(&layout, &ranges).into_iter();
+        let all = parts(layout, &ranges).into_iter();
         for part in all.filter(|part| part.bucket == bucket) {
             let own = part.range.start - shard.range.start..part.range.end - shard.range.start;
             if !first.is_empty() {
@@ -281,14 +295,7 @@ pub(crate) fn restore(
         shard.first.write(first);
         shard.second.write(second);
     }
-    learner.optimizer.set_updates(state.updates);
-    learner.shift = state
-        .shift
-        .map_or_else(RunningMean::default, |kept| RunningMean {
-            mean: kept.mean,
-            count: kept.count,
-        });
-    Ok(state)
+    Ok(())
 }
 
 /// The own elements within every bucket.

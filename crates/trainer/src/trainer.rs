@@ -1,24 +1,28 @@
 //! The training loop of one rank. It reads from top to bottom: what next, prepare, ask, apply or drop, save, evaluate.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use checkpoint::TrainState;
 use collective::Collective;
 use data::{Dataset, Pair, StepPairs, Tokenizer, step_pairs};
-use objective::{BatchStatistics, PairLogps};
+use objective::{BatchStatistics, PairLogps, RunningMean};
 use spec::{Schedule, Spec};
 
 use crate::batch::Batch;
 use crate::error::TrainError;
 use crate::evaluate;
-use crate::gate::{EvaluationRow, Next, StepGate, StepReport};
-use crate::learner::{Learner, Mismatched, Prepared};
+use crate::gate::{EvaluationRow, Next, Reformation, StepGate, StepReport};
+use crate::learner::{Holding, Learner, Mismatched, Prepared};
 use crate::measure::{measure, pair_logps};
 use crate::phases::{Phases, timed};
 use crate::process::peak_bytes;
+use crate::pulse::{Pulse, Work};
 use crate::reference::{ReferenceCounts, References};
-use crate::setup::{MismatchedPairs, Progress, Setup, held_out};
+use crate::reform::{Held, Past};
+use crate::setup::{Facts, MismatchedPairs, Progress, Setup, held_out};
+use crate::shards::{Reduced, ShardedOptimizer};
 use crate::snapshot::{Destination, Saver, restore};
 
 /// A rank's place among the others, for one generation.
@@ -31,6 +35,10 @@ pub struct Membership {
     pub checkpoints: PathBuf,
     /// The checkpoint to go on from; without one the starting weights.
     pub resume: Option<PathBuf>,
+    /// Where its work shows. The same for all generations of a run.
+    pub pulse: Arc<Pulse>,
+    /// Whether each rank also keeps the optimizer's shard of the rank before it, so that no loss of one rank loses any.
+    pub mirror: bool,
     /// Written into snapshots; the collective's own.
     pub generation: u64,
 }
@@ -56,6 +64,30 @@ pub struct Trainer {
     saver: Saver,
     rates: Schedule,
     state: TrainState,
+    facts: Facts,
+    /// Whose shards the learner has.
+    cut: Cut,
+    /// The generation before and its shards, until all ranks have entered the present one.
+    before: Option<(Cut, ShardedOptimizer)>,
+    /// A prepared step whose verdict this rank has not heard.
+    undecided: Option<Undecided>,
+}
+
+/// A rank's place in the generation that cut its shards.
+#[derive(Clone, Copy)]
+struct Cut {
+    generation: u64,
+    rank: usize,
+    world: usize,
+}
+
+/// A step between its preparation and its verdict.
+struct Undecided {
+    step: u64,
+    epoch: u64,
+    learning_rate: f64,
+    reduced: Reduced,
+    shift: RunningMean,
 }
 
 /// For whoever compares it with what was planned.
@@ -115,10 +147,17 @@ impl Trainer {
         if let Some(adapter) = adapter {
             adapter.put_on(&mut model)?;
         }
-        let mut learner = Learner::new(model, spec.optimizer, collective, membership.step_deadline);
+        let mut learner = Learner::new(
+            model,
+            spec.optimizer,
+            collective,
+            membership.mirror,
+            membership.step_deadline,
+            membership.pulse,
+        );
         let state = match &membership.resume {
             Some(path) => {
-                progress("load checkpoint", 0, 1);
+                progress("load checkpoint", 0, 1)?;
                 restore(&mut learner, path, spec.seed, &facts)?
             }
             None => TrainState {
@@ -129,9 +168,10 @@ impl Trainer {
                 shift: None,
             },
         };
+        let generation = membership.generation;
         let saver = Saver::new(Destination {
             checkpoints: membership.checkpoints,
-            generation: membership.generation,
+            generation,
             rank: rank as u32,
             world: world as u32,
         });
@@ -146,7 +186,37 @@ impl Trainer {
             references,
             saver,
             state,
+            facts,
+            cut: Cut {
+                generation,
+                rank,
+                world,
+            },
+            before: None,
+            undecided: None,
         };
+        Ok((trainer, counts))
+    }
+
+    /// As [`Trainer::new`] for a rank that comes to a run which others have begun: what it lacks, they send.
+    ///
+    /// # Errors
+    /// Also a peer that is lost meanwhile.
+    pub fn join(
+        setup: Setup,
+        reformation: Reformation,
+        progress: Progress<'_>,
+    ) -> Result<(Self, ReferenceCounts), TrainError> {
+        let Reformation {
+            membership,
+            committed,
+            past,
+            ..
+        } = reformation;
+        let (mut trainer, counts) = Self::new(setup, membership, progress)?;
+        if let Some(past) = past {
+            trainer.receive(&past, None, committed)?;
+        }
         Ok((trainer, counts))
     }
 
@@ -158,25 +228,174 @@ impl Trainer {
     /// Trains as `gate` says, until it says that this is the end.
     ///
     /// # Errors
-    /// A lost peer or control side; the state of the last checkpoint is what remains then.
+    /// A lost peer or control side, where the gate knows of no next generation; the state of the last checkpoint is what
+    /// remains then.
     pub fn run(mut self, gate: &mut dyn StepGate) -> Result<End, TrainError> {
         loop {
-            let next = timed(&mut self.learner.times.wait, || gate.next())?;
-            self.collect_references()?;
-            match next {
-                Next::Evaluate => self.evaluate(gate)?,
-                Next::Step(step) => self.step(step, gate)?,
-                Next::Finish => {
-                    self.saver.finish();
-                    tell_memory();
-                    return Ok(End::Finished);
-                }
-                Next::Stop => {
-                    self.saver.finish();
-                    return Ok(End::Stopped);
-                }
+            match self.proceed(gate) {
+                Ok(None) => (),
+                Ok(Some(end)) => return Ok(end),
+                Err(error) => self.recover(error, gate)?,
             }
         }
+    }
+
+    /// Does the next thing.
+    fn proceed(&mut self, gate: &mut dyn StepGate) -> Result<Option<End>, TrainError> {
+        self.learner.pulse.about(0);
+        self.learner.pulse.turn_to(Work::Waits);
+        let next = timed(&mut self.learner.times.wait, || gate.next())?;
+        self.learner.pulse.turn_to(Work::Untold);
+        // Every rank has entered the generation: nobody will ask for the shards of the one before.
+        self.before = None;
+        self.collect_references()?;
+        match next {
+            Next::Evaluate => self.evaluate(gate)?,
+            Next::Step(step) => self.step(step, gate)?,
+            Next::Save { last } => self.save(last, gate)?,
+            Next::Finish => {
+                self.saver.finish();
+                tell_memory();
+                return Ok(Some(End::Finished));
+            }
+            Next::Stop => {
+                self.saver.finish();
+                return Ok(Some(End::Stopped));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Enters the generation that follows an interruption, or the one after that if entering is interrupted too.
+    fn recover(
+        &mut self,
+        mut error: TrainError,
+        gate: &mut dyn StepGate,
+    ) -> Result<(), TrainError> {
+        while let TrainError::Collective(_) | TrainError::Closed(_) = &error {
+            // Whoever still waits for this rank shall not.
+            drop(self.learner.disband());
+            let Some(reformation) = gate.reform(&error, &self.held())? else {
+                break;
+            };
+            tracing::info!(
+                generation = reformation.membership.generation,
+                committed = reformation.committed,
+                "forming anew after: {error}"
+            );
+            match self.reform(reformation) {
+                Ok(()) => match gate.reformed(self.state.step) {
+                    Ok(()) => return Ok(()),
+                    Err(closed) => error = closed.into(),
+                },
+                Err(interrupted) => error = interrupted,
+            }
+        }
+        Err(error)
+    }
+
+    /// What this rank can bring to a next generation, the newest first.
+    fn held(&self) -> Vec<Held> {
+        let held = |cut: Cut, gradient: bool| Held {
+            generation: cut.generation,
+            rank: cut.rank,
+            world: cut.world,
+            applied: self.state.step,
+            gradient,
+        };
+        let before = self.before.iter().map(|(cut, _)| held(*cut, false));
+        let present = held(self.cut, self.undecided.is_some());
+        std::iter::once(present).chain(before).collect()
+    }
+
+    /// Enters another generation.
+    fn reform(&mut self, reformation: Reformation) -> Result<(), TrainError> {
+        let Reformation {
+            membership,
+            committed,
+            apply,
+            past,
+        } = reformation;
+        self.settle(committed, apply);
+        let cut = Cut {
+            generation: membership.generation,
+            rank: membership.collective.rank(),
+            world: membership.collective.world(),
+        };
+        // A save in flight goes on; nobody waits for its file any more.
+        self.saver = Saver::new(Destination {
+            checkpoints: membership.checkpoints,
+            generation: cut.generation,
+            rank: cut.rank as u32,
+            world: cut.world as u32,
+        });
+        self.learner.collective = membership.collective;
+        match (past, membership.resume) {
+            (Some(past), _) => {
+                let held = past.brings(cut.rank).then_some(past.generation);
+                self.receive(&past, held, committed)?;
+            }
+            (None, Some(path)) => {
+                self.before = None;
+                self.learner.start_over();
+                self.state = restore(&mut self.learner, &path, self.spec.seed, &self.facts)?;
+            }
+            (None, None) => {
+                return Err(TrainError::NotHeld {
+                    what: "the starting weights".into(),
+                });
+            }
+        }
+        self.cut = cut;
+        Ok(())
+    }
+
+    /// Gets to the committed step if this rank has its gradient, and drops any other.
+    fn settle(&mut self, committed: u64, apply: bool) {
+        let undecided = self.undecided.take();
+        let Some(undecided) = undecided.filter(|it| it.step == committed) else {
+            return;
+        };
+        if apply {
+            self.learner.apply_here(
+                &undecided.reduced,
+                undecided.learning_rate,
+                self.cut.world == 1,
+            );
+            self.learner.shift = undecided.shift;
+        }
+        self.stand_at(undecided.step, undecided.epoch);
+    }
+
+    /// Takes what this rank lacks from the others. `held` is the generation whose shards it brings.
+    fn receive(
+        &mut self,
+        past: &Past,
+        held: Option<u64>,
+        committed: u64,
+    ) -> Result<(), TrainError> {
+        let before = self.before.as_ref();
+        let before = before.filter(|(cut, _)| Some(cut.generation) == held);
+        let is_present = held == Some(self.cut.generation);
+        let holding = match (held, before) {
+            (None, _) => Holding::Nothing,
+            (Some(_), _) if is_present => Holding::Present,
+            (Some(_), Some((_, shards))) => Holding::Before(shards),
+            (Some(generation), None) => {
+                return Err(TrainError::NotHeld {
+                    what: format!("shards of generation {generation}"),
+                });
+            }
+        };
+        let formed = self.learner.reform(past, holding, self.state, committed);
+        let (state, shards) = formed?;
+        let present = self.learner.take_up(shards);
+        if is_present {
+            self.before = Some((self.cut, present));
+        }
+        // Otherwise the shards before the present ones are still what a next generation may start from.
+        self.state = state;
+        Ok(())
     }
 
     fn step(&mut self, step: u64, gate: &mut dyn StepGate) -> Result<(), TrainError> {
@@ -188,6 +407,8 @@ impl Trainer {
                 total,
             });
         }
+        self.learner.pulse.about(step);
+        self.learner.pulse.turn_to(Work::Computes);
         let start = Instant::now();
         let pairs = self.train.pairs.len();
         let batch_pairs = self.spec.train.batch_pairs;
@@ -221,35 +442,68 @@ impl Trainer {
         )?;
         let report = self.report(step, order.epoch, &batch, &prepared);
         self.learner.times = Phases::default();
-        let verdict = timed(&mut self.learner.times.wait, || gate.prepared(&report))?;
-        if verdict.apply {
-            self.learner.apply(prepared.reduced, report.learning_rate)?;
-            self.learner.shift = prepared.shift;
-        } else {
-            self.learner.skip(prepared.reduced);
-        }
-        self.state = TrainState {
-            step,
-            epoch: order.epoch,
-            updates: self.learner.optimizer.updates(),
-            seed: self.spec.seed,
-            shift: self.learner.kept_shift(),
+        let Prepared { reduced, shift, .. } = prepared;
+        self.learner.pulse.turn_to(Work::Waits);
+        let verdict = timed(&mut self.learner.times.wait, || gate.prepared(&report));
+        self.learner.pulse.turn_to(Work::Computes);
+        let verdict = match verdict {
+            Ok(verdict) => verdict,
+            Err(closed) => {
+                self.undecided = Some(Undecided {
+                    step,
+                    epoch: order.epoch,
+                    learning_rate: report.learning_rate,
+                    reduced,
+                    shift,
+                });
+                return Err(closed.into());
+            }
         };
+        let mut gathered = Ok(());
+        if verdict.apply {
+            gathered = self.learner.apply(reduced, report.learning_rate);
+            self.learner.shift = shift;
+        } else {
+            self.learner.skip(reduced);
+        }
+        // Committed and applied here, whatever became of the gather.
+        self.stand_at(step, order.epoch);
+        gathered?;
+        self.learner.pulse.turn_to(Work::Untold);
+        let every = self.spec.train.compare_every_steps;
+        if every > 0 && step.is_multiple_of(every) {
+            self.learner.compare(step)?;
+        }
 
         if verdict.save {
-            let (reporter, start) = (gate.saved_reporter(), Instant::now());
-            let (saver, learner) = (&mut self.saver, &mut self.learner);
-            if step == total {
-                saver.save_last(learner, self.state, reporter);
-            } else {
-                saver.save(learner, self.state, reporter)?;
-            }
-            self.learner.times.checkpoint += start.elapsed().as_secs_f64();
+            self.save(verdict.last, gate)?;
         }
         if verdict.evaluate {
             self.evaluate(gate)?;
         }
         Ok(())
+    }
+
+    fn save(&mut self, last: bool, gate: &mut dyn StepGate) -> Result<(), TrainError> {
+        let (reporter, start) = (gate.saved_reporter(), Instant::now());
+        let (saver, learner) = (&mut self.saver, &mut self.learner);
+        if last {
+            saver.save_last(learner, self.state, reporter);
+        } else {
+            saver.save(learner, self.state, reporter)?;
+        }
+        self.learner.times.checkpoint += start.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    fn stand_at(&mut self, step: u64, epoch: u64) {
+        self.state = TrainState {
+            step,
+            epoch,
+            updates: self.learner.optimizer.updates(),
+            seed: self.spec.seed,
+            shift: self.learner.kept_shift(),
+        };
     }
 
     fn report(&self, step: u64, epoch: u64, batch: &Batch<'_>, prepared: &Prepared) -> StepReport {

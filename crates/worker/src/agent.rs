@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use collective::tcp::Rendezvous;
@@ -16,6 +17,7 @@ use tokio::runtime::Handle;
 use trainer::{End, Facts, Membership, Setup, TrainError, Trainer};
 
 use crate::gate::{Gate, ProgressTeller};
+use crate::memory::{self, MemoryError};
 use crate::presence::Presence;
 use crate::session::{Door, Session, SessionError};
 
@@ -62,6 +64,8 @@ enum AgentError {
     Job(#[from] JobError),
     #[error(transparent)]
     Train(#[from] TrainError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     #[error(transparent)]
     Collective(#[from] CollectiveError),
     #[error("the training thread panicked: {0}")]
@@ -159,7 +163,7 @@ fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError>
     })?;
     voice.await_next(Awaits::Nothing);
 
-    let collective = form.connect(rendezvous)?;
+    let collective = form.connect(&rendezvous)?;
     voice.enter(form.generation, Some(collective.aborter()));
     voice.know(form.committed);
     // A thread of its own: a panic in it is told to the coordinator instead of a silent death.
@@ -209,7 +213,16 @@ struct Formed {
 }
 
 impl Formed {
-    fn connect(&self, rendezvous: Rendezvous) -> Result<Box<dyn Collective>, CollectiveError> {
+    /// Workers on this one's machine, itself included: those with its IP address. Containers have one each, and memory of
+    /// their own.
+    fn neighbors(&self) -> usize {
+        let host = |address: &str| address.rsplit_once(':').map(|(host, _)| host.to_owned());
+        let own = host(&self.addresses[self.rank as usize]);
+        let all = self.addresses.iter();
+        all.filter(|address| host(address) == own).count()
+    }
+
+    fn connect(&self, rendezvous: &Rendezvous) -> Result<Box<dyn Collective>, CollectiveError> {
         if self.addresses.len() == 1 {
             return Ok(Box::new(single(self.generation.0)));
         }
@@ -235,7 +248,10 @@ fn train(
 ) -> Result<(), AgentError> {
     let voice = session.voice().clone();
     let mut teller = ProgressTeller::new(voice.clone());
-    let mut progress = |phase: &str, done, total| teller.tell(phase, done, total);
+    let mut progress = |phase: &str, done, total| {
+        teller.tell(phase, done, total);
+        Ok(())
+    };
     let setup = Setup::load(spec, &options.device, &mut progress)?;
     if form.rank == 0 {
         let notes = setup.notes().iter().map(|note| format!("{note}\n"));
@@ -244,12 +260,17 @@ fn train(
         // The export is made where the coordinator runs, which may not see the model's folder.
         setup.keep_source(&checkpoints)?;
     }
+    if options.device == Device::flex() {
+        memory::check(&setup, form.addresses.len(), form.neighbors())?;
+    }
     let facts = setup.facts();
     let membership = Membership {
         collective,
         step_deadline: COLLECTIVE_PATIENCE,
         checkpoints,
         resume: form.resume.clone(),
+        mirror: false,
+        pulse: Arc::default(),
         generation: form.generation.0,
     };
     let (trainer, counts) = Trainer::new(setup, membership, &mut progress)?;
@@ -303,7 +324,7 @@ fn incarnation() -> Result<Incarnation, String> {
 impl AgentError {
     fn cause(&self) -> Cause {
         match self {
-            Self::Job(_) | Self::OtherDisk { .. } => Cause::Config,
+            Self::Job(_) | Self::OtherDisk { .. } | Self::Memory(_) => Cause::Config,
             Self::Session(_) | Self::Collective(_) => Cause::Temporary,
             Self::Panicked(_) => Cause::Fatal,
             Self::Train(error) => match error.cause() {

@@ -127,6 +127,7 @@ impl StepGate for Gate<'_> {
                         apply,
                         save,
                         evaluate,
+                        last,
                     });
                 }
                 Some(CoordinatorMessage::Stale { committed }) if committed.0 > report.step => {

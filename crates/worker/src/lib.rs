@@ -16,6 +16,8 @@ pub mod backend;
 pub mod cli;
 mod gate;
 pub mod log;
+pub mod machine;
+mod memory;
 pub mod plan;
 mod presence;
 pub mod report;

@@ -4,10 +4,10 @@ use std::fmt;
 use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
-use worker::plan::{Cure, Moment};
+use worker::machine::LimitBy;
+use worker::plan::Moment;
 
 use super::{Disk, Memory, Plan, Time};
-use crate::machine::LimitBy;
 use crate::numbers::{bytes, duration, grouped, plain};
 
 impl fmt::Display for Plan {
@@ -223,7 +223,7 @@ fn memory_refusal(memory: &Memory) -> String {
         bytes(memory.total_bytes),
         bytes(limit)
     );
-    let cures: Vec<String> = memory.cures.iter().map(cure).collect();
+    let cures: Vec<String> = memory.cures.iter().map(ToString::to_string).collect();
     if cures.is_empty() {
         let least = memory.least_bytes.unwrap_or(0);
         text = format!(
@@ -235,23 +235,6 @@ fn memory_refusal(memory: &Memory) -> String {
         text = format!("{text}; it fits with {}", cures.join(", or with "));
     }
     text
-}
-
-fn cure(cure: &Cure) -> String {
-    let changes: Vec<String> = cure
-        .changes
-        .iter()
-        .map(|change| format!("{}={}", change.key, change.value))
-        .collect();
-    let price = match cure.truncated_pairs {
-        0 => String::new(),
-        pairs => format!(", which cuts or drops {} pairs", grouped(pairs as u64)),
-    };
-    format!(
-        "--set {} ({}{price})",
-        changes.join(" --set "),
-        bytes(cure.bytes)
-    )
 }
 
 fn disk_refusal(disk: &Disk) -> String {

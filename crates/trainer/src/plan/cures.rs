@@ -1,9 +1,12 @@
 //! Settings with which a job that is too large for a machine would fit: one change where one is enough, else the mildest
 //! together.
 
+use std::fmt;
+
 use serde::Serialize;
 use serde_json::Value;
 
+use super::memory::size;
 use super::{Knobs, Lengths, Program, Workload};
 
 /// Changes that make a job fit.
@@ -24,6 +27,20 @@ pub struct Change {
     pub key: &'static str,
     /// What to set it to.
     pub value: Value,
+}
+
+/// As arguments of a command line, with what they cost.
+impl fmt::Display for Cure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Change { key, value } in &self.changes {
+            write!(f, "--set {key}={value} ")?;
+        }
+        write!(f, "({}", size(self.bytes))?;
+        match self.truncated_pairs {
+            0 => write!(f, ")"),
+            pairs => write!(f, ", which cuts or drops {pairs} pairs)"),
+        }
+    }
 }
 
 /// Micro-batches and lengths are offered in multiples of this.

@@ -122,7 +122,8 @@ impl fmt::Display for WorkerMemory {
     }
 }
 
-fn size(bytes: u64) -> String {
+/// Bytes as people read them.
+pub(super) fn size(bytes: u64) -> String {
     match bytes as f64 / f64::from(1 << 20) {
         mib if mib < 1000.0 => format!("{mib:.1} MiB"),
         mib => format!("{:.2} GiB", mib / 1024.0),

@@ -6,6 +6,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use checkpoint::{Kind, ManifestInfo, Piece, TensorSpec, TrainState};
@@ -213,7 +214,14 @@ impl Draft {
         model: Model,
         collective: Box<dyn Collective>,
     ) -> Result<Timed, TrainError> {
-        let mut learner = Learner::new(model, self.spec.optimizer, collective, PATIENCE);
+        let mut learner = Learner::new(
+            model,
+            self.spec.optimizer,
+            collective,
+            false,
+            PATIENCE,
+            Arc::default(),
+        );
         let steps = &self.workload.steps;
         let batch = |learner: &Learner, step: u64, packs: usize| {
             let pairs = &steps[step as usize % steps.len()];

@@ -12,6 +12,7 @@ mod batches;
 mod golden;
 mod plan;
 mod reference;
+mod reforming;
 mod resume;
 mod spec;
 mod support;

@@ -144,7 +144,7 @@ fn run_rank(
     collective: Box<dyn Collective>,
     shared: Arc<Shared>,
 ) -> Result<Rank, TrainError> {
-    let setup = Setup::load(spec, &Device::flex(), &mut |_, _, _| {})?;
+    let setup = Setup::load(spec, &Device::flex(), &mut |_, _, _| Ok(()))?;
     let facts = setup.facts();
     let membership = Membership {
         collective,
@@ -152,8 +152,10 @@ fn run_rank(
         checkpoints: script.checkpoints.clone(),
         resume: script.resume.clone(),
         generation: 1,
+        mirror: false,
+        pulse: Arc::default(),
     };
-    let (trainer, counts) = Trainer::new(setup, membership, &mut |_, _, _| {})?;
+    let (trainer, counts) = Trainer::new(setup, membership, &mut |_, _, _| Ok(()))?;
     let mut gate = Scripted {
         script: script.clone(),
         shared,
@@ -219,6 +221,7 @@ impl StepGate for Scripted {
             apply: report.finite,
             save: self.script.save,
             evaluate: self.script.evaluate,
+            last: self.committed == self.last,
         })
     }
 
