@@ -16,6 +16,8 @@ pub(crate) struct Located {
     pub file: usize,
     /// Byte of the first element in that file.
     pub offset: u64,
+    /// Of all its bytes.
+    pub crc32c: u32,
 }
 
 impl Located {
@@ -172,6 +174,10 @@ impl Coverage {
             {
                 return Err(refused("is empty or exceeds its tensor"));
             }
+            // Before any sum: a manifest can say any offset.
+            if piece.len as u64 > file.bytes.saturating_sub(piece.offset) / 4 {
+                return Err(refused("ends behind its file"));
+            }
             if piece.offset % 4 != 0 {
                 return Err(refused("does not begin at a multiple of 4 bytes"));
             }
@@ -184,6 +190,7 @@ impl Coverage {
                 len: piece.len,
                 file: index,
                 offset: piece.offset,
+                crc32c: piece.crc32c,
             });
         }
         let chunks = file.bytes.div_ceil(crate::CHUNK_BYTES);

@@ -3,7 +3,7 @@
 use std::{
     fmt::{self, Write},
     fs::File,
-    io::{self, Read},
+    io,
     ops::Range,
     os::unix::fs::FileExt,
     path::Path,
@@ -14,7 +14,7 @@ use storage::FileError;
 
 use crate::{
     CHUNK_BYTES,
-    digest::Digester,
+    digest::{Digests, Watch},
     folder::at,
     rank_file::{FileEntry, PieceEntry},
 };
@@ -94,23 +94,18 @@ pub(crate) fn open(folder: &Path, entry: &FileEntry) -> Result<Result<File, Dama
 }
 
 /// Reads all of a file and compares it with its entry.
-pub(crate) fn examine(folder: &Path, entry: &FileEntry) -> Result<Vec<Damage>, FileError> {
-    let mut file = match open(folder, entry)? {
+pub(crate) fn examine(
+    folder: &Path,
+    entry: &FileEntry,
+    watch: Watch<'_>,
+) -> Result<Vec<Damage>, FileError> {
+    let file = match open(folder, entry)? {
         Ok(file) => file,
         Err(damage) => return Ok(vec![damage]),
     };
     let path = folder.join(&entry.name);
-    let mut digester = Digester::default();
-    let mut buffer = buffer(entry.bytes);
-    loop {
-        match file.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(count) => digester.update(&buffer[..count]),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(at("read", &path)(error)),
-        }
-    }
-    let found = digester.finish();
+    let read_at = |bytes: &mut [u8], offset| file.read_exact_at(bytes, offset);
+    let found = Digests::of(entry.bytes, read_at, watch).map_err(at("read", &path))?;
     let chunks = found.chunks.iter().zip(&entry.chunks).enumerate();
     let bad = chunks.filter(|(_, (found, expected))| found != expected);
     let bad: Vec<u64> = bad.map(|(chunk, _)| chunk as u64).collect();

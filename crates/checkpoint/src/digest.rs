@@ -1,8 +1,25 @@
 //! Two digests of a file in one pass: crc32c of each chunk, so that a ranged read can be checked without the rest of the
-//! file, and BLAKE3 of the whole, which no accident and no swap gets past.
+//! file, and BLAKE3 of the whole, which no accident and no swap gets past. Either as the bytes come, or of a file that is
+//! there, on all cores.
 
-/// Bytes per checksummed chunk; the last one of a file is shorter.
+use std::{
+    num::NonZero,
+    panic,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    thread,
+};
+
+use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
+
+/// Bytes per checksummed chunk; the last one of a file is shorter. A power of two of BLAKE3's own chunks, so that each is a
+/// subtree of the file's hash.
 pub const CHUNK_BYTES: u64 = 8 << 20;
+
+/// Bytes read at once: few enough that they are still in the core's cache when they are hashed.
+pub(crate) const BLOCK_BYTES: usize = 256 << 10;
+
+/// Hears how many more bytes were read, from any thread.
+pub type Watch<'a> = &'a (dyn Fn(u64) + Sync);
 
 /// The digests of what went through.
 #[derive(Debug, PartialEq, Eq)]
@@ -11,6 +28,130 @@ pub(crate) struct Digests {
     /// Hexadecimal.
     pub blake3: String,
     pub chunks: Vec<u32>,
+}
+
+impl Digests {
+    /// The digests of a file of `bytes`, read a chunk per thread on all cores. `read_at` fills a slice with the file's bytes
+    /// from an offset on.
+    pub fn of<E: Send>(
+        bytes: u64,
+        read_at: impl Fn(&mut [u8], u64) -> Result<(), E> + Sync,
+        watch: Watch<'_>,
+    ) -> Result<Self, E> {
+        let count = bytes.div_ceil(CHUNK_BYTES);
+        if count == 0 {
+            return Ok(Digester::default().finish());
+        }
+        let next = AtomicU64::new(0);
+        let work = || -> Result<Vec<ChunkDigest>, E> {
+            let mut buffer = vec![0; bytes.min(BLOCK_BYTES as u64) as usize];
+            let mut done = Vec::new();
+            loop {
+                let index = next.fetch_add(1, Relaxed);
+                if index >= count {
+                    return Ok(done);
+                }
+                done.push(ChunkDigest::of(index, bytes, &read_at, &mut buffer, watch)?);
+            }
+        };
+        let mut chunks = on_all_cores(count, work)?;
+        chunks.sort_by_key(|chunk| chunk.index);
+        let values: Vec<ChainingValue> = chunks.iter().map(|chunk| chunk.value).collect();
+        Ok(Self {
+            bytes,
+            blake3: root(&values).to_hex().to_string(),
+            chunks: chunks.into_iter().map(|chunk| chunk.crc32c).collect(),
+        })
+    }
+}
+
+/// What one chunk contributes to the digests of its file.
+struct ChunkDigest {
+    index: u64,
+    crc32c: u32,
+    /// Of its subtree; of a file of one chunk, the hash itself.
+    value: ChainingValue,
+}
+
+impl ChunkDigest {
+    fn of<E>(
+        index: u64,
+        bytes: u64,
+        read_at: &impl Fn(&mut [u8], u64) -> Result<(), E>,
+        buffer: &mut [u8],
+        watch: Watch<'_>,
+    ) -> Result<Self, E> {
+        let mut offset = index * CHUNK_BYTES;
+        let end = bytes.min(offset + CHUNK_BYTES);
+        let mut hasher = blake3::Hasher::new();
+        hasher.set_input_offset(offset);
+        let mut crc32c = 0;
+        while offset < end {
+            let count = buffer.len().min((end - offset) as usize);
+            let block = &mut buffer[..count];
+            read_at(block, offset)?;
+            crc32c = crc32c::crc32c_append(crc32c, block);
+            hasher.update(block);
+            offset += count as u64;
+            watch(count as u64);
+        }
+        let value = if bytes <= CHUNK_BYTES {
+            *hasher.finalize().as_bytes()
+        } else {
+            hasher.finalize_non_root()
+        };
+        Ok(Self {
+            index,
+            crc32c,
+            value,
+        })
+    }
+}
+
+/// What `work` gives, run by one thread per core but by at most `count`; this thread is one of them.
+fn on_all_cores<T: Send, E: Send>(
+    count: u64,
+    work: impl Fn() -> Result<Vec<T>, E> + Sync,
+) -> Result<Vec<T>, E> {
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    let others = cores.min(count as usize) - 1;
+    thread::scope(|scope| {
+        let others: Vec<_> = (0..others).map(|_| scope.spawn(&work)).collect();
+        let mut all = work();
+        for other in others {
+            let other = other.join().unwrap_or_else(|it| panic::resume_unwind(it));
+            if let Ok(results) = &mut all {
+                match other {
+                    Ok(more) => results.extend(more),
+                    error => all = error,
+                }
+            }
+        }
+        all
+    })
+}
+
+/// BLAKE3 of a file from the values of its chunks, at least one.
+fn root(values: &[ChainingValue]) -> blake3::Hash {
+    if let [one] = values {
+        return blake3::Hash::from_bytes(*one);
+    }
+    let (left, right) = halves(values);
+    hazmat::merge_subtrees_root(&subtree(left), &subtree(right), Mode::Hash)
+}
+
+fn subtree(values: &[ChainingValue]) -> ChainingValue {
+    if let [one] = values {
+        return *one;
+    }
+    let (left, right) = halves(values);
+    hazmat::merge_subtrees_non_root(&subtree(left), &subtree(right), Mode::Hash)
+}
+
+/// BLAKE3's left subtree is the largest whole one that leaves something for the right.
+fn halves(values: &[ChainingValue]) -> (&[ChainingValue], &[ChainingValue]) {
+    let left = values.len().next_power_of_two() / 2;
+    values.split_at(left)
 }
 
 /// Takes a file's bytes in order.
@@ -49,6 +190,8 @@ impl Digester {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     #[test]
@@ -70,5 +213,49 @@ mod tests {
             .collect();
         assert_eq!(whole.chunks, expected);
         assert_eq!(whole.blake3, blake3::hash(&bytes).to_hex().to_string());
+    }
+
+    #[test]
+    fn chunks_hashed_side_by_side_are_the_hash_of_the_whole() {
+        let chunk = CHUNK_BYTES as usize;
+        let bytes: Vec<u8> = (0..=chunk * 7).map(|it| (it % 251) as u8).collect();
+        // None, less than one, one, a power of two, one more byte, an odd number of them.
+        for len in [
+            0,
+            1,
+            chunk - 1,
+            chunk,
+            chunk * 4,
+            chunk * 4 + 1,
+            chunk * 7,
+            chunk * 7 + 1,
+        ] {
+            let bytes = &bytes[..len];
+            let read_at = |out: &mut [u8], offset: u64| {
+                let offset = offset as usize;
+                out.copy_from_slice(&bytes[offset..offset + out.len()]);
+                Ok::<(), io::Error>(())
+            };
+            let seen = AtomicU64::new(0);
+            let watch = |count| {
+                seen.fetch_add(count, Relaxed);
+            };
+            let found = Digests::of(len as u64, read_at, &watch).expect("memory can be read");
+            let mut expected = Digester::default();
+            expected.update(bytes);
+            assert_eq!(found, expected.finish(), "{len} bytes");
+            assert_eq!(seen.into_inner(), len as u64);
+        }
+    }
+
+    #[test]
+    fn a_block_that_cannot_be_read_is_an_error_whoever_reads_it() {
+        let bad = 5 * CHUNK_BYTES;
+        let read_at = |_: &mut [u8], offset: u64| match offset {
+            offset if offset == bad => Err(io::Error::other("bad sector")),
+            _ => Ok(()),
+        };
+        let error = Digests::of(8 * CHUNK_BYTES, read_at, &|_| ()).expect_err("refused");
+        assert_eq!(error.to_string(), "bad sector");
     }
 }

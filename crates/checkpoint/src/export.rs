@@ -33,11 +33,14 @@ use serde::Serialize;
 use storage::FileError;
 
 use crate::{
+    digest::Watch,
     folder::at,
     manifest::Manifest,
     parts::{Kind, TensorSpec},
     read::{Checkpoint, CheckpointError},
 };
+
+pub(crate) use base::Base;
 
 pub use adapter::{export_adapter, is_adapter, keep_adapter};
 pub use directory::{Exported, exported, has_weights};
@@ -171,6 +174,25 @@ pub fn export(
     dtype: ExportDtype,
     shard_bytes_max: u64,
 ) -> Result<ExportSummary, ExportError> {
+    export_watched(
+        checkpoint,
+        source_model_dir,
+        out,
+        dtype,
+        shard_bytes_max,
+        &|_| (),
+    )
+}
+
+/// [`export`]; `watch` hears of the weights' bytes, as f32, as they are read.
+pub fn export_watched(
+    checkpoint: &Path,
+    source_model_dir: &Path,
+    out: &Path,
+    dtype: ExportDtype,
+    shard_bytes_max: u64,
+    watch: Watch<'_>,
+) -> Result<ExportSummary, ExportError> {
     let path = checkpoint;
     let checkpoint = Checkpoint::open(path)?;
     let manifest = checkpoint.manifest();
@@ -194,7 +216,7 @@ pub fn export(
     let temporary = beside(out, "tmp");
     storage::remove_directory(&temporary)?;
     storage::create_directory(&temporary)?;
-    let written = export.fill(&temporary, &mut weights);
+    let written = export.fill(&temporary, &mut weights, watch);
     let moved = written.and_then(|bytes| put_in_place(&temporary, out).map(|()| bytes));
     let bytes = match moved {
         Ok(bytes) => bytes,
@@ -283,10 +305,18 @@ struct Export<'a> {
 
 impl Export<'_> {
     /// Writes all files of the model directory; returns the size of the weights.
-    fn fill(&self, folder: &Path, from: &mut Weights<'_>) -> Result<u64, ExportError> {
+    fn fill(
+        &self,
+        folder: &Path,
+        from: &mut Weights<'_>,
+        watch: Watch<'_>,
+    ) -> Result<u64, ExportError> {
         let mut bytes = 0;
-        let mut read =
-            |name: &str, start: usize, values: &mut [f32]| from.read(name, start, values);
+        let mut read = |name: &str, start: usize, values: &mut [f32]| {
+            from.read(name, start, values)?;
+            watch(4 * values.len() as u64);
+            Ok(())
+        };
         for Shard { name, tensors } in &self.shards {
             bytes += weights::write(&folder.join(name), self.manifest, tensors, &mut read)?;
         }

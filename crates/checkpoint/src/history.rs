@@ -1,10 +1,11 @@
-//! The checkpoints of a run over time: the newest that holds, and the removal of old ones.
+//! The checkpoints of a run over time: the newest that holds. Not here: which old ones go (`retention`).
 
 use std::path::{Path, PathBuf};
 
 use storage::FileError;
 
 use crate::{
+    digest::Watch,
     folder::{self, MANIFEST},
     read::{Checkpoint, CheckpointError},
 };
@@ -18,26 +19,20 @@ pub struct Newest {
     pub refused: Vec<(PathBuf, String)>,
 }
 
-/// Which checkpoints stay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Retention<'a> {
-    /// The newest so many, at least one.
-    pub keep_last: usize,
-    /// Steps, the best first: besides the newest, the first of these that has a checkpoint keeps it.
-    pub best_first: &'a [u64],
-    /// Nothing of this step or later goes: what `best_first` knows ends there.
-    pub since: u64,
-}
-
 /// Looks below `dir` for the newest checkpoint that verifies. Folders without a manifest are saves that were not completed
 /// and do not count; neither does a `dir` that is not there.
 ///
 /// # Errors
 /// Only if `dir` cannot be listed; a checkpoint that cannot be read is refused, with the reason.
 pub fn newest(dir: &Path) -> Result<Newest, FileError> {
+    newest_watched(dir, &|_| ())
+}
+
+/// [`newest`]; `watch` hears of every byte that is read.
+pub fn newest_watched(dir: &Path, watch: Watch<'_>) -> Result<Newest, FileError> {
     let mut newest = Newest::default();
     for (step, path) in folder::list(dir)? {
-        match open_as(step, &path).and_then(|checkpoint| checkpoint.verify()) {
+        match open_as(step, &path).and_then(|checkpoint| checkpoint.verify_watched(watch)) {
             Ok(_) => {
                 newest.found = Some((step, path));
                 break;
@@ -55,61 +50,8 @@ pub fn visible(dir: &Path, step: u64) -> Option<PathBuf> {
     path.join(MANIFEST).is_file().then_some(path)
 }
 
-/// Removes the checkpoints below `dir` that `retention` does not name, and the remains of saves that were not completed before
-/// the newest. Returns the removed folders, the newest first.
-///
-/// Nothing is removed before the newest has been read back whole; ones that do not hold neither count nor go.
-pub fn retain(dir: &Path, retention: Retention<'_>) -> Result<Vec<PathBuf>, FileError> {
-    let keep_last = retention.keep_last.max(1);
-    let folders = folder::list(dir)?;
-    let mut kept = 0;
-    let mut removed = Vec::new();
-    // Most calls find nothing to do; they should not read a checkpoint to learn it.
-    if folders.len() <= keep_last {
-        return Ok(removed);
-    }
-    let best = best(dir, retention.best_first)?;
-    for (step, path) in folders {
-        let checkpoint = match open_as(step, &path) {
-            Ok(checkpoint) => checkpoint,
-            Err(CheckpointError::Incomplete { .. }) if kept > 0 => {
-                storage::remove_directory(&path)?;
-                removed.push(path);
-                continue;
-            }
-            Err(_) => continue,
-        };
-        let holds = if kept == 0 {
-            checkpoint.verify().is_ok()
-        } else {
-            checkpoint.has_files()?
-        };
-        if holds && kept < keep_last {
-            kept += 1;
-        } else if holds && step < retention.since && best != Some(step) {
-            // Its manifest first: a crash on the way leaves no checkpoint with files missing.
-            storage::remove_file(&path.join(MANIFEST))?;
-            storage::remove_directory(&path)?;
-            removed.push(path);
-        }
-    }
-    Ok(removed)
-}
-
-/// The first of `steps` that has all its files.
-fn best(dir: &Path, steps: &[u64]) -> Result<Option<u64>, FileError> {
-    for &step in steps {
-        if let Ok(checkpoint) = open_as(step, &folder::path(dir, step))
-            && checkpoint.has_files()?
-        {
-            return Ok(Some(step));
-        }
-    }
-    Ok(None)
-}
-
 /// Opens a folder found under the name of `step`.
-fn open_as(step: u64, path: &Path) -> Result<Checkpoint, CheckpointError> {
+pub(crate) fn open_as(step: u64, path: &Path) -> Result<Checkpoint, CheckpointError> {
     let checkpoint = Checkpoint::open(path)?;
     let inside = checkpoint.manifest().state.step;
     if inside != step {

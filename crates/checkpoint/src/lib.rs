@@ -1,20 +1,24 @@
-//! Sharded training checkpoints: format, commit, verification, reading at any world size, export. Needs no ML stack.
+//! Sharded training checkpoints: format, commit, verification, reading and cutting anew at any world size, comparison, retention,
+//! export. Needs no ML stack.
 //!
 //! ```text
 //! every rank                     coordinator                         whoever resumes
 //! write_rank ──RankFile (JSON)──► commit ──manifest.json──►  newest ► Checkpoint::read(tensor, kind, range)
 //!                                   then retain                       export ► a Hugging Face model directory
+//!                                                                     reshard ► another world size, by the same commit
 //! ```
 //!
 //! # What is promised
 //! - **C1** A checkpoint is visible only when its manifest is in place, and the manifest is put there only after every file
 //!   was read back. A crash anywhere leaves the previous checkpoint; so does saving a step a second time, because file names
 //!   carry the generation and the new manifest replaces the old one in one rename. [`retain`] removes older checkpoints only
-//!   after it has read the newest one whole, and spares the best of those that are there, by an order that it is given.
+//!   after it has read the newest one whole, and spares the last so many, those of every so many steps, the best of those that
+//!   are there by an order that it is given, and pinned ones. It removes a manifest before the files.
 //! - **C2** Every byte is covered: of a rank file by crc32c of its chunk and of its piece and by BLAKE3 of the file, of the
 //!   manifest by its own BLAKE3 and by comparison with fixed bytes. What differs is named by file, tensor and offset, before
 //!   any value of it is handed out.
 //! - **C3** A read asks for elements of a tensor and not for a rank, so any world size reads what any other wrote.
+//! - Reading, verifying, exporting, comparing and cutting anew take a few MiB, however large the checkpoint is.
 //!
 //! # Layout
 //! ```text
@@ -22,6 +26,7 @@
 //!     rank-00000-of-00002.generation-3.safetensors          one per rank
 //!     rank-00001-of-00002.generation-3.safetensors
 //!     manifest.json                                         last
+//!     pinned                                                where somebody pinned it: why, for people
 //! ```
 //! Other files in the folder are never read. `*.tmp` and rank files that the manifest does not list are remains of saves that
 //! were cut short; the next commit of the step, or [`retain`], removes them.
@@ -64,6 +69,7 @@
 mod commit;
 mod coverage;
 mod damage;
+mod diff;
 mod digest;
 mod export;
 mod folder;
@@ -72,18 +78,26 @@ mod manifest;
 mod parts;
 mod rank_file;
 mod read;
+mod reshard;
+mod retention;
 
 pub use commit::{CommitError, CommittedCheckpoint, commit};
 pub use coverage::CoverageError;
 pub use damage::Damage;
-pub use digest::CHUNK_BYTES;
+pub use diff::{Compared, Diff, DiffError, Difference, Shapes, Side, Total, diff};
+pub use digest::{CHUNK_BYTES, Watch};
 pub use export::{
     ExportDtype, ExportError, ExportSummary, Exported, SHARD_BYTES_MAX, SOURCE, WeightDtype,
-    export, export_adapter, exported, has_weights, is_adapter, keep_adapter, keep_source,
+    export, export_adapter, export_watched, exported, has_weights, is_adapter, keep_adapter,
+    keep_source,
 };
 pub use folder::MANIFEST;
-pub use history::{Newest, Retention, newest, retain, visible};
+pub use history::{Newest, newest, newest_watched, visible};
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestError, ManifestInfo};
 pub use parts::{Kind, MeanState, Piece, TensorSpec, TrainState};
 pub use rank_file::{FileEntry, PieceEntry, RankFile, WriteError, write_rank};
 pub use read::{Checkpoint, CheckpointError, Verified};
+pub use reshard::{ReshardError, reshard};
+pub use retention::{
+    Condition, Fate, PIN, Planned, Retention, apply, pin, pinned, plan, retain, unpin,
+};

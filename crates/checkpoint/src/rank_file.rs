@@ -1,7 +1,7 @@
 //! One rank's part of a checkpoint: a safetensors file, streamed to disk, and the entry that describes it to the
 //! coordinator. Not here: whether the parts together are a checkpoint (`commit`).
 
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -15,6 +15,9 @@ use crate::{
 
 /// Bytes converted and written at once.
 const BUFFER_BYTES: usize = 1 << 20;
+
+/// The same in elements.
+const RUN: usize = BUFFER_BYTES / 4;
 
 /// A durable rank file as the manifest describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,65 +121,137 @@ pub fn write_rank(
     tensors: &[TensorSpec],
     pieces: &[Piece<'_>],
 ) -> Result<RankFile, WriteError> {
-    if rank >= world {
-        return Err(WriteError::Rank { rank, world });
-    }
     let pieces: Vec<Piece<'_>> = pieces
         .iter()
         .filter(|piece| !piece.values.is_empty())
         .copied()
         .collect();
-    let mut entries = place(tensors, &pieces)?;
-    let header = header(generation, rank, world, state, &entries);
-    for entry in &mut entries {
-        entry.offset += header.len() as u64;
-    }
-
-    let folder = folder::path(dir, state.step);
-    storage::create_directory(&folder)?;
-    let name = folder::file_name(rank, world, generation);
-    let mut file = DurableFile::create(&folder.join(&name))?;
-    let mut digester = Digester::default();
-    digester.update(&header);
-    file.append(&header)?;
-    let mut buffer = Vec::with_capacity(BUFFER_BYTES);
-    for (piece, entry) in pieces.iter().zip(&mut entries) {
-        for values in piece.values.chunks(BUFFER_BYTES / 4) {
-            encode(values, f32::to_le_bytes, &mut buffer);
-            entry.crc32c = crc32c::crc32c_append(entry.crc32c, &buffer);
-            digester.update(&buffer);
-            file.append(&buffer)?;
-        }
-    }
-    file.commit()?;
-
-    let digests = digester.finish();
-    Ok(RankFile {
-        world,
+    let extent = |piece: &Piece<'_>| Extent {
+        tensor: piece.tensor.to_owned(),
+        kind: piece.kind,
+        start: piece.start,
+        len: piece.values.len(),
+    };
+    let file = NewRankFile {
         generation,
+        rank,
+        world,
         state,
-        tensors: tensors.to_vec(),
-        file: FileEntry {
-            rank,
-            name,
-            bytes: digests.bytes,
-            blake3: digests.blake3,
-            chunks: digests.chunks,
-            pieces: entries,
-        },
-    })
+        tensors,
+        extents: pieces.iter().map(extent).collect(),
+    };
+    file.write(dir, InMemory(&pieces))
 }
 
-/// Entries with offsets counted from the end of the header, and the pieces checked against the tensors.
-fn place(tensors: &[TensorSpec], pieces: &[Piece<'_>]) -> Result<Vec<PieceEntry>, WriteError> {
+/// Elements of a tensor that one file holds side by side.
+pub(crate) struct Extent {
+    pub tensor: String,
+    pub kind: Kind,
+    pub start: usize,
+    pub len: usize,
+}
+
+/// Where the values of extents come from, a run at a time.
+pub(crate) trait Values {
+    type Error: From<WriteError>;
+
+    /// The values of `range` within `piece`, the file's `index`th.
+    fn run(
+        &mut self,
+        index: usize,
+        piece: &PieceEntry,
+        range: Range<usize>,
+    ) -> Result<&[f32], Self::Error>;
+}
+
+struct InMemory<'a>(&'a [Piece<'a>]);
+
+impl Values for InMemory<'_> {
+    type Error = WriteError;
+
+    fn run(
+        &mut self,
+        index: usize,
+        _: &PieceEntry,
+        range: Range<usize>,
+    ) -> Result<&[f32], WriteError> {
+        Ok(&self.0[index].values[range])
+    }
+}
+
+/// A rank file that is to be written.
+pub(crate) struct NewRankFile<'a> {
+    pub generation: u64,
+    pub rank: u32,
+    pub world: u32,
+    pub state: TrainState,
+    /// All tensors of the model.
+    pub tensors: &'a [TensorSpec],
+    /// What goes into the file, in its order; none is empty.
+    pub extents: Vec<Extent>,
+}
+
+impl NewRankFile<'_> {
+    /// Writes it below `dir` and makes it durable.
+    pub fn write<V: Values>(self, dir: &Path, mut values: V) -> Result<RankFile, V::Error> {
+        let (rank, world) = (self.rank, self.world);
+        if rank >= world {
+            return Err(WriteError::Rank { rank, world }.into());
+        }
+        let mut entries = place(self.tensors, self.extents)?;
+        let header = header(self.generation, rank, world, self.state, &entries);
+        for entry in &mut entries {
+            entry.offset += header.len() as u64;
+        }
+
+        let folder = folder::path(dir, self.state.step);
+        storage::create_directory(&folder).map_err(WriteError::from)?;
+        let name = folder::file_name(rank, world, self.generation);
+        let mut writing = DurableFile::create(&folder.join(&name)).map_err(WriteError::from)?;
+        let mut digester = Digester::default();
+        digester.update(&header);
+        writing.append(&header).map_err(WriteError::from)?;
+        let mut buffer = Vec::with_capacity(BUFFER_BYTES);
+        for (index, entry) in entries.iter_mut().enumerate() {
+            for start in (0..entry.len).step_by(RUN) {
+                let range = start..entry.len.min(start + RUN);
+                let run = values.run(index, entry, range)?;
+                encode(run, f32::to_le_bytes, &mut buffer);
+                entry.crc32c = crc32c::crc32c_append(entry.crc32c, &buffer);
+                digester.update(&buffer);
+                writing.append(&buffer).map_err(WriteError::from)?;
+            }
+        }
+        writing.commit().map_err(WriteError::from)?;
+
+        let digests = digester.finish();
+        Ok(RankFile {
+            world,
+            generation: self.generation,
+            state: self.state,
+            tensors: self.tensors.to_vec(),
+            file: FileEntry {
+                rank,
+                name,
+                bytes: digests.bytes,
+                blake3: digests.blake3,
+                chunks: digests.chunks,
+                pieces: entries,
+            },
+        })
+    }
+}
+
+/// Entries with offsets counted from the end of the header, and the extents checked against the tensors.
+fn place(tensors: &[TensorSpec], extents: Vec<Extent>) -> Result<Vec<PieceEntry>, WriteError> {
     let mut offset = 0;
-    let mut entries: Vec<PieceEntry> = Vec::with_capacity(pieces.len());
-    for piece in pieces {
+    let mut entries: Vec<PieceEntry> = Vec::with_capacity(extents.len());
+    for extent in extents {
         let entry = PieceEntry {
-            tensor: piece.tensor.to_owned(),
-            kind: piece.kind,
-            start: piece.start,
-            len: piece.values.len(),
+            tensor: extent.tensor,
+            kind: extent.kind,
+            start: extent.start,
+            len: extent.len,
             offset,
             crc32c: 0,
         };
@@ -186,11 +261,10 @@ fn place(tensors: &[TensorSpec], pieces: &[Piece<'_>]) -> Result<Vec<PieceEntry>
         };
         let spec = tensors
             .iter()
-            .find(|spec| spec.name == piece.tensor)
+            .find(|spec| spec.name == entry.tensor)
             .ok_or_else(|| refused("belongs to none of the tensors".into()))?;
-        let elements = spec.elements().unwrap_or(0);
-        if piece.start > elements || piece.values.len() > elements - piece.start {
-            let len = piece.values.len();
+        let (elements, len) = (spec.elements().unwrap_or(0), entry.len);
+        if entry.start > elements || len > elements - entry.start {
             let reason = format!("has {len} elements, but the tensor ends at {elements}");
             return Err(refused(reason));
         }

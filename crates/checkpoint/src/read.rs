@@ -2,7 +2,8 @@
 //! size reads what any other wrote, because a read asks for elements of a tensor and not for a rank's file.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -14,9 +15,12 @@ use crate::{
     CHUNK_BYTES,
     coverage::{Coverage, Located},
     damage::{self, Damage, listed},
+    digest::{BLOCK_BYTES, Watch},
     folder::{self, MANIFEST, at},
     manifest::{Manifest, ManifestError},
     parts::Kind,
+    rank_file::{FileEntry, PieceEntry},
+    retention::PIN,
 };
 
 /// A checkpoint whose manifest holds. Its files are checked as they are read.
@@ -138,9 +142,14 @@ impl Checkpoint {
     /// # Errors
     /// [`CheckpointError::Damaged`] with all that differs, by file, tensor and offset.
     pub fn verify(&self) -> Result<Verified, CheckpointError> {
+        self.verify_watched(&|_| ())
+    }
+
+    /// [`Checkpoint::verify`]; `watch` hears of every byte once.
+    pub fn verify_watched(&self, watch: Watch<'_>) -> Result<Verified, CheckpointError> {
         let mut damages = Vec::new();
         for entry in &self.manifest.files {
-            damages.extend(damage::examine(&self.path, entry)?);
+            damages.extend(damage::examine(&self.path, entry, watch)?);
         }
         if !damages.is_empty() {
             return Err(self.damaged(damages));
@@ -152,7 +161,8 @@ impl Checkpoint {
         })
     }
 
-    /// Fills `out` with the elements of `tensor` from `start` on, whoever wrote them, and checks the bytes it uses.
+    /// Fills `out` with the elements of `tensor` from `start` on, whoever wrote them, and checks the bytes it uses. Whole pieces
+    /// and whole chunks go straight into `out`; several threads may read then.
     ///
     /// # Errors
     /// [`CheckpointError::Damaged`] or [`CheckpointError::Range`]; `out` may then be filled in part.
@@ -180,6 +190,9 @@ impl Checkpoint {
         if end > elements {
             return Err(range(format!("the tensor has {elements}")));
         }
+        if pieces.is_empty() && elements > 0 {
+            return Err(range(format!("no {kind} was saved")));
+        }
         let first = pieces.partition_point(|piece| piece.end() <= start);
         for piece in &pieces[first..] {
             let (from, to) = (piece.start.max(start), piece.end().min(end));
@@ -187,13 +200,24 @@ impl Checkpoint {
                 break;
             }
             let offset = piece.offset + 4 * (from - piece.start) as u64;
-            self.read_piece(piece, offset, &mut out[from - start..to - start])?;
+            let out = &mut out[from - start..to - start];
+            if out.len() == piece.len {
+                self.read_whole(piece, out)?;
+            } else {
+                self.read_part(piece, offset, out)?;
+            }
         }
         Ok(())
     }
 
+    /// Whether it has values of this kind: an optimizer without a moment writes none of it.
+    pub fn has(&self, kind: Kind) -> bool {
+        let mut pieces = self.manifest.files.iter().flat_map(|it| &it.pieces);
+        kind == Kind::Weight || pieces.any(|piece| piece.kind == kind)
+    }
+
     /// Sum of the sizes of its rank files.
-    pub(crate) fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.manifest.files.iter().map(|entry| entry.bytes).sum()
     }
 
@@ -211,20 +235,54 @@ impl Checkpoint {
     pub(crate) fn unlisted(&self) -> Result<Vec<String>, FileError> {
         let mut names = folder::names(&self.path)?;
         let files = &self.manifest.files;
-        names.retain(|name| name != MANIFEST && !files.iter().any(|entry| entry.name == *name));
+        names.retain(|name| {
+            name != MANIFEST && name != PIN && !files.iter().any(|entry| entry.name == *name)
+        });
         Ok(names)
     }
 
+    /// Reads all of a piece, which has a checksum of its own.
+    fn read_whole(&self, piece: &Located, out: &mut [f32]) -> Result<(), CheckpointError> {
+        let entry = &self.manifest.files[piece.file];
+        let file = self.open_file(entry)?;
+        if self.read_checked(&file, entry, piece.offset, out, piece.crc32c)? {
+            return Ok(());
+        }
+        let name = entry.pieces.iter().find(|it| it.offset == piece.offset);
+        let bytes = 4 * piece.len as u64;
+        let reason = "the checksum does not hold".to_owned();
+        Err(self.damaged(vec![Damage {
+            file: entry.name.clone(),
+            tensor: name.map(PieceEntry::name),
+            offset: piece.offset,
+            bytes,
+            reason,
+        }]))
+    }
+
     /// Reads values that lie side by side in one file, from byte `offset` on.
-    fn read_piece(
+    fn read_part(
         &self,
         piece: &Located,
         mut offset: u64,
         mut out: &mut [f32],
     ) -> Result<(), CheckpointError> {
-        let mut cached = self.chunk.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = &self.manifest.files[piece.file];
         while !out.is_empty() {
             let index = offset / CHUNK_BYTES;
+            let range = damage::chunk_range(entry, index);
+            let count = (range.end - range.start) as usize / 4;
+            if offset == range.start && count <= out.len() {
+                let (now, later) = out.split_at_mut(count);
+                let file = self.open_file(entry)?;
+                let checksum = entry.chunks[index as usize];
+                if !self.read_checked(&file, entry, offset, now, checksum)? {
+                    return Err(self.located(&file, entry, index)?);
+                }
+                (out, offset) = (later, range.end);
+                continue;
+            }
+            let mut cached = self.chunk.lock().unwrap_or_else(PoisonError::into_inner);
             let chunk = match cached.take() {
                 Some(chunk) if chunk.file == piece.file && chunk.index == index => chunk,
                 other => self.load(piece.file, index, other)?,
@@ -251,8 +309,7 @@ impl Checkpoint {
         reused: Option<Chunk>,
     ) -> Result<Chunk, CheckpointError> {
         let entry = &self.manifest.files[file];
-        let opened =
-            damage::open(&self.path, entry)?.map_err(|damage| self.damaged(vec![damage]))?;
+        let opened = self.open_file(entry)?;
         let path = self.path.join(&entry.name);
         let range = damage::chunk_range(entry, index);
         let mut bytes = reused.map(|chunk| chunk.bytes).unwrap_or_default();
@@ -261,10 +318,51 @@ impl Checkpoint {
             .read_exact_at(&mut bytes, range.start)
             .map_err(at("read", &path))?;
         if crc32c::crc32c(&bytes) != entry.chunks[index as usize] {
-            let damages = damage::locate(&opened, entry, index).map_err(at("read", &path))?;
-            return Err(self.damaged(damages));
+            return Err(self.located(&opened, entry, index)?);
         }
         Ok(Chunk { file, index, bytes })
+    }
+
+    /// Fills `out` with what lies at byte `offset`; whether these bytes have that checksum.
+    fn read_checked(
+        &self,
+        file: &File,
+        entry: &FileEntry,
+        mut offset: u64,
+        out: &mut [f32],
+        checksum: u32,
+    ) -> Result<bool, CheckpointError> {
+        let path = self.path.join(&entry.name);
+        let mut found = 0;
+        for values in out.chunks_mut(BLOCK_BYTES / 4) {
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
+            file.read_exact_at(bytes, offset)
+                .map_err(at("read", &path))?;
+            found = crc32c::crc32c_append(found, bytes);
+            offset += bytes.len() as u64;
+            if cfg!(target_endian = "big") {
+                for value in values {
+                    *value = f32::from_bits(u32::from_le(value.to_bits()));
+                }
+            }
+        }
+        Ok(found == checksum)
+    }
+
+    /// What does not hold in a chunk whose checksum does not.
+    fn located(
+        &self,
+        file: &File,
+        entry: &FileEntry,
+        chunk: u64,
+    ) -> Result<CheckpointError, CheckpointError> {
+        let path = self.path.join(&entry.name);
+        let damages = damage::locate(file, entry, chunk).map_err(at("read", &path))?;
+        Ok(self.damaged(damages))
+    }
+
+    fn open_file(&self, entry: &FileEntry) -> Result<File, CheckpointError> {
+        damage::open(&self.path, entry)?.map_err(|damage| self.damaged(vec![damage]))
     }
 
     fn damaged(&self, damages: Vec<Damage>) -> CheckpointError {

@@ -178,6 +178,31 @@ fn a_read_outside_the_model_is_refused_with_the_tensor() {
 }
 
 #[test]
+fn a_moment_that_nobody_saved_is_not_read_as_anything() {
+    let directory = tempfile::tempdir().unwrap();
+    let tensors = &tensors()[1..2];
+    // RMSprop has no mean of gradients.
+    let piece = |kind| Piece {
+        tensor: "model.norm.weight",
+        kind,
+        start: 0,
+        values: &[1.0; 4],
+    };
+    let pieces = [Kind::Weight, Kind::SecondMoment].map(piece);
+    let (dir, state) = (directory.path(), state(20));
+    let written = write_rank(dir, GENERATION, 0, 1, state, tensors, &pieces).unwrap();
+    let committed = commit(dir, &[written], &info()).unwrap();
+    let checkpoint = Checkpoint::open(&committed.path).unwrap();
+    assert_eq!(
+        Kind::ALL.map(|kind| checkpoint.has(kind)),
+        [true, false, true]
+    );
+    let read = checkpoint.read("model.norm.weight", Kind::FirstMoment, 0, &mut [0.0; 4]);
+    let error = read.unwrap_err().to_string();
+    assert!(error.contains("no first moment was saved"), "{error}");
+}
+
+#[test]
 fn pieces_that_do_not_fit_their_tensor_are_refused_before_anything_is_written() {
     let directory = tempfile::tempdir().unwrap();
     for (tensor, start) in [("model.norm.weight", 2), ("model.norm.bias", 0)] {

@@ -126,6 +126,7 @@ impl<'a> Attempt<'a> {
         let checkpoints = Checkpoints {
             directory: config.checkpoint.path.clone(),
             keep_last: config.checkpoint.keep_last,
+            keep_every_steps: config.checkpoint.keep_every_steps,
             run_digest: config.run_digest(),
         };
         let observer = self.observe(metrics);

@@ -332,6 +332,7 @@ fn checkpoint_section(
         path: path.unwrap_or_else(|| output.join("checkpoints")),
         every_steps: section.required("every_steps")?,
         keep_last: section.required("keep_last")?,
+        keep_every_steps: section.required("keep_every_steps")?,
         keep_best: false,
     };
     section.finish()?;

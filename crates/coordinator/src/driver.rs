@@ -52,6 +52,8 @@ pub struct Checkpoints {
     pub directory: PathBuf,
     /// How many verified ones stay.
     pub keep_last: usize,
+    /// Those of steps that are a multiple of this stay too; 0 for none.
+    pub keep_every_steps: u64,
     /// Digest of what defines the run.
     pub run_digest: String,
 }
@@ -458,8 +460,11 @@ impl<'a> Driver<'a> {
             let work = move || {
                 let retention = Retention {
                     keep_last: checkpoints.keep_last,
+                    keep_every_steps: checkpoints.keep_every_steps,
                     best_first: &best_first,
                     since: step.0,
+                    // Ranks may be writing the next one.
+                    idle: false,
                 };
                 commit(&checkpoints.directory, &shards, &info, retention)
             };

@@ -107,8 +107,10 @@ fn remove_older(config: &Config, directory: &RunDirectory, newest: Option<&(u64,
     let best_first: Vec<u64> = ranking.iter().flatten().map(|step| step.0).collect();
     let retention = Retention {
         keep_last: config.checkpoint.keep_last,
+        keep_every_steps: config.checkpoint.keep_every_steps,
         best_first: &best_first,
         since,
+        idle: false,
     };
     if let Err(error) = checkpoint::retain(&config.checkpoint.path, retention) {
         tracing::warn!("old checkpoints stay: {error}");

@@ -127,6 +127,8 @@ struct Cadence {
     evaluations: u64,
     /// Checkpoints, the last one included.
     saves: u64,
+    /// Those of them that `checkpoint.keep_every_steps` keeps, the last one not counted.
+    kept_by_step: u64,
 }
 
 impl Cadence {
@@ -136,14 +138,22 @@ impl Cadence {
         let before = steps.saturating_sub(1);
         let among = |every: Option<u64>| every.map_or(0, |every| before / every);
         let (evaluated, mut saved) = (among(policy.evaluate_every), among(policy.save_every));
+        let keep_every = config.checkpoint.keep_every_steps;
+        let among_kept = |every: Option<u64>| match every.filter(|_| keep_every > 0) {
+            Some(every) => among(least_common_multiple(every, keep_every)),
+            None => 0,
+        };
+        let mut kept = among_kept(policy.save_every);
         if config.checkpoint.keep_best {
             let both = policy.evaluate_every.zip(policy.save_every);
             let both = both.and_then(|(one, other)| least_common_multiple(one, other));
             saved += evaluated - among(both);
+            kept += among_kept(policy.evaluate_every) - among_kept(both);
         }
         Self {
             evaluations: 2 + evaluated,
             saves: 1 + saved,
+            kept_by_step: kept,
         }
     }
 

@@ -124,6 +124,12 @@ fn checkpoints_are_counted_as_many_as_are_there_at_once() {
     assert_eq!(checkpoints(&[]), 3 * one);
     assert_eq!(checkpoints(&["checkpoint.keep_last=3"]), 4 * one);
     assert_eq!(checkpoints(&["checkpoint.keep_last=30"]), 4 * one);
+    // Besides the last one, 20 stays, or all of 10, 20 and 30; and one more while the next is written.
+    let every = ["checkpoint.keep_last=1", "checkpoint.keep_every_steps=20"];
+    assert_eq!(checkpoints(&every[..1]), 2 * one);
+    assert_eq!(checkpoints(&every), 3 * one);
+    let every = ["checkpoint.keep_last=1", "checkpoint.keep_every_steps=5"];
+    assert_eq!(checkpoints(&every), 4 * one);
     // Steps 10, 20 and 30 for their cadence, 15 and 30 because they are evaluated, and the last one.
     let best = [
         "checkpoint.keep_last=30",

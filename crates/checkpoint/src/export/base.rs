@@ -14,7 +14,7 @@ use crate::folder::at;
 use crate::parts::TensorSpec;
 
 /// Where every tensor of a model lies.
-pub(super) struct Base {
+pub(crate) struct Base {
     tensors: BTreeMap<String, Place>,
     specs: Vec<TensorSpec>,
 }

@@ -43,6 +43,8 @@ pub struct CheckpointSection {
     /// How many verified checkpoints are kept.
     #[schemars(range(min = 1))]
     pub keep_last: usize,
+    /// Checkpoints of steps that are a multiple of this are kept besides; 0 for none.
+    pub keep_every_steps: u64,
     /// Whether every evaluated step is saved, and the best one's checkpoint kept beside the last ones. Default: whether
     /// training may stop early.
     pub keep_best: bool,

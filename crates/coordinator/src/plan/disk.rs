@@ -43,7 +43,7 @@ const PARAMETER_BYTES: u64 = 12;
 pub(super) fn disks(config: &Config, run: &Amount, cadence: &Cadence) -> Vec<Disk> {
     // The next one is written and read back before an old one is removed.
     let best = u64::from(config.checkpoint.keep_best);
-    let most = config.checkpoint.keep_last as u64 + best + 1;
+    let most = config.checkpoint.keep_last as u64 + best + cadence.kept_by_step + 1;
     let kept = cadence.saves.min(most);
     let checkpoint = PARAMETER_BYTES * run.trained_parameters + FILES_BYTES;
     let output = &config.job.output;

@@ -94,6 +94,10 @@ fn checkpoints(config: &Config) -> String {
         0 => format!("{path}, at the end"),
         every => format!("{path}, every {every} step{}", plural(every as usize)),
     };
+    match config.checkpoint.keep_every_steps {
+        0 => {}
+        every => text = format!("{text}; those of every {every} steps stay"),
+    }
     if config.checkpoint.keep_best {
         text = format!("{text}, and at evaluations; the best stays and is exported");
     }
