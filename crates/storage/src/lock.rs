@@ -19,7 +19,16 @@ const RETRY: Duration = Duration::from_millis(20);
 /// A lock, let go when dropped or when the process dies.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Lock {
+    /// Closing our descriptor is not enough. The lock belongs to the open file, and a child process that another thread is
+    /// just starting holds a copy of every descriptor until it executes its program.
+    fn drop(&mut self) {
+        // Fails only for what is no open file.
+        let _ = flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 /// Why a lock was not taken.
@@ -50,7 +59,7 @@ impl Lock {
     /// # Errors
     /// [`LockError::Held`] names the holder; [`LockError::Shared`].
     pub fn acquire(path: &Path) -> Result<Self, LockError> {
-        let mut file = loop {
+        let mut lock = loop {
             let file = File::options()
                 .read(true)
                 .write(true)
@@ -58,23 +67,27 @@ impl Lock {
                 .truncate(false)
                 .open(path)
                 .map_err(at("open lock", path))?;
-            if !try_lock(&file, path, FlockOperation::NonBlockingLockExclusive)? {
+            let lock = match try_lock(file, path, FlockOperation::NonBlockingLockExclusive)? {
+                Ok(lock) => lock,
                 // Who shares it lets others share it.
-                if try_lock(&file, path, FlockOperation::NonBlockingLockShared)? {
-                    let path = path.to_owned();
-                    return Err(LockError::Shared { path });
-                }
-                return Err(held(file, path));
-            }
-            if names(path, &file)? {
-                break file;
+                Err(file) => match try_lock(file, path, FlockOperation::NonBlockingLockShared)? {
+                    Ok(_) => {
+                        let path = path.to_owned();
+                        return Err(LockError::Shared { path });
+                    }
+                    Err(file) => return Err(held(file, path)),
+                },
+            };
+            if names(path, &lock.file)? {
+                break lock;
             }
         };
+        let file = &mut lock.file;
         file.set_len(0)
             .and_then(|()| file.rewind())
             .and_then(|()| writeln!(file, "{}", std::process::id()))
             .map_err(at("write lock", path))?;
-        Ok(Self { _file: file })
+        Ok(lock)
     }
 
     /// Takes the lock at `path` together with any others that share it, and waits up to `patience` for one that has it
@@ -95,24 +108,26 @@ impl Lock {
                 opened => opened,
             };
             let file = file.map_err(at("open lock", path))?;
-            if try_lock(&file, path, FlockOperation::NonBlockingLockShared)? {
-                if names(path, &file)? {
-                    return Ok(Self { _file: file });
-                }
-            } else if Instant::now() >= deadline {
-                return Err(held(file, path));
-            } else {
-                thread::sleep(RETRY);
+            match try_lock(file, path, FlockOperation::NonBlockingLockShared)? {
+                Ok(lock) if names(path, &lock.file)? => return Ok(lock),
+                // The name leads elsewhere by now.
+                Ok(_) => {}
+                Err(file) if Instant::now() >= deadline => return Err(held(file, path)),
+                Err(_) => thread::sleep(RETRY),
             }
         }
     }
 }
 
-/// Whether `file` could be locked without waiting.
-fn try_lock(file: &File, path: &Path, operation: FlockOperation) -> Result<bool, LockError> {
-    match flock(file, operation) {
-        Ok(()) => Ok(true),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+/// Locks `file` if that is possible without waiting, and otherwise gives it back.
+fn try_lock(
+    file: File,
+    path: &Path,
+    operation: FlockOperation,
+) -> Result<Result<Lock, File>, LockError> {
+    match flock(&file, operation) {
+        Ok(()) => Ok(Ok(Lock { file })),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(Err(file)),
         Err(error) => Err(at("lock", path)(error.into()).into()),
     }
 }
@@ -137,5 +152,28 @@ fn held(mut file: File, path: &Path) -> LockError {
     LockError::Held {
         path: path.to_owned(),
         holder: holder.trim().to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_lock_that_was_let_go_is_free_although_a_child_that_is_starting_has_a_copy_of_its_descriptor()
+     {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lock");
+        let shared = Lock::share(&path, Duration::ZERO).unwrap();
+        let copy = shared.file.try_clone().unwrap();
+        drop(shared);
+        let alone = Lock::acquire(&path).unwrap();
+        drop(copy);
+        let copy = alone.file.try_clone().unwrap();
+        drop(alone);
+        Lock::share(&path, Duration::ZERO).unwrap();
+        drop(copy);
     }
 }
