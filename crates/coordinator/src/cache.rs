@@ -9,7 +9,10 @@ use std::{
 
 use anyhow::Context;
 use clap::Subcommand;
-use refcache::{Action, Cleaned, CleanedScope, Cleaning, ScopeReport, clean, inspect};
+use indicatif::{ProgressBar, ProgressStyle};
+use refcache::{
+    Action, Cleaned, CleanedScope, Cleaning, ScopeReport, StoreError, clean, inspect, size,
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -17,6 +20,8 @@ use crate::{
     run::{EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY, EXIT_USAGE},
     timestamp::rfc3339,
 };
+
+const BAR: &str = "{spinner:.green} {bytes}/{total_bytes} [{bar:32.cyan/dim}] {bytes_per_sec}";
 
 /// What to do with a store of reference log-probs.
 #[derive(Subcommand)]
@@ -78,8 +83,8 @@ pub fn run(cache: &Cache) -> anyhow::Result<u8> {
         return Ok(EXIT_USAGE);
     }
     let answer = match *cache {
-        Cache::Inspect { ref store, json } => inspected(store, &inspect(store)?, json),
-        Cache::Verify { ref store, json } => verified(store, &inspect(store)?, json),
+        Cache::Inspect { ref store, json } => inspected(store, &look(store)?, json),
+        Cache::Verify { ref store, json } => verified(store, &look(store)?, json),
         Cache::Gc {
             ref store,
             older_than,
@@ -104,6 +109,15 @@ pub fn run(cache: &Cache) -> anyhow::Result<u8> {
         }
         _ => Ok(answer.code),
     }
+}
+
+/// Reads every byte, with a bar when standard error is a terminal.
+fn look(store: &Path) -> Result<Vec<ScopeReport>, StoreError> {
+    let bar = ProgressBar::new(size(store)?)
+        .with_style(ProgressStyle::with_template(BAR).expect("the template is well formed"));
+    let reports = inspect(store, &mut |bytes| bar.inc(bytes));
+    bar.finish_and_clear();
+    reports
 }
 
 fn inspected(store: &Path, scopes: &[ScopeReport], json: bool) -> Answer {

@@ -133,17 +133,17 @@ fn gc_merges_then_removes_and_tells_both() {
     let store = filled();
     let (code, out, _) = run("gc", store.path(), &["--dry-run"]);
     assert_eq!((code, segments(store.path()).len()), (0, 2));
-    check(&out, &["would merge", "would free 176 bytes"]);
+    check(&out, &["would merge", "would free 160 bytes"]);
     let (code, out, _) = run("gc", store.path(), &["--older-than", "1"]);
     assert_eq!((code, segments(store.path()).len()), (0, 1));
     check(
         &out,
-        &["2 segments into one of 3 entries, 424 bytes to 248"],
+        &["2 segments into one of 3 entries, 424 bytes to 264"],
     );
     let (code, all) = json("gc", store.path(), &["--older-than", "0"]);
     assert_eq!(code, 0);
     assert_eq!(all["scopes"][0]["action"], "removed");
-    assert_eq!(all["bytes_freed"], 248);
+    assert_eq!(all["bytes_freed"], 264);
     let (code, out, _) = run("inspect", store.path(), &[]);
     assert_eq!(code, 0);
     check(&out, &["0 scopes, 0 entries"]);

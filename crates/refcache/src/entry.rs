@@ -27,12 +27,31 @@ impl EntryKey {
     pub(crate) fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
+
+    /// The first 8 bytes as a number, so that numbers compare as keys do.
+    pub(crate) fn prefix(&self) -> u64 {
+        prefix(&self.0)
+    }
+
+    /// About where the key is among `count` sorted ones. Digests are spread evenly.
+    pub(crate) fn place_of(&self, count: usize) -> usize {
+        ((u128::from(self.prefix()) * count as u128) >> 64) as usize
+    }
 }
 
 impl fmt::Display for EntryKey {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(&hex(&self.0))
     }
+}
+
+/// The first 8 of some bytes as a number, so that numbers compare as the bytes do.
+///
+/// # Panics
+/// There are fewer.
+pub(crate) fn prefix(bytes: &[u8]) -> u64 {
+    let (first, _) = bytes.split_first_chunk().expect("there are 8 bytes");
+    u64::from_be_bytes(*first)
 }
 
 /// Lower-case hexadecimal digits of a digest.

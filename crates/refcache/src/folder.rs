@@ -13,8 +13,8 @@ use crate::{Scope, StoreError, segment::EXTENSION};
 
 const SCOPE_FILE: &str = "scope.json";
 const LOCK_FILE: &str = "lock";
-/// Beginnings of a merged segment, under a name that nobody reads.
-const MERGING: &str = "merging";
+/// Ending of a sorted segment before it is read back, a name that nobody reads.
+pub const MERGING: &str = "merging";
 /// Ending of the name of a folder that is being removed.
 const REMOVED: &str = "removed";
 
@@ -109,9 +109,35 @@ impl Folder {
 
     /// The segments in the order of their names, so that reports do not depend on the file system.
     pub fn segments(&self) -> Result<Vec<PathBuf>, StoreError> {
-        let mut paths = list(&self.path)?;
-        paths.retain(|path| has_extension(path, EXTENSION));
+        let listed = || -> Result<Vec<PathBuf>, StoreError> {
+            let mut paths = list(&self.path)?;
+            paths.retain(|path| has_extension(path, EXTENSION));
+            Ok(paths)
+        };
+        // A writer that ends meanwhile puts another file under its segment's name, and on some file systems a listing may
+        // miss both. The next listing has it, so two that agree have missed nothing.
+        let mut paths = listed()?;
+        for _ in 0..ATTEMPTS_MAX {
+            let again = listed()?;
+            if again == paths {
+                break;
+            }
+            paths = again;
+        }
         Ok(paths)
+    }
+
+    /// Sizes of all segments together.
+    pub fn bytes(&self) -> Result<u64, StoreError> {
+        let mut bytes = 0;
+        for path in self.segments()? {
+            match fs::metadata(&path) {
+                Ok(metadata) => bytes += metadata.len(),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(StoreError::at("look at", &path, error)),
+            }
+        }
+        Ok(bytes)
     }
 
     /// Files of writes and merges that did not finish. Whoever has the scope alone may remove them.
@@ -121,13 +147,13 @@ impl Folder {
         Ok(paths)
     }
 
-    /// Two names for a new segment: the one to write it under, and the one to read it under.
-    pub fn new_segment(&self) -> Result<[PathBuf; 2], StoreError> {
+    /// A name for a new segment.
+    pub fn new_segment(&self) -> Result<PathBuf, StoreError> {
         // 128 random bits make the name exclusive without a lock, on shared folders too.
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(StoreError::Random)?;
         let name = format!("{:032x}", u128::from_le_bytes(random));
-        Ok([MERGING, EXTENSION].map(|ending| self.path.join(&name).with_extension(ending)))
+        Ok(self.path.join(name).with_extension(EXTENSION))
     }
 
     /// Where the folder goes before its content is removed.

@@ -1,9 +1,9 @@
-//! Cleaning up: scopes that nobody has used for long go, segments of the others become one.
+//! Cleaning up: scopes that nobody has used for long go, segments of the others become one sorted segment.
 //!
 //! Each scope is taken alone, which no run that has it open allows, and then changed in an order that a crash may cut
 //! anywhere:
 //! ```text
-//! merge   write and sync  X.merging, all entries sorted by key   not read by anybody
+//! merge   write and sync  X.merging, all entries, sorted         not read by anybody
 //!         read it back
 //!         rename          X.merging -> X.segment, durably        every entry is there twice, with equal bits
 //!         remove          the old segments, one by one
@@ -13,17 +13,19 @@
 //! What a crash leaves behind (`*.merging`, `*.tmp`, `*.removed`) the next clean-up removes.
 
 use std::{
-    fs::{self, File},
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
-use storage::{log::Log, remove_directory, remove_file, rename};
+use storage::{remove_directory, remove_file, rename};
 
 use crate::{
-    EntryKey, Folder, ScopeReport, StoreError,
+    Folder, ScopeReport, StoreError,
     inspect::examine,
-    segment::{self, BATCH_ENTRIES_MAX},
+    merge::Distinct,
+    replace,
+    segment::{Form, Segment},
+    sorted,
 };
 
 /// What to clean up.
@@ -64,7 +66,7 @@ pub struct CleanedScope {
 pub enum Action {
     /// There was nothing to do.
     Kept,
-    /// All entries are in one segment now; unfinished appends are gone.
+    /// All entries are in one sorted segment now; unfinished appends are gone.
     Merged,
     /// Gone, because nobody had used it for so long.
     Removed,
@@ -112,21 +114,27 @@ pub fn clean(store: &Path, cleaning: &Cleaning) -> Result<Cleaned, StoreError> {
 }
 
 fn clean_scope(folder: &Folder, cleaning: &Cleaning) -> Result<CleanedScope, StoreError> {
-    let (before, values) = examine(folder)?;
+    let (before, segments) = examine(folder, &mut |_| ())?;
     // A date in the future is a clock's fault, and no long time ago.
     let unused_for = cleaning.now.duration_since(before.used).unwrap_or_default();
     let action = if cleaning.unused_for.is_some_and(|least| unused_for >= least) {
         Action::Removed
     } else if !before.damages.is_empty() {
         Action::Damaged
-    } else if before.segments > 1 || !before.torn.is_empty() {
+    } else if !matches!(
+        &segments[..],
+        [] | [Segment {
+            form: Form::Sorted(_),
+            ..
+        }]
+    ) {
         Action::Merged
     } else {
         Action::Kept
     };
     let bytes = match action {
         Action::Kept | Action::Damaged => before.bytes,
-        Action::Merged => segment::bytes(values.len()),
+        Action::Merged => sorted::bytes(before.entries),
         Action::Removed => 0,
     };
     match action {
@@ -135,9 +143,14 @@ fn clean_scope(folder: &Folder, cleaning: &Cleaning) -> Result<CleanedScope, Sto
             remove_directory(&folder.removed())?;
         }
         Action::Merged if !cleaning.dry_run => {
-            let mut entries: Vec<(EntryKey, f32)> = values.into_iter().collect();
-            entries.sort_unstable_by_key(|(key, _)| *key);
-            merge(folder, &entries, before.used)?;
+            let merged = folder.new_segment()?;
+            let entries = || Distinct::new(&segments);
+            // Cleaning up is no use, so the date stays.
+            let used = Some(before.used);
+            replace::write(&merged, &folder.digest, before.entries, entries, used)?;
+            for segment in &segments {
+                remove_file(&segment.path)?;
+            }
         }
         _ => {}
     }
@@ -145,50 +158,5 @@ fn clean_scope(folder: &Folder, cleaning: &Cleaning) -> Result<CleanedScope, Sto
         before,
         action,
         bytes,
-    })
-}
-
-/// Replaces all segments by one of `entries`, dated `used`: a clean-up is no use.
-fn merge(folder: &Folder, entries: &[(EntryKey, f32)], used: SystemTime) -> Result<(), StoreError> {
-    let old = folder.segments()?;
-    let [unfinished, merged] = folder.new_segment()?;
-    let written = write(&unfinished, folder, entries, used);
-    if written.is_err() {
-        // Perhaps the disk is full; the next clean-up would remove it too.
-        drop(fs::remove_file(&unfinished));
-    }
-    written?;
-    rename(&unfinished, &merged)?;
-    for path in old {
-        remove_file(&path)?;
-    }
-    Ok(())
-}
-
-fn write(
-    path: &Path,
-    folder: &Folder,
-    entries: &[(EntryKey, f32)],
-    used: SystemTime,
-) -> Result<(), StoreError> {
-    let mut log = Log::open(path)?.log;
-    log.append(&segment::head_record(&folder.digest))?;
-    for batch in entries.chunks(BATCH_ENTRIES_MAX) {
-        log.append(&segment::batch_record(batch))?;
-    }
-    File::open(path)
-        .and_then(|file| file.set_modified(used))
-        .map_err(|error| StoreError::at("date", path, error))?;
-    // What replaces the only copies is not taken on trust.
-    let read = segment::read(path, &folder.digest)?;
-    let bits = |&(key, value): &(EntryKey, f32)| (key, value.to_bits());
-    let found = read.entries.iter().map(|&(key, value, _)| (key, value));
-    if read.torn.is_none() && found.map(|entry| bits(&entry)).eq(entries.iter().map(bits)) {
-        return Ok(());
-    }
-    Err(StoreError::Damaged {
-        path: path.to_owned(),
-        offset: 0,
-        reason: "it was just written and reads back differently; check the disk",
     })
 }

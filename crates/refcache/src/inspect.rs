@@ -1,12 +1,14 @@
 //! What a store holds and whether it holds together: every byte is read, nothing is changed.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     time::SystemTime,
 };
 
-use crate::{Folder, Scope, StoreError, TornTail, entry::hex, values, values::Values};
+use crate::{Folder, Scope, StoreError, TornTail, entry::hex, merge::Distinct, segment::Segment};
+
+/// How often progress is told, in entries.
+const TOLD_ENTRIES: usize = 1 << 16;
 
 /// One scope of a store.
 #[derive(Debug)]
@@ -33,9 +35,14 @@ pub struct ScopeReport {
 
 /// Reads all scopes under `store` and checks every byte of them. Runs may use them meanwhile.
 ///
+/// `progress` is told of the bytes that were read since it was told last; [`size`] tells of how many.
+///
 /// # Errors
 /// Only what keeps it from looking; damage is part of the reports.
-pub fn inspect(store: &Path) -> Result<Vec<ScopeReport>, StoreError> {
+pub fn inspect(
+    store: &Path,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Vec<ScopeReport>, StoreError> {
     let mut reports = Vec::new();
     for folder in Folder::all(store)?.0 {
         let _in_use = match folder.share_existing() {
@@ -43,25 +50,49 @@ pub fn inspect(store: &Path) -> Result<Vec<ScopeReport>, StoreError> {
             Err(_) if !folder.path.exists() => continue,
             shared => shared?,
         };
-        reports.push(examine(&folder)?.0);
+        reports.push(examine(&folder, progress)?.0);
     }
     Ok(reports)
 }
 
-/// Reads one scope, which the caller holds locked.
-pub fn examine(folder: &Folder) -> Result<(ScopeReport, Values), StoreError> {
-    let (mut values, mut torn, mut damages) = (Values::new(), Vec::new(), Vec::new());
+/// Bytes of all segments under `store`, which is what [`inspect`] is to read.
+///
+/// # Errors
+/// What keeps it from looking.
+pub fn size(store: &Path) -> Result<u64, StoreError> {
+    let mut bytes = 0;
+    for folder in Folder::all(store)?.0 {
+        bytes += folder.bytes()?;
+    }
+    Ok(bytes)
+}
+
+/// Reads one scope, which the caller holds locked. Gives back its segments that are in order, too.
+pub fn examine(
+    folder: &Folder,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(ScopeReport, Vec<Segment>), StoreError> {
+    let (mut segments, mut torn, mut damages) = (Vec::new(), Vec::new(), Vec::new());
     let scope = folder.scope().unwrap_or_else(|error| {
         damages.push(error);
         None
     });
-    let segments = folder.segments()?;
-    let mut bytes = 0;
-    for path in &segments {
-        let metadata = fs::metadata(path).map_err(|error| StoreError::at("look at", path, error));
-        bytes += metadata?.len();
-        match values::add_segment(&mut values, path, folder) {
-            Ok(tail) => torn.extend(tail),
+    let paths = folder.segments()?;
+    for path in &paths {
+        let read = Segment::open(path, &folder.digest)
+            .and_then(|segment| check(&segment, progress).map(|()| segment));
+        match read {
+            Ok(segment) => {
+                torn.extend(segment.torn().cloned());
+                segments.push(segment);
+            }
+            Err(error) => damages.push(error),
+        }
+    }
+    let mut entries = 0;
+    for entry in Distinct::new(&segments) {
+        match entry {
+            Ok(_) => entries += 1,
             Err(error) => damages.push(error),
         }
     }
@@ -69,12 +100,27 @@ pub fn examine(folder: &Folder) -> Result<(ScopeReport, Values), StoreError> {
         digest: hex(&folder.digest),
         folder: folder.path.clone(),
         scope,
-        entries: values.len(),
-        segments: segments.len(),
-        bytes,
+        entries,
+        segments: paths.len(),
+        bytes: folder.bytes()?,
         used: folder.used()?,
         torn,
         damages,
     };
-    Ok((report, values))
+    Ok((report, segments))
+}
+
+/// Reads every entry of a segment.
+fn check(segment: &Segment, progress: &mut dyn FnMut(u64)) -> Result<(), StoreError> {
+    let (count, mut told) = (segment.len(), 0);
+    for index in 0..count {
+        segment.entry(index)?;
+        if index % TOLD_ENTRIES == 0 {
+            let read = segment.offset(index);
+            progress(read - told);
+            told = read;
+        }
+    }
+    progress(segment.bytes - told);
+    Ok(())
 }

@@ -1,28 +1,25 @@
-//! One segment file: how its records are made, and how it is read without touching it.
-//!
-//! Reading goes through [`storage::log::read`]: opening a log for writing cuts its torn tail, and the tail of another
-//! process's segment may be an append that is under way.
+//! One segment file in either form: a log that its writer appends to, or the sorted form that is made of it at the end.
 
 use std::{
     fmt,
+    fs::File,
+    io::Read,
     path::{Path, PathBuf},
 };
 
-use storage::log::{self, LogError};
-
-use crate::{EntryKey, StoreError};
+use crate::{
+    EntryKey, StoreError,
+    appended::Appended,
+    search::partition_near,
+    sorted::{self, Sorted},
+};
 
 /// Ending of a segment's file name; other files in a scope's folder are not read.
 pub const EXTENSION: &str = "segment";
 
-/// Most entries of one frame, 2.25 MiB and so far below the log's limit of a record.
-pub const BATCH_ENTRIES_MAX: usize = 1 << 16;
-
-const MAGIC: &[u8; 8] = b"CALDPREF";
-const VERSION: u32 = 1;
-const HEAD_BYTES: usize = 8 + 4 + 32;
-const KEY_BYTES: usize = 32;
-const ENTRY_BYTES: usize = KEY_BYTES + 4;
+pub const KEY_BYTES: usize = 32;
+/// An entry in both forms: 32 bytes of key, then its value, f32 little endian.
+pub const ENTRY_BYTES: usize = KEY_BYTES + 4;
 
 /// An append that did not finish: its writer died, or is still at it. The entries before it are in use.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,80 +45,119 @@ impl fmt::Display for TornTail {
     }
 }
 
-/// What a segment holds.
+/// A segment that is open for reading.
+#[derive(Debug)]
 pub struct Segment {
-    /// Entries in the order of writing, with the first byte of the frame that carries them.
-    pub entries: Vec<(EntryKey, f32, u64)>,
-    /// The unfinished record at its end, if any.
-    pub torn: Option<TornTail>,
+    pub path: PathBuf,
+    /// Size of its file.
+    pub bytes: u64,
+    pub form: Form,
 }
 
-/// The first record of every segment.
-pub fn head_record(scope: &[u8; 32]) -> Vec<u8> {
-    [&MAGIC[..], &VERSION.to_le_bytes(), scope].concat()
+#[derive(Debug)]
+pub enum Form {
+    /// Every byte is checked.
+    Appended(Appended),
+    /// Each block is checked when it is first used.
+    Sorted(Sorted),
 }
 
-/// One record of entries.
-pub fn batch_record(entries: &[(EntryKey, f32)]) -> Vec<u8> {
-    let mut record = Vec::with_capacity(entries.len() * ENTRY_BYTES);
-    for (key, value) in entries {
-        record.extend_from_slice(key.as_bytes());
-        record.extend_from_slice(&value.to_le_bytes());
+impl Segment {
+    /// Opens the segment at `path`, which must belong to `scope`.
+    pub fn open(path: &Path, scope: &[u8; 32]) -> Result<Self, StoreError> {
+        let error = |source| StoreError::at("read", path, source);
+        // Opened once: the name may lead to another form the next time.
+        let mut file = File::open(path).map_err(error)?;
+        let mut start = Vec::new();
+        let mut head = (&mut file).take(sorted::MAGIC.len() as u64);
+        head.read_to_end(&mut start).map_err(error)?;
+        let (bytes, form) = if start == sorted::MAGIC {
+            let mapping = storage::map(&file, path)?;
+            let bytes = mapping.len() as u64;
+            (bytes, Form::Sorted(Sorted::open(path, mapping, scope)?))
+        } else {
+            let mut content = start;
+            file.read_to_end(&mut content).map_err(error)?;
+            let appended = Appended::parse(path, &content, scope)?;
+            (content.len() as u64, Form::Appended(appended))
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            bytes,
+            form,
+        })
     }
-    record
-}
 
-/// Size of a segment of `entries` entries that were appended in one call.
-pub fn bytes(entries: usize) -> u64 {
-    let batches = entries.div_ceil(BATCH_ENTRIES_MAX);
-    let payload = HEAD_BYTES + entries * ENTRY_BYTES;
-    (log::HEADER_BYTES + (1 + batches) * log::FRAME_BYTES + payload) as u64
-}
-
-/// Reads the segment at `path`, which must belong to `scope`, and checks every byte of it.
-pub fn read(path: &Path, scope: &[u8; 32]) -> Result<Segment, StoreError> {
-    let damaged = |offset, reason| StoreError::Damaged {
-        path: path.to_owned(),
-        offset,
-        reason,
-    };
-    let read = log::read(path).map_err(|error| match error {
-        // The log's words stay, but the cure is the store's: entries can be computed anew.
-        LogError::Damaged { offset, reason, .. } => damaged(offset, reason),
-        other => other.into(),
-    })?;
-    let mut records = read.records.iter();
-    if let Some(head) = records.next()
-        && head.payload != head_record(scope)
-    {
-        return Err(damaged(
-            head.offset,
-            "the segment belongs to another scope or another format version",
-        ));
-    }
-    let mut entries = Vec::new();
-    for record in records {
-        let (batch, rest) = record.payload.as_chunks::<ENTRY_BYTES>();
-        if !rest.is_empty() {
-            return Err(damaged(
-                record.offset,
-                "a record is not a whole number of entries",
-            ));
+    /// Number of entries, which are in ascending order of their keys, each once.
+    pub fn len(&self) -> usize {
+        match &self.form {
+            Form::Appended(appended) => appended.entries.len(),
+            Form::Sorted(sorted) => sorted.len(),
         }
-        entries.extend(batch.iter().map(|entry| {
-            let (key, value) = decode(entry);
-            (key, value, record.offset)
-        }));
     }
-    let torn = (read.torn_bytes > 0).then(|| TornTail {
-        path: path.to_owned(),
-        offset: read.end,
-        bytes: read.torn_bytes,
-    });
-    Ok(Segment { entries, torn })
+
+    /// The unfinished record at its end, if any.
+    pub fn torn(&self) -> Option<&TornTail> {
+        match &self.form {
+            Form::Appended(appended) => appended.torn.as_ref(),
+            Form::Sorted(_) => None,
+        }
+    }
+
+    /// The entry at a place in the order, below [`Segment::len`].
+    pub fn entry(&self, index: usize) -> Result<(EntryKey, f32), StoreError> {
+        match &self.form {
+            Form::Appended(appended) => {
+                let entry = &appended.entries[index];
+                Ok((entry.key, entry.value))
+            }
+            Form::Sorted(sorted) => sorted.entry(&self.path, index),
+        }
+    }
+
+    /// The error that the entry at `place` in the order has another value in a segment that was read before.
+    pub fn contradicts(&self, place: usize, key: EntryKey, value: f32, other: f32) -> StoreError {
+        StoreError::Contradiction {
+            path: self.path.clone(),
+            offset: self.offset(place),
+            key,
+            value,
+            other,
+        }
+    }
+
+    /// First byte of the record or block that holds the entry at a place in the order.
+    pub fn offset(&self, index: usize) -> u64 {
+        match &self.form {
+            Form::Appended(appended) => appended.entries[index].offset,
+            Form::Sorted(_) => sorted::offset(index),
+        }
+    }
+
+    /// Value and place of `key`.
+    pub fn find(&self, key: &EntryKey) -> Result<Option<(f32, usize)>, StoreError> {
+        match &self.form {
+            Form::Appended(Appended { entries, .. }) => {
+                let guess = key.place_of(entries.len());
+                let index = partition_near(entries.len(), guess, |index| entries[index].key < *key);
+                let found = entries.get(index).filter(|entry| entry.key == *key);
+                Ok(found.map(|entry| (entry.value, index)))
+            }
+            Form::Sorted(sorted) => sorted.find(&self.path, key),
+        }
+    }
 }
 
-fn decode(entry: &[u8; ENTRY_BYTES]) -> (EntryKey, f32) {
+/// The bytes of an entry.
+pub fn encode(key: EntryKey, value: f32) -> [u8; ENTRY_BYTES] {
+    let mut entry = [0; ENTRY_BYTES];
+    entry[..KEY_BYTES].copy_from_slice(key.as_bytes());
+    entry[KEY_BYTES..].copy_from_slice(&value.to_le_bytes());
+    entry
+}
+
+/// The entry of these bytes.
+pub fn decode(entry: &[u8; ENTRY_BYTES]) -> (EntryKey, f32) {
     let mut key = [0; KEY_BYTES];
     key.copy_from_slice(&entry[..KEY_BYTES]);
     let mut value = [0; 4];

@@ -13,8 +13,10 @@ use storage::{
 
 use crate::{
     EntryKey, Folder, Scope, TornTail,
-    segment::{self, BATCH_ENTRIES_MAX},
-    values::{self, Values},
+    appended::{self, BATCH_ENTRIES_MAX},
+    merge::Distinct,
+    replace,
+    segment::{Form, Segment},
 };
 
 /// The entries of one scope, as they were when the store was opened or last reloaded. While it is open, nobody cleans the
@@ -22,14 +24,16 @@ use crate::{
 #[derive(Debug)]
 pub struct Store {
     folder: Folder,
-    values: Values,
+    segments: Vec<Arc<Segment>>,
     in_use: Arc<Option<Lock>>,
 }
 
 /// A segment of one's own, open for appending. Its entries show in a [`Store`] after [`Store::reload`]. It may outlive the
-/// store that it came from.
+/// store that it came from. Dropped without [`Writer::finish`], it leaves its entries as safe as they are, but slow to open.
 #[derive(Debug)]
 pub struct Writer {
+    folder: Folder,
+    path: PathBuf,
     log: Log,
     /// Keeps the segment from being merged away.
     _in_use: Arc<Option<Lock>>,
@@ -152,7 +156,8 @@ impl StoreError {
 }
 
 impl Store {
-    /// Opens the entries of `scope` under `dir`, creating both when absent, and checks every byte.
+    /// Opens the entries of `scope` under `dir`, creating both when absent, and checks every byte of logs, and of sorted
+    /// segments all but the blocks of entries, which are checked before they are first used.
     ///
     /// The second value lists appends that did not finish; they are left out and left in place. Waits for a clean-up of the
     /// scope that is under way, up to a minute.
@@ -166,7 +171,7 @@ impl Store {
         folder.keep_scope_file(scope)?;
         let mut store = Self {
             folder,
-            values: Values::new(),
+            segments: Vec::new(),
             in_use,
         };
         let torn = store.reload()?;
@@ -185,44 +190,71 @@ impl Store {
         let mut store = Self {
             in_use: Arc::new(folder.share_existing()?),
             folder,
-            values: Values::new(),
+            segments: Vec::new(),
         };
         store.reload()?;
         Ok(Some(store))
     }
 
     /// The value of `key`, if this scope has it.
-    pub fn get(&self, key: &EntryKey) -> Option<f32> {
-        self.values.get(key).copied()
-    }
-
-    /// Number of entries.
-    pub fn len(&self) -> usize {
-        self.values.len()
-    }
-
-    /// Whether there is no entry.
-    pub fn is_empty(&self) -> bool {
-        self.values.is_empty()
-    }
-
-    /// Reads all segments anew, those of other processes included; everything whose append has returned is in.
     ///
     /// # Errors
-    /// As [`Store::open`]; the entries read before stay.
-    pub fn reload(&mut self) -> Result<Vec<TornTail>, StoreError> {
-        let (mut values, mut torn) = (Values::new(), Vec::new());
-        for path in self.folder.segments()? {
-            torn.extend(values::add_segment(&mut values, &path, &self.folder)?);
+    /// [`StoreError::Damaged`], when the block that may hold it was changed, and [`StoreError::Contradiction`], when two
+    /// segments disagree about it.
+    pub fn get(&self, key: &EntryKey) -> Result<Option<f32>, StoreError> {
+        let mut found: Option<f32> = None;
+        for segment in &self.segments {
+            let Some((value, place)) = segment.find(key)? else {
+                continue;
+            };
+            if let Some(other) = found
+                && other.to_bits() != value.to_bits()
+            {
+                return Err(segment.contradicts(place, *key, value, other));
+            }
+            found = Some(value);
         }
-        self.values = values;
-        Ok(torn)
+        Ok(found)
+    }
+
+    /// Counts the entries. That reads and checks every one.
+    ///
+    /// # Errors
+    /// As [`Store::get`].
+    pub fn count(&self) -> Result<usize, StoreError> {
+        let mut count = 0;
+        for entry in Distinct::new(self.segments.iter().map(Arc::as_ref)) {
+            entry?;
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    /// Looks for segments anew, those of other processes included; everything whose append has returned is in.
+    ///
+    /// # Errors
+    /// As [`Store::open`]; the segments read before stay.
+    pub fn reload(&mut self) -> Result<Vec<TornTail>, StoreError> {
+        let mut segments = Vec::new();
+        for path in self.folder.segments()? {
+            let known = self.segments.iter().find(|segment| {
+                // Nobody changes it, and what was checked of it need not be checked again.
+                matches!(segment.form, Form::Sorted(_)) && segment.path == path
+            });
+            segments.push(match known {
+                Some(known) => Arc::clone(known),
+                None => Arc::new(Segment::open(&path, &self.folder.digest)?),
+            });
+        }
+        self.segments = segments;
+        let torn = self.segments.iter().filter_map(|segment| segment.torn());
+        Ok(torn.cloned().collect())
     }
 
     /// Starts a segment of one's own; ask for one only when there is something to store. Any number of writers may be at work
     /// at once, in any processes.
     pub fn writer(&self) -> Result<Writer, StoreError> {
-        let [_, path] = self.folder.new_segment()?;
+        let path = self.folder.new_segment()?;
         let mut opened = Log::open(&path)?;
         assert!(
             opened.records.is_empty(),
@@ -231,8 +263,10 @@ impl Store {
         );
         opened
             .log
-            .append(&segment::head_record(&self.folder.digest))?;
+            .append(&appended::head_record(&self.folder.digest))?;
         Ok(Writer {
+            folder: self.folder.clone(),
+            path,
             log: opened.log,
             _in_use: Arc::clone(&self.in_use),
         })
@@ -249,8 +283,19 @@ impl Writer {
             return Err(AppendError::NotFinite { key, value });
         }
         for batch in entries.chunks(BATCH_ENTRIES_MAX) {
-            self.log.append(&segment::batch_record(batch))?;
+            self.log.append(&appended::batch_record(batch))?;
         }
         Ok(())
+    }
+
+    /// Ends the segment: its log is replaced by the sorted form, which opens at once. That holds the segment's entries in memory
+    /// twice for a moment.
+    ///
+    /// # Errors
+    /// The log is then still in place with all its entries, unless the error is that of the last step, a sync of the folder.
+    pub fn finish(self) -> Result<(), StoreError> {
+        let log = Segment::open(&self.path, &self.folder.digest)?;
+        let entries = || Distinct::new([&log]);
+        replace::write(&self.path, &self.folder.digest, log.len(), entries, None)
     }
 }

@@ -3,76 +3,22 @@
 // A list of one range is meant where a store has one segment.
 #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
 
+mod support;
+
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    ops::Range,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
-use refcache::{
-    Action, Cleaned, Cleaning, EntryKey, Scope, ScopeReport, Store, StoreError, clean, inspect,
+use refcache::{Action, Cleaned, Cleaning, Store, StoreError, clean, inspect};
+use support::{
+    append_sorted, entries, expect_entries, files, filled, open, other_scope, report, scope,
+    segments,
 };
-use tempfile::TempDir;
 
 const DAY: Duration = Duration::from_hours(24);
-
-fn scope(kernels: &str) -> Scope {
-    Scope {
-        weights: [7; 32],
-        truncation: "keep_start 512".into(),
-        dtype: "f32".into(),
-        backend: "flex".into(),
-        device_class: "x86-64-v3".into(),
-        kernels: kernels.into(),
-    }
-}
-
-fn entries(indices: Range<u32>) -> Vec<(EntryKey, f32)> {
-    let entry = |index| (EntryKey::new(&[index], &[index + 1]), -0.1 - index as f32);
-    indices.map(entry).collect()
-}
-
-fn open(dir: &Path, scope: &Scope) -> Store {
-    let (store, torn) = Store::open(dir, scope).unwrap();
-    assert_eq!(torn, []);
-    store
-}
-
-/// A store of one scope with a segment for each range, and the scope's folder.
-fn filled(ranges: &[Range<u32>]) -> (TempDir, PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
-    for range in ranges {
-        let mut writer = open(dir.path(), &scope("1")).writer().unwrap();
-        writer.append(&entries(range.clone())).unwrap();
-    }
-    let folder = report(dir.path()).folder;
-    (dir, folder)
-}
-
-fn report(dir: &Path) -> ScopeReport {
-    let mut reports = inspect(dir).unwrap();
-    assert_eq!(reports.len(), 1);
-    reports.remove(0)
-}
-
-/// Segments of a folder with their bytes.
-fn segments(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    files(folder)
-        .into_iter()
-        .filter(|(path, _)| path.extension().is_some_and(|ending| ending == "segment"))
-        .collect()
-}
-
-fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let paths = fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    paths
-        .map(|path| (path.clone(), fs::read(path).unwrap()))
-        .collect()
-}
 
 /// Cleans up as `days` from now.
 fn clean_in(dir: &Path, days: u32, unused_for: Option<Duration>, dry_run: bool) -> Cleaned {
@@ -93,19 +39,11 @@ fn actions(cleaned: &Cleaned) -> Vec<Action> {
     cleaned.scopes.iter().map(|scope| scope.action).collect()
 }
 
-fn expect_entries(dir: &Path, indices: Range<u32>) {
-    let store = open(dir, &scope("1"));
-    assert_eq!(store.len(), indices.len());
-    for (key, value) in entries(indices) {
-        assert_eq!(store.get(&key).map(f32::to_bits), Some(value.to_bits()));
-    }
-}
-
 #[test]
 fn a_report_tells_scope_entries_segments_and_bytes() {
     let (dir, folder) = filled(&[0..10, 5..12]);
     let report = report(dir.path());
-    assert_eq!(report.scope, Some(scope("1")));
+    assert_eq!(report.scope, Some(scope()));
     assert_eq!(report.digest, folder.file_name().unwrap().to_str().unwrap());
     assert_eq!((report.entries, report.segments), (12, 2));
     let bytes: usize = segments(&folder).values().map(Vec::len).sum();
@@ -139,7 +77,7 @@ fn duplicates_that_disagree_are_named() {
     let (dir, folder) = filled(&[0..10]);
     let (key, value) = entries(4..5)[0];
     let changed = [(key, f32::from_bits(value.to_bits() + 1))];
-    let store = open(dir.path(), &scope("1"));
+    let store = open(dir.path());
     store.writer().unwrap().append(&changed).unwrap();
     drop(store);
     let report = report(dir.path());
@@ -195,6 +133,38 @@ fn segments_become_one_with_the_same_entries_and_a_second_clean_up_does_nothing(
     assert_eq!(actions(&merge(dir.path())), [Action::Kept]);
     assert_eq!(segments(&folder), after);
     expect_entries(dir.path(), 0..13);
+}
+
+#[test]
+fn one_segment_that_its_writer_did_not_finish_is_sorted() {
+    let (dir, folder) = filled(&[0..300]);
+    let log = segments(&folder);
+    assert_eq!(actions(&merge(dir.path())), [Action::Merged]);
+    let sorted = segments(&folder);
+    assert_eq!(sorted.len(), 1);
+    assert_ne!(sorted.keys().next(), log.keys().next());
+    assert_eq!(actions(&merge(dir.path())), [Action::Kept]);
+    expect_entries(dir.path(), 0..300);
+}
+
+#[test]
+fn sorted_segments_are_merged_and_damage_in_any_leaves_all_alone() {
+    let (dir, folder) = filled(&[290..310]);
+    append_sorted(dir.path(), 0..200);
+    append_sorted(dir.path(), 150..300);
+    let whole = segments(&folder);
+    for (path, bytes) in &whole {
+        let mut damaged = bytes.clone();
+        damaged[200] ^= 1;
+        fs::write(path, damaged).unwrap();
+        let before = segments(&folder);
+        assert_eq!(actions(&merge(dir.path())), [Action::Damaged]);
+        assert_eq!(segments(&folder), before);
+        fs::write(path, bytes).unwrap();
+    }
+    assert_eq!(actions(&merge(dir.path())), [Action::Merged]);
+    assert_eq!(segments(&folder).len(), 1);
+    expect_entries(dir.path(), 0..310);
 }
 
 #[test]
@@ -269,10 +239,10 @@ fn a_removal_cut_short_is_finished_by_the_next_and_hinders_nobody() {
     let removed = folder.with_extension("removed");
     fs::rename(&folder, &removed).unwrap();
     fs::remove_file(removed.join("scope.json")).unwrap();
-    assert!(inspect(dir.path()).unwrap().is_empty());
+    assert!(inspect(dir.path(), &mut |_| ()).unwrap().is_empty());
     // A run has filled the scope anew meanwhile.
-    let store = open(dir.path(), &scope("1"));
-    assert!(store.is_empty());
+    let store = open(dir.path());
+    assert_eq!(store.count().unwrap(), 0);
     store.writer().unwrap().append(&entries(0..3)).unwrap();
     drop(store);
     let cleaned = merge(dir.path());
@@ -284,10 +254,10 @@ fn a_removal_cut_short_is_finished_by_the_next_and_hinders_nobody() {
 #[test]
 fn a_scope_with_a_writer_or_a_reader_is_left_alone_and_named() {
     let (dir, folder) = filled(&[0..10, 10..12]);
-    let store = open(dir.path(), &scope("1"));
+    let store = open(dir.path());
     // A writer outlives its store.
     let mut writer = store.writer().unwrap();
-    let other = open(dir.path(), &scope("2"));
+    let (other, _) = Store::open(dir.path(), &other_scope()).unwrap();
     drop(store);
     let before = segments(&folder);
     let cleaned = clean_in(dir.path(), 100, Some(DAY), false);
@@ -312,8 +282,9 @@ fn a_scope_with_a_writer_or_a_reader_is_left_alone_and_named() {
 #[test]
 fn only_scopes_unused_for_long_enough_are_removed() {
     let (dir, folder) = filled(&[0..10]);
-    let young = scope("2");
-    open(dir.path(), &young);
+    merge(dir.path());
+    let young = other_scope();
+    drop(Store::open(dir.path(), &young).unwrap());
     let old = SystemTime::now() - 40 * DAY;
     for path in files(&folder).into_keys() {
         File::open(path).unwrap().set_modified(old).unwrap();
@@ -341,9 +312,9 @@ fn opening_a_scope_counts_as_use_and_cleaning_up_does_not() {
     };
     let clean = || clean_in(dir.path(), 0, Some(39 * DAY), false);
     age();
-    open(dir.path(), &scope("1"));
+    open(dir.path());
     assert_eq!(actions(&clean()), [Action::Merged]);
-    let mut writer = open(dir.path(), &scope("1")).writer().unwrap();
+    let mut writer = open(dir.path()).writer().unwrap();
     writer.append(&entries(12..13)).unwrap();
     drop(writer);
     age();
@@ -381,14 +352,18 @@ fn runs_that_open_scopes_while_they_are_cleaned_up_find_everything_or_an_empty_s
                 let dir = dir.path();
                 threads.spawn(move || {
                     for round in 0..50 {
-                        let (mut store, torn) = Store::open(dir, &scope("1")).unwrap();
+                        let (mut store, torn) = Store::open(dir, &scope()).unwrap();
                         // The other run may be within an append.
                         assert!(torn.len() <= 1);
                         let added = entries(run * 1000 + round..run * 1000 + round + 3);
-                        store.writer().unwrap().append(&added).unwrap();
+                        let mut writer = store.writer().unwrap();
+                        writer.append(&added).unwrap();
+                        if round % 2 == 0 {
+                            writer.finish().unwrap();
+                        }
                         store.reload().unwrap();
                         for (key, value) in added {
-                            assert_eq!(store.get(&key), Some(value));
+                            assert_eq!(store.get(&key).unwrap(), Some(value));
                         }
                     }
                 })

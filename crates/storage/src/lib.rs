@@ -12,6 +12,7 @@
 //! - [`LineFile::append`]: whole lines for readers; a torn last line is cut at the next open. Durable after a sync.
 //! - [`Lock`]: one holder, or several that share it; held until dropped or until the process dies; the kernel lets go, no
 //!   stale file can keep it.
+//! - [`map`] and [`log::parse`] only look.
 //!
 //! Formats above plain bytes belong to their owners (`checkpoint`, `refcache`); object stores are not here yet.
 
@@ -21,6 +22,7 @@ mod files;
 mod lines;
 mod lock;
 pub mod log;
+mod map;
 mod space;
 
 pub use append::AppendFile;
@@ -28,4 +30,5 @@ pub use directories::{create_directory, remove_directory, remove_file, rename};
 pub use files::{DurableFile, FileError, atomic_write, sync_directory};
 pub use lines::LineFile;
 pub use lock::{Lock, LockError};
+pub use map::{Mapping, map};
 pub use space::{Space, space};

@@ -173,8 +173,15 @@ impl Log {
 /// # Errors
 /// [`LogError::Damaged`] for anything but a torn tail, which is counted.
 pub fn read(path: &Path) -> Result<ReadLog, LogError> {
-    let bytes = fs::read(path).map_err(at("read", path))?;
-    let Scan { records, end, .. } = scan(path, &bytes)?;
+    parse(path, &fs::read(path).map_err(at("read", path))?)
+}
+
+/// As [`read`], for the content of a file that was read already; `path` is for errors.
+///
+/// # Errors
+/// [`LogError::Damaged`] for anything but a torn tail, which is counted.
+pub fn parse(path: &Path, bytes: &[u8]) -> Result<ReadLog, LogError> {
+    let Scan { records, end, .. } = scan(path, bytes)?;
     Ok(ReadLog {
         records,
         torn_bytes: bytes.len() as u64 - end,

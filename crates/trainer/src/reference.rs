@@ -2,13 +2,14 @@
 //! owns its place in the list, kept in the store for every later run (R1).
 
 use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use collective::shard_range;
 use data::Pair;
 use model::{Model, Pack, PairTokens};
-use refcache::{EntryKey, Store, StoreError};
+use refcache::{EntryKey, Store, StoreError, sample};
 use serde::Serialize;
 use spec::Spec;
 
@@ -72,9 +73,13 @@ impl References {
             &setup.mismatched.eval,
         ]);
         let slice = &entries[shard_range(entries.len(), world, rank)];
-        let (found, missing): (Vec<Entry<'_>>, Vec<Entry<'_>>) = slice
-            .iter()
-            .partition(|entry| references.store.get(&entry.key).is_some());
+        let (mut found, mut missing) = (Vec::new(), Vec::new());
+        for &entry in slice {
+            match references.store.get(&entry.key)? {
+                Some(value) => found.push((entry, value)),
+                None => missing.push(entry),
+            }
+        }
         let micro_batch_tokens = setup.spec.train.micro_batch_tokens;
         references.verify(&found, setup.spec.reference.verify_samples, model)?;
         references.compute(&missing, micro_batch_tokens, model, progress)?;
@@ -94,21 +99,23 @@ impl References {
             tracing::warn!(store = %self.folder.display(), "{tail}");
         }
         let (mut missing, mut total) = (0, 0);
-        let values = pairs.map(|pairs| {
-            let values = pairs.iter().map(|pair| {
-                [&pair.chosen, &pair.rejected].map(|completion| {
-                    // Nothing is scored of an empty completion, as in the policy's log-probs.
-                    if completion.is_empty() {
-                        return 0.0;
-                    }
-                    total += 1;
-                    let value = self.store.get(&EntryKey::new(&pair.prompt, completion));
-                    missing += usize::from(value.is_none());
-                    f64::from(value.unwrap_or(f32::NAN))
-                })
-            });
-            values.collect()
-        });
+        let mut value = |pair: &Pair, completion: &[u32]| -> Result<f64, StoreError> {
+            // Nothing is scored of an empty completion, as in the policy's log-probs.
+            if completion.is_empty() {
+                return Ok(0.0);
+            }
+            total += 1;
+            let value = self.store.get(&EntryKey::new(&pair.prompt, completion))?;
+            missing += usize::from(value.is_none());
+            Ok(f64::from(value.unwrap_or(f32::NAN)))
+        };
+        let mut lists = [const { Vec::new() }; N];
+        for (values, pairs) in lists.iter_mut().zip(pairs) {
+            values.reserve_exact(pairs.len());
+            for pair in pairs {
+                values.push([value(pair, &pair.chosen)?, value(pair, &pair.rejected)?]);
+            }
+        }
         if missing > 0 {
             return Err(TrainError::ReferenceMissing {
                 store: self.folder,
@@ -116,17 +123,22 @@ impl References {
                 total,
             });
         }
-        Ok(values)
+        Ok(lists)
     }
 
-    /// Computes evenly spaced `samples` of `found` again: a store that was filled by another program or machine is refused
-    /// before it spoils a run.
-    fn verify(&self, found: &[Entry<'_>], samples: usize, model: &Model) -> Result<(), TrainError> {
-        let samples = samples.min(found.len());
-        for sample in 0..samples {
-            let entry = found[sample * found.len() / samples];
+    /// Computes `samples` of `found` again, other ones in each run: a store that was filled by another program or machine is
+    /// refused before it spoils a run.
+    fn verify(
+        &self,
+        found: &[(Entry<'_>, f32)],
+        samples: usize,
+        model: &Model,
+    ) -> Result<(), TrainError> {
+        // No value depends on which are chosen, and a disagreement names its pair, so the choice need not be repeatable.
+        let seed = RandomState::new().hash_one(std::process::id());
+        for index in sample(found.len(), samples, seed) {
+            let (entry, stored) = found[index];
             let computed = model.forward(&pack(&[vec![entry]])).logps[0][0];
-            let stored = self.store.get(&entry.key).expect("found in the store");
             if computed.to_bits() != stored.to_bits() {
                 return Err(TrainError::StoreDisagrees {
                     store: self.folder.clone(),
@@ -182,6 +194,10 @@ impl References {
         };
         lanes.each(side_by_side, packs.len(), &score, take)?;
         writer.append(&fresh)?;
+        if let Err(error) = writer.finish() {
+            // Nothing is lost: the values are stored, but as they were appended, which takes longer to open.
+            tracing::warn!(store = %self.folder.display(), "sort what was stored: {error}");
+        }
         progress(PHASE, total, total)?;
         Ok(())
     }
@@ -215,7 +231,13 @@ impl ReferenceAmount {
         let store = Store::open_existing(&spec.reference.store, &scope)?;
         let mut entries = entries(lists);
         if let Some(store) = store {
-            entries.retain(|entry| store.get(&entry.key).is_none());
+            let mut missing = Vec::new();
+            for entry in entries {
+                if store.get(&entry.key)?.is_none() {
+                    missing.push(entry);
+                }
+            }
+            entries = missing;
         }
         Ok(Self::of(&entries))
     }

@@ -28,6 +28,27 @@ fn each_distinct_completion_is_computed_once_by_one_rank_and_reused_by_every_lat
 }
 
 #[test]
+fn dropping_reordering_and_appending_pairs_reuses_every_value_that_still_applies() {
+    let folder = Folder::new(20);
+    let text = fs::read_to_string(folder.path("train.jsonl")).unwrap();
+    let lines: Vec<_> = text.lines().collect();
+    let script = Script::default();
+    let counts = |store: &str, lines: &[&str], world| {
+        folder.write("train.jsonl", &lines.join("\n"));
+        let mut spec = folder.spec(SPEC);
+        spec.reference.store = folder.path(store);
+        sum(&run(&spec, world, &script).counts)
+    };
+    let (_, all) = counts("all", &lines, 1);
+    let (_, first) = counts("shared", &lines[..14], 2);
+    let changed: Vec<_> = lines[4..].iter().rev().copied().collect();
+    let (_, needed) = counts("changed", &changed, 1);
+    let fresh = all - first;
+    assert!(fresh > 0 && fresh < needed, "{fresh} of {needed}");
+    assert_eq!(counts("shared", &changed, 3), (needed - fresh, fresh));
+}
+
+#[test]
 fn r1_other_weights_truncation_or_arithmetic_of_the_model_reuse_nothing() {
     let folder = Folder::new(8);
     let spec = folder.spec(SPEC);
