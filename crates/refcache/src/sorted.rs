@@ -179,18 +179,20 @@ impl Sorted {
         });
         while index > 0 {
             index -= 1;
-            let block = self.block(path, index)?;
-            let (first, _) = decode(&block[0]);
-            if first <= *key {
-                let next = if index + 1 < blocks {
-                    self.fence(index + 1)
-                } else {
+            let (block, fence) = (self.block(path, index)?, self.fence(index));
+            // Mostly the fence decides, and where the block begins need not be fetched from memory.
+            if fence < prefix || decode(&block[0]).0 <= *key {
+                let last = index + 1 == blocks;
+                let next = if last {
                     u64::MAX
+                } else {
+                    self.fence(index + 1)
                 };
-                let place = find_in(block, key, first.prefix(), next);
-                return Ok(
-                    place.map(|place| (decode(&block[place]).1, index * BLOCK_ENTRIES + place))
-                );
+                let place = find_in(block, key, fence, next);
+                return Ok(place.map(|place| {
+                    let (_, value) = decode(&block[place]);
+                    (value, index * BLOCK_ENTRIES + place)
+                }));
             }
             // Keys that agree in as much as a fence holds: it is in a block before, or nowhere.
         }

@@ -5,7 +5,7 @@ mod support;
 
 use std::{collections::BTreeMap, fs, path::Path, sync::LazyLock, time::SystemTime};
 
-use proptest::{collection::vec, prelude::*, sample::Index};
+use proptest::{collection::vec, option::of, prelude::*, sample::Index};
 use refcache::{Cleaning, EntryKey, Store, clean};
 use support::{append, append_sorted, entries, open, report, scope, segments};
 
@@ -20,20 +20,23 @@ static WHOLE: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
     })
 });
 
-/// A change to some bytes: from a place on, so many are replaced by others.
-type Splice = (Index, usize, Vec<u8>);
+/// A change to some bytes: from a place on, so many are replaced by others, or as many as these.
+type Splice = (Index, Option<usize>, Vec<u8>);
 
 fn changed(mut bytes: Vec<u8>, splices: &[Splice]) -> Vec<u8> {
     for (place, removed, added) in splices {
         let start = place.index(bytes.len() + 1);
-        let end = (start + removed).min(bytes.len());
+        let end = (start + removed.unwrap_or(added.len())).min(bytes.len());
         bytes.splice(start..end, added.iter().copied());
     }
     bytes
 }
 
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
-    let splices = vec((any::<Index>(), 0..80usize, vec(any::<u8>(), 0..80)), 1..4);
+    let splices = vec(
+        (any::<Index>(), of(0..80usize), vec(any::<u8>(), 0..80)),
+        1..4,
+    );
     prop_oneof![
         vec(any::<u8>(), 0..400),
         // Past the first look at what it is.
