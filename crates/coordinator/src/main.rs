@@ -14,7 +14,6 @@ use coordinator::config::{self, Config, ServiceConfig, Sources};
 #[cfg(feature = "local")]
 use coordinator::init;
 use coordinator::log::{self, LogFormat};
-#[cfg(feature = "local")]
 use coordinator::run::{EXIT_USAGE, Show, run};
 
 /// Aligns a language model to preferences: starts workers on this machine, runs one job to its end, and exits; or, with
