@@ -234,6 +234,7 @@ impl Config {
             step_timeout_ms: ms(self.cluster.step_timeout_seconds),
             save_timeout_ms: ms(self.cluster.save_timeout_seconds),
             skipped_steps_max: self.skipped_steps_max,
+            elastic: None,
         }
     }
 

@@ -37,8 +37,8 @@ pub enum Input {
     Disconnected(Incarnation),
     /// Somebody asks how the job is.
     Job(oneshot::Sender<proto::Job>),
-    /// A checkpoint became visible, or did not.
-    Checkpoint(Step, Result<(), String>),
+    /// A checkpoint became visible, and where, or did not.
+    Checkpoint(Step, Result<String, String>),
     /// A worker process of this machine is gone.
     ChildExited(ChildExit),
     /// A signal, or somebody, wants the job to stop.
@@ -229,7 +229,7 @@ impl<'a> Driver<'a> {
                 drop(answer.send(self.view()));
                 None
             }
-            Input::Checkpoint(step, Ok(())) => Some(Event::CheckpointCommitted { step }),
+            Input::Checkpoint(step, Ok(path)) => Some(Event::CheckpointCommitted { step, path }),
             Input::Checkpoint(step, Err(reason)) => Some(Event::CheckpointFailed { step, reason }),
             Input::ChildExited(exit) => {
                 self.child_exited(&exit);
@@ -482,17 +482,17 @@ fn commit(
     shards: &[String],
     info: &ManifestInfo,
     retention: Retention<'_>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<String> {
     let mut ranks = Vec::new();
     for (rank, shard) in shards.iter().enumerate() {
         let file: RankFile = serde_json::from_str(shard)
             .with_context(|| format!("read what rank {rank} says of its file"))?;
         ranks.push(file);
     }
-    checkpoint::commit(directory, &ranks, info)?;
+    let committed = checkpoint::commit(directory, &ranks, info)?;
     // The new one is in place; that an old one could not be removed is no reason to doubt it.
     if let Err(error) = checkpoint::retain(directory, retention) {
         tracing::warn!("old checkpoints stay: {error}");
     }
-    Ok(())
+    Ok(committed.path.display().to_string())
 }

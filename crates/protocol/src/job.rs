@@ -1,146 +1,45 @@
-//! One generation of a job, from the first Join to its outcome.
+//! A job, from the first Join to its outcome.
 //!
-//! A [`Job`] gathers workers, forms the generation, commits its steps and checkpoints, and ends; it is handed events with
+//! A [`Job`] gathers workers, forms a generation, commits its steps and checkpoints, and ends; it is handed events with
 //! the time and answers with actions. Its phases are variants that own their data (`phase`); each step of the way has a
-//! file: `gathering`, `forming`, `stepping`, `ending`. All its deadlines are one table (`deadline`).
+//! file: `gathering`, `forming`, `stepping`, `ending`. What workers say comes in through `hearing`. All its deadlines are one table (`deadline`).
 //!
 //! ```text
 //! Gathering ─ world joined ─► Forming ─ all Ready ─► Stepping ─ last commit ─► Draining ─ checkpoint ─► Finishing ─► Done
-//!      └───────────────────────────┴──── a loss, a deadline, a disagreement: Stop to all, Done(Failed) ────────┘
+//!      │                       ▲ └────────────┬──────────┴────────────────────────┘
+//!      │      the next generation             │ a loss, a hang, a leaver, a joiner
+//!      │                       └─ Regrouping ◄┘
+//!      └── a disagreement, a deadline; without `elastic` any loss: Stop to all, Done(Failed) ──────────────────► Done
 //! ```
+//! A job that is elastic (`JobPolicy::elastic`) forms the next generation with whoever is left (`regrouping`), takes in
+//! spares (`gathering`), and tells a hang from a death and from slowness (`watching`).
 
 mod deadline;
 mod ending;
 mod evaluating;
+mod event;
 mod forming;
 mod gathering;
+mod hearing;
 mod phase;
+mod regrouping;
 mod stepping;
 mod view;
+mod watching;
 
 use std::collections::BTreeMap;
 
 use crate::{
-    Afterwards, Awaits, Cause, CoordinatorMessage, EarlyStop, EvaluationRow, FromWorker,
-    Generation, Incarnation, JobId, JobPolicy, MetricsRow, Note, Outcome, Rank, Record, Recovery,
-    RunFacts, Sample, Step, ToWorker, WorkerMessage,
+    Afterwards, CoordinatorMessage, EarlyStop, Elastic, EvaluationRow, Generation, Incarnation,
+    Layout, Note, Outcome, Record, RunFacts, Step, ToWorker,
 };
-use phase::{Member, Phase, Save, Vote};
+use phase::{Member, Newest, Phase, Save};
+
+pub use event::{Action, Event, JobSpec};
 pub use view::{Waiting, WorkerView};
+use watching::Pace;
 
-/// What a job is made of.
-#[derive(Clone, PartialEq)]
-pub struct JobSpec {
-    /// Its name.
-    pub id: JobId,
-    /// Sizes, cadences, limits.
-    pub policy: JobPolicy,
-    /// Version of the program that all members must run.
-    pub build: String,
-    /// The resolved configuration, for the workers.
-    pub config_toml: String,
-    /// Where checkpoints go.
-    pub checkpoint_dir: String,
-    /// A file in that folder, by which workers see that it is the same disk; empty for none.
-    pub probe: String,
-    /// Key of this generation's collective handshake.
-    pub secret: [u8; 32],
-    /// What to go on from.
-    pub recovery: Recovery,
-    /// The checkpoint that holds `recovery.committed`; `None` at step 0.
-    pub resume: Option<String>,
-}
-
-/// What happened.
-#[derive(Clone, Debug, PartialEq)]
-#[allow(
-    clippy::large_enum_variant,
-    reason = "nearly all events are messages, and few wait at a time"
-)]
-pub enum Event {
-    /// A worker said something.
-    Message(FromWorker),
-    /// A worker's connection is gone, or its process.
-    Disconnected {
-        /// Whose.
-        incarnation: Incarnation,
-    },
-    /// [`Action::CommitCheckpoint`] succeeded: the manifest is in place and verified.
-    CheckpointCommitted {
-        /// Its step.
-        step: Step,
-    },
-    /// [`Action::CommitCheckpoint`] did not succeed.
-    CheckpointFailed {
-        /// Its step.
-        step: Step,
-        /// What happened, where, and the cure.
-        reason: String,
-    },
-    /// Somebody wants the job to stop, resumable.
-    StopRequested {
-        /// Who and why.
-        reason: String,
-    },
-    /// [`Job::next_deadline`] is reached. Messages that have arrived are handed in first, so that a coordinator which
-    /// slept does not take its workers for silent.
-    Tick,
-}
-
-/// What to do, in order.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Action {
-    /// Append to the journal and sync; go on only when it is durable.
-    Journal(Record),
-    /// Send, if the worker is still connected.
-    Send(ToWorker),
-    /// Verify all ranks' files and write the manifest, beside the loop; answer with [`Event::CheckpointCommitted`] or
-    /// [`Event::CheckpointFailed`].
-    CommitCheckpoint {
-        /// The generation that wrote the files.
-        generation: Generation,
-        /// The step whose state they hold.
-        step: Step,
-        /// Their number.
-        world: u32,
-        /// What each rank said in [`WorkerMessage::Saved`], by rank.
-        shards: Vec<String>,
-        /// Evaluated steps, the best first: the first of them that has a checkpoint keeps it, beside the newest ones. Empty
-        /// where only the newest stay. Later steps than `step` may be better and are not known yet.
-        best_first: Vec<Step>,
-    },
-    /// Append to `metrics.jsonl`.
-    RecordStep(MetricsRow),
-    /// Append to `eval.jsonl`, keep the samples.
-    RecordEvaluation {
-        /// The means.
-        row: EvaluationRow,
-        /// Greedy continuations with the same weights.
-        samples: Vec<Sample>,
-    },
-    /// Show and keep rank 0's account of the data files.
-    DataReport {
-        /// Several lines for a person.
-        text: String,
-    },
-    /// Append to `events.jsonl`.
-    Note(Note),
-    /// A long phase of a rank moved.
-    Progress {
-        /// Whose.
-        rank: Rank,
-        /// Such as `load model`.
-        phase: String,
-        /// Units done.
-        done: u64,
-        /// Units in all.
-        total: u64,
-    },
-    /// The job ended. Always the last action; later events bring only [`CoordinatorMessage::Stop`] to whoever still speaks.
-    Done(Outcome),
-}
-
-/// One generation of a job.
+/// A job's state.
 pub struct Job {
     spec: JobSpec,
     generation: Generation,
@@ -153,21 +52,59 @@ pub struct Job {
     phase: Phase,
     /// Checkpoints that were asked for and are not yet visible. Several may be under way, one a step.
     saves: BTreeMap<Step, Save>,
-    /// This generation's last Commit, to be repeated.
-    verdict: Option<CoordinatorMessage>,
+    /// This generation's last Go or Commit, to be repeated.
+    said: Option<CoordinatorMessage>,
     /// Recorded evaluations up to `committed`.
     evaluations: Vec<EvaluationRow>,
     /// The step whose evaluation was asked for and is not recorded yet.
     evaluating: Option<Step>,
     /// Why the step after an evaluation is the last.
     early_stop: Option<EarlyStop>,
+    /// The next commit is to be the last, and why.
+    stop: Option<String>,
     /// Whether the data report was handed out.
     reported: bool,
+
+    // Of elastic jobs.
+    /// Workers that wait to be admitted.
+    spares: BTreeMap<Incarnation, Member>,
+    /// How the job ends after `committed`, once that is its last commit.
+    ending: Option<Outcome>,
+    /// What to go back to when a shard has no living copy.
+    newest: Newest,
+    /// Who holds the state that this generation begins with; `None`: `newest`.
+    base: Option<Layout>,
+    /// Whether the update of `committed` was applied.
+    apply: bool,
+    /// The generation that committed `committed`.
+    since: Generation,
+    /// The newest generation that each worker has spoken in: what it said in an older one is stale (invariant M1).
+    spoke: BTreeMap<Incarnation, Generation>,
+    /// Highest generation that a worker knew.
+    known: Generation,
+    /// Highest commit of this life, rewound ones included.
+    highest: Step,
+    /// Who reported a broken collective of this generation, and whom it suspects.
+    suspected: BTreeMap<Incarnation, Incarnation>,
+    /// In how many generations in a row without a commit a member was suspected.
+    strikes: BTreeMap<Incarnation, u32>,
+    /// How long steps take.
+    pace: Pace,
+    /// When the job last got anywhere.
+    moved_ms: u64,
 }
 
 impl Job {
     /// Starts generation `recovery.generation + 1`. The actions journal the recovery's rewind, if there is one.
+    ///
+    /// # Panics
+    /// On a policy that [`crate::JobPolicy::check`] refuses.
     pub fn new(spec: JobSpec, now_ms: u64) -> (Self, Vec<Action>) {
+        assert_eq!(
+            spec.policy.check(),
+            Ok(()),
+            "checked with the configuration"
+        );
         let recovery = &spec.recovery;
         let selection = spec.policy.selection.as_ref();
         let early_stop = recovery.early_stop.clone();
@@ -177,13 +114,34 @@ impl Job {
             facts: recovery.facts.clone(),
             skipped: recovery.skipped,
             members: BTreeMap::new(),
-            phase: Phase::Gathering { since_ms: now_ms },
+            phase: Phase::Gathering {
+                since_ms: now_ms,
+                grace_over: false,
+            },
             saves: BTreeMap::new(),
-            verdict: None,
+            said: None,
             evaluations: recovery.evaluations.clone(),
             evaluating: None,
             early_stop: early_stop.filter(|stop| selection.is_some_and(|it| it.confirms(stop))),
+            stop: None,
             reported: false,
+            spares: BTreeMap::new(),
+            ending: None,
+            newest: Newest {
+                step: recovery.checkpoint,
+                path: spec.resume.clone(),
+                skipped: recovery.checkpoint_skipped,
+            },
+            base: None,
+            apply: recovery.apply,
+            since: recovery.since,
+            spoke: recovery.spoke.clone(),
+            known: Generation(0),
+            highest: recovery.highest_committed.max(recovery.committed),
+            suspected: BTreeMap::new(),
+            strikes: BTreeMap::new(),
+            pace: Pace::default(),
+            moved_ms: now_ms,
             spec,
         };
         let mut actions = Vec::new();
@@ -194,6 +152,14 @@ impl Job {
             };
             actions.push(Action::Journal(rewind));
             actions.push(note("rewind", text));
+        }
+        if let Some(bound_ms) = job.spec.policy.recovery_ms_max() {
+            let text = format!(
+                "a lost worker costs at most {} s by the timeouts, {} s more while too few are left to train",
+                bound_ms as f64 / 1000.0,
+                job.spec.policy.join_timeout_ms as f64 / 1000.0
+            );
+            actions.push(note("bound", text));
         }
         if job.spec.recovery.completed {
             job.end(Outcome::Completed, &mut actions);
@@ -207,15 +173,15 @@ impl Job {
         match event {
             Event::Message(message) => self.message(now_ms, message, &mut actions),
             Event::Disconnected { incarnation } => {
-                self.lost(incarnation, "its connection closed", &mut actions);
+                self.lost(now_ms, incarnation, "its connection closed", &mut actions);
             }
-            Event::CheckpointCommitted { step } => {
-                self.checkpoint_committed(now_ms, step, &mut actions);
+            Event::CheckpointCommitted { step, path } => {
+                self.checkpoint_committed(now_ms, step, path, &mut actions);
             }
             Event::CheckpointFailed { step, reason } => {
                 self.save_failed(now_ms, step, &reason, &mut actions);
             }
-            Event::StopRequested { reason } => self.stop_requested(reason, &mut actions),
+            Event::StopRequested { reason } => self.stop_requested(now_ms, reason, &mut actions),
             Event::Tick => self.tick(now_ms, &mut actions),
         }
         actions
@@ -241,6 +207,14 @@ impl Job {
         self.generation
     }
 
+    /// Members of the present generation; before there is one, those that the first waits for.
+    pub fn world(&self) -> u32 {
+        match self.phase {
+            Phase::Gathering { .. } => self.spec.policy.world,
+            _ => self.members.len() as u32,
+        }
+    }
+
     /// What the members agreed on, or an earlier generation did.
     pub fn facts(&self) -> Option<&RunFacts> {
         self.facts.as_ref()
@@ -254,153 +228,9 @@ impl Job {
         }
     }
 
-    /// Checks a message's fences (invariant M1), then acts on it.
-    fn message(&mut self, now_ms: u64, from: FromWorker, actions: &mut Vec<Action>) {
-        let FromWorker {
-            job,
-            incarnation,
-            generation,
-            message,
-        } = from;
-        // A worker may not know the name of the only job here.
-        if !job.0.is_empty() && job != self.spec.id {
-            let reason = format!("this coordinator runs job {}, not {job}", self.spec.id);
-            return self.stop(incarnation, reason, actions);
-        }
-        if let Phase::Done(outcome) = &self.phase {
-            let reason = format!("the job ended: {outcome}");
-            return self.stop(incarnation, reason, actions);
-        }
-        if let Some(reason) = self.knows_more(incarnation, generation, &message) {
-            return self.fail(Cause::Fatal, reason, None, actions);
-        }
-        if let WorkerMessage::Join(profile) = message {
-            return self.join(now_ms, incarnation, profile, actions);
-        }
-        let gathering = matches!(self.phase, Phase::Gathering { .. });
-        let truth = CoordinatorMessage::Stale {
-            committed: self.committed,
-        };
-        let Some(member) = self.members.get_mut(&incarnation) else {
-            if gathering {
-                return self.send(incarnation, truth, actions);
-            }
-            let reason = format!("generation {} has its members already", self.generation);
-            return self.stop(incarnation, reason, actions);
-        };
-        // Before its Form a member speaks with generation 0; once it said Ready, it does not.
-        let fresh = generation == Generation(0)
-            && matches!(self.phase, Phase::Gathering { .. } | Phase::Forming { .. });
-        if generation != self.generation && !fresh {
-            return self.send(incarnation, truth, actions);
-        }
-        member.last_heard_ms = now_ms;
-        let Some(rank) = member.rank else {
-            let name = self.name(incarnation);
-            match message {
-                WorkerMessage::Failed { cause, reason } => {
-                    let reason = format!("{name} (not yet ranked): {reason}");
-                    self.fail(cause, reason, Some(incarnation), actions);
-                }
-                WorkerMessage::Leave { reason } => {
-                    self.stop_requested(format!("{name} leaves: {reason}"), actions);
-                }
-                _ => {}
-            }
-            return;
-        };
-        match message {
-            WorkerMessage::Join(_) => unreachable!("joins were taken above"),
-            WorkerMessage::Beat { committed, awaits } => {
-                member.committed = member.committed.max(committed);
-                self.repeat(incarnation, committed, awaits, actions);
-            }
-            WorkerMessage::Progress { phase, done, total } => {
-                self.progress(now_ms, incarnation, (phase, done, total), actions);
-            }
-            WorkerMessage::DataReport { text } => {
-                // Once a generation: a repetition is not shown again.
-                if rank == Rank(0) && !std::mem::replace(&mut self.reported, true) {
-                    actions.push(Action::DataReport { text });
-                }
-            }
-            WorkerMessage::Ready {
-                facts,
-                reference_reused,
-                reference_computed,
-            } => {
-                let counts = (reference_reused, reference_computed);
-                self.ready(now_ms, incarnation, facts, counts, actions);
-            }
-            WorkerMessage::Prepared { report, phases } => {
-                let vote = Vote { report, phases };
-                self.prepared(now_ms, incarnation, vote, actions);
-            }
-            WorkerMessage::Evaluated { row, samples } => {
-                self.evaluated(now_ms, rank, row, samples, actions);
-            }
-            WorkerMessage::Saved { step, shard } => self.saved(rank, step, shard, actions),
-            WorkerMessage::SaveFailed { step, reason } => {
-                let reason = format!("{}: {reason}", self.name(incarnation));
-                self.save_failed(now_ms, step, &reason, actions);
-            }
-            WorkerMessage::Finished => self.finished(incarnation, actions),
-            WorkerMessage::Failed { cause, reason } => {
-                self.member_failed(incarnation, cause, &reason, actions);
-            }
-            WorkerMessage::Leave { reason } => {
-                let reason = format!("{} leaves: {reason}", self.name(incarnation));
-                self.stop_requested(reason, actions);
-            }
-        }
-    }
-
-    /// Whether a worker knows more than the journal, so that the journal cannot be this run's newest (invariant M2).
-    fn knows_more(
-        &self,
-        incarnation: Incarnation,
-        generation: Generation,
-        message: &WorkerMessage,
-    ) -> Option<String> {
-        let cure = "the journal is not the newest of this run: restore it, or stop the workers of the other coordinator";
-        if generation > self.generation {
-            return Some(format!(
-                "worker {incarnation} is of generation {generation}, the journal allows {}; {cure}",
-                self.generation
-            ));
-        }
-        let highest = self.committed.max(self.spec.recovery.highest_committed);
-        match message {
-            WorkerMessage::Beat { committed, .. } if *committed > highest => Some(format!(
-                "worker {incarnation} knows commit {committed}, the journal ends at {highest}; {cure}"
-            )),
-            _ => None,
-        }
-    }
-
-    /// Repeats the answer that a waiting worker lacks: a lost message costs one heartbeat.
-    fn repeat(
-        &self,
-        incarnation: Incarnation,
-        committed: Step,
-        awaits: Awaits,
-        actions: &mut Vec<Action>,
-    ) {
-        match (awaits, &self.phase) {
-            (Awaits::Form, Phase::Forming { .. }) => {
-                self.send(incarnation, self.form_message(incarnation), actions);
-            }
-            (Awaits::Go, Phase::Stepping { .. }) if self.verdict.is_none() => {
-                self.send(incarnation, self.go_message(), actions);
-            }
-            (Awaits::Commit, _) if committed < self.committed => {
-                self.repeat_verdict(incarnation, actions);
-            }
-            (Awaits::Go | Awaits::End, Phase::Finishing { .. }) => {
-                self.send(incarnation, CoordinatorMessage::Finish, actions);
-            }
-            _ => {}
-        }
+    /// What it does about losses, if it is elastic.
+    fn elastic(&self) -> Option<&Elastic> {
+        self.spec.policy.elastic.as_ref()
     }
 
     fn send(
@@ -433,7 +263,8 @@ impl Job {
 
     /// `rank 1 (worker gpu-3)`, or the worker alone before it has a rank; its incarnation when it is no member.
     fn name(&self, incarnation: Incarnation) -> String {
-        let Some(member) = self.members.get(&incarnation) else {
+        let member = self.members.get(&incarnation);
+        let Some(member) = member.or_else(|| self.spares.get(&incarnation)) else {
             return format!("worker {incarnation}");
         };
         match member.rank {

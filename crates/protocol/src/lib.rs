@@ -16,11 +16,18 @@
 //! [`Scheduler`] is the queue of a coordinator that serves job after job: it gives waiting workers to jobs, each of whose
 //! attempts is a [`Job`].
 //!
-//! Not here: gRPC (`wire`), files and processes (`coordinator`), training (`trainer`). A lost worker ends an
-//! attempt as failed and resumable; forming a new generation among survivors is not built.
+//! What a loss costs: without [`Elastic`] a lost worker ends the attempt as failed and resumable. With it the members are told
+//! to abort and say what they hold ([`Held`]), the journal gets the next generation, and its [`CoordinatorMessage::Form`] says
+//! who has which shard ([`Layout`]): before the COMMIT of a step the step is computed again, after it all roll forward. Spares
+//! are admitted at a step boundary in the same way. Only when some shard has no living copy the journal is rewound to the
+//! newest checkpoint. `tests/simulation` plays this against lost, late and doubled messages, partitions, deaths and hangs.
+//!
+//! Not here: gRPC (`wire`), files and processes (`coordinator`), training and the moving of shards (`trainer`).
 
 mod ids;
 mod job;
+mod layout;
+mod liveness;
 mod message;
 mod phases;
 mod policy;
@@ -31,14 +38,17 @@ mod selection;
 
 pub use ids::{Generation, Incarnation, JobId, NAME_RULE, Rank, Step, is_name};
 pub use job::{Action, Event, Job, JobSpec, Waiting, WorkerView};
+pub use layout::{Copies, Held, Layout, mirror_of};
+pub use liveness::{Liveness, Pulse};
 pub use message::{
-    Afterwards, Awaits, Cause, CoordinatorMessage, FromWorker, Note, RunFacts, ToWorker,
-    WIRE_VERSION, WorkerMessage, WorkerProfile,
+    Activity, Afterwards, Awaits, Cause, CoordinatorMessage, FromWorker, Note, RunFacts, ToWorker,
+    WIRE_VERSION, Work, WorkerMessage, WorkerProfile,
 };
 pub use phases::Phases;
-pub use policy::JobPolicy;
+pub use policy::{Elastic, JobPolicy, PolicyError};
 pub use record::{
-    CommitRecord, Outcome, Record, Recovery, RecoveryError, early_stop, recover, surviving,
+    CommitRecord, Outcome, Record, Recovery, RecoveryError, early_stop, recover, recover_living,
+    surviving,
 };
 pub use report::{EvaluationRow, MetricsRow, Sample, Statistics, StepReport};
 pub use scheduler::{

@@ -10,11 +10,12 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    EvaluationRow, Generation, Incarnation, JobId, Phases, Rank, Sample, Step, StepReport,
+    EvaluationRow, Generation, Held, Incarnation, JobId, Layout, Phases, Rank, Sample, Step,
+    StepReport,
 };
 
 /// Version of these messages. A worker that speaks another one is refused. A field that may be absent makes no new one.
-pub const WIRE_VERSION: u32 = 2;
+pub const WIRE_VERSION: u32 = 3;
 
 /// A worker's message with its fences.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +52,8 @@ pub enum WorkerMessage {
         committed: Step,
         /// What it waits for.
         awaits: Awaits,
+        /// What it does.
+        activity: Activity,
     },
     /// A long phase moves on.
     Progress {
@@ -89,10 +92,12 @@ pub enum WorkerMessage {
         /// Greedy continuations with the same weights.
         samples: Vec<Sample>,
     },
-    /// Its part of a checkpoint is durable.
+    /// Its part of a checkpoint is durable. It may be written on when the generation that asked for it is over.
     Saved {
         /// The step whose state was saved.
         step: Step,
+        /// The generation whose Commit or Go asked for it; 0 for the one that this is said in.
+        asked: Generation,
         /// The part's entry for the manifest, in the checkpoint crate's JSON.
         shard: String,
     },
@@ -100,6 +105,8 @@ pub enum WorkerMessage {
     SaveFailed {
         /// The step whose state was to be saved.
         step: Step,
+        /// The generation whose Commit or Go asked for it; 0 for the one that this is said in.
+        asked: Generation,
         /// What happened, where, and the cure.
         reason: String,
     },
@@ -112,9 +119,27 @@ pub enum WorkerMessage {
         /// What happened, where, and the cure.
         reason: String,
     },
-    /// It was told to leave, and asks for its job to save first.
+    /// It was told to leave. An elastic job goes on without it if enough members are left, any other saves and stops.
     Leave {
         /// Why.
+        reason: String,
+    },
+    /// It is in no generation now, and changes nothing of this until its next Form. The answer to Abort and, in an elastic job,
+    /// to Welcome; said with the generation that it left.
+    Held {
+        /// The newest cut first; two at most, none of a worker that has trained nothing.
+        held: Vec<Held>,
+    },
+    /// A spare has loaded model and data, and can be admitted. Said with the generation that it left, or 0.
+    Loaded {
+        /// What it found; `committed` says nothing.
+        facts: RunFacts,
+    },
+    /// A collective of its generation broke or took too long, which is nobody's end yet.
+    CollectiveFailed {
+        /// Who did not answer, if it can tell.
+        suspect: Option<Rank>,
+        /// What happened.
         reason: String,
     },
 }
@@ -166,6 +191,31 @@ pub enum Awaits {
     Commit,
     /// The end.
     End,
+}
+
+/// What a worker does, for whoever wonders whether it still does it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// The step that it is about; 0 outside of steps.
+    pub step: Step,
+    /// The kind of work.
+    pub work: Work,
+    /// Counts up as the work moves on: packs, blocks, buckets. Never goes back in one generation.
+    pub progress: u64,
+}
+
+/// Kinds of work, by whose fault it is when it stands still.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Work {
+    /// It does not tell: only deadlines judge it.
+    #[default]
+    Untold,
+    /// Its own: nobody else holds it up.
+    Computes,
+    /// A collective: any peer may hold it up.
+    Exchanges,
+    /// It waits for the coordinator.
+    Waits,
 }
 
 /// Why a job failed, by what a supervisor should do about it.
@@ -234,6 +284,8 @@ pub enum CoordinatorMessage {
         checkpoint_dir: String,
         /// A file in that folder, which a worker sees only if it looks at the same disk; empty for none.
         probe: String,
+        /// A generation runs already. Load, say Loaded, and be admitted at a step boundary.
+        spare: bool,
     },
     /// A generation: load, connect, score your part of the reference, then say Ready.
     Form {
@@ -245,15 +297,26 @@ pub enum CoordinatorMessage {
         secret: [u8; 32],
         /// The last commit.
         committed: Step,
-        /// The checkpoint that holds its state; `None` at step 0.
+        /// The checkpoint that holds its state; `None` at step 0, and where `base` says who does.
         resume: Option<String>,
+        /// The verdict on `committed`: who holds its gradient and has not heard it applies or drops that, before anything else.
+        /// A gradient of a later step is dropped.
+        apply: bool,
+        /// Which members hold the state: gather the shards, cut them anew for this generation, mirror them. `None`: from
+        /// `resume`, or else the weights that the run starts with. Who is named as a holder and holds no such cut (it was told
+        /// of by an old message) takes no part, and says Held in this generation.
+        base: Option<Layout>,
     },
-    /// Begin with this step.
+    /// Begin: what the last commit asked for and this generation is to do (again), then the next step.
     Go {
         /// The first step of the generation.
         step: Step,
         /// Evaluate before it.
         evaluate: bool,
+        /// Save before it.
+        save: bool,
+        /// No step follows.
+        last: bool,
     },
     /// The verdict on a step, and what to do before the next.
     Commit {
@@ -279,6 +342,17 @@ pub enum CoordinatorMessage {
     },
     /// What was said is of another time; this is true now.
     Stale {
+        /// The last commit.
+        committed: Step,
+    },
+    /// The generation is over: leave its collective at once, drop no gradient yet, say Held and await Form.
+    Abort {
+        /// Why.
+        reason: String,
+    },
+    /// A beat arrived and nothing is to be said to it. A worker that misses these is not heard, or does not hear: it connects
+    /// again.
+    Heard {
         /// The last commit.
         committed: Step,
     },
@@ -308,12 +382,23 @@ impl fmt::Debug for CoordinatorMessage {
                 addresses,
                 committed,
                 resume,
+                apply,
+                base,
                 ..
             } => write!(
                 f,
-                "Form {{ rank: {rank}, addresses: {addresses:?}, committed: {committed}, resume: {resume:?}, .. }}"
+                "Form {{ rank: {rank}, addresses: {addresses:?}, committed: {committed}, resume: {resume:?}, \
+                 apply: {apply}, base: {base:?}, .. }}"
             ),
-            Self::Go { step, evaluate } => write!(f, "Go {{ step: {step}, evaluate: {evaluate} }}"),
+            Self::Go {
+                step,
+                evaluate,
+                save,
+                last,
+            } => write!(
+                f,
+                "Go {{ step: {step}, evaluate: {evaluate}, save: {save}, last: {last} }}"
+            ),
             Self::Commit {
                 step,
                 apply,
@@ -332,6 +417,8 @@ impl fmt::Debug for CoordinatorMessage {
                 )
             }
             Self::Stale { committed } => write!(f, "Stale {{ committed: {committed} }}"),
+            Self::Abort { reason } => write!(f, "Abort {{ reason: {reason:?} }}"),
+            Self::Heard { committed } => write!(f, "Heard {{ committed: {committed} }}"),
         }
     }
 }
@@ -340,7 +427,7 @@ impl fmt::Debug for CoordinatorMessage {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
     /// One word: `join`, `form`, `ready`, `go`, `skip`, `checkpoint`, `unsaved` (a checkpoint that failed), `rewind`, `lost`,
-    /// `stop`, `early-stop`, `done`; of the queue `submit`, `start`, `pause`, `queue`, `retry`, `cancel`, `drain`, `refuse`,
+    /// `stop`, `early-stop`, `done`; of an elastic job `late`, `slow`, `abort`, `spare`, `bound`; of the queue `submit`, `start`, `pause`, `queue`, `retry`, `cancel`, `drain`, `refuse`,
     /// `wait`; of the shell `warning`.
     pub kind: &'static str,
     /// A sentence for a person.

@@ -1,11 +1,11 @@
-//! What the owner of a job decided about its course: sizes, cadences, limits.
+//! What the owner of a job decided about its course: sizes, cadences, limits, and how long a recovery may take by them.
 
 use crate::Selection;
 
 /// A job's policy. Times are in milliseconds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct JobPolicy {
-    /// Members of a generation.
+    /// Members of a generation; of an elastic job those that its first one waits for.
     pub world: u32,
     /// A checkpoint every so many steps; `None` only at the end.
     pub save_every: Option<u64>,
@@ -15,7 +15,7 @@ pub struct JobPolicy {
     pub selection: Option<Selection>,
     /// Silence after which a worker counts as lost.
     pub heartbeat_timeout_ms: u64,
-    /// How long workers may take to join.
+    /// How long workers may take to join, at the beginning or when too few are left.
     pub join_timeout_ms: u64,
     /// How long loading and the reference pass may go without progress.
     pub form_timeout_ms: u64,
@@ -25,9 +25,134 @@ pub struct JobPolicy {
     pub save_timeout_ms: u64,
     /// Consecutive skipped steps that end the job (invariant T6).
     pub skipped_steps_max: u64,
+    /// How it goes on without a lost member; `None`: a loss ends the attempt, resumable.
+    pub elastic: Option<Elastic>,
+}
+
+/// How a job outlives the loss of members and takes others in. Times are in milliseconds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Elastic {
+    /// Fewest members that train. With fewer it waits for a joiner.
+    pub workers_min: u32,
+    /// Most members. More wait as spares.
+    pub workers_max: u32,
+    /// How long a member may take to leave its generation once told to.
+    pub abort_timeout_ms: u64,
+    /// How long a member waits for its peers in a collective before it gives the generation up; workers keep it.
+    pub collective_timeout_ms: u64,
+    /// How long the job may go without a commit before the attempt ends, resumable.
+    pub job_timeout_ms: u64,
+    /// A member whose progress stands still for so many learned step times hangs.
+    pub hang_factor: f64,
+    /// A member that computes so many times as long as the median of its peers is slow.
+    pub slow_factor: f64,
+}
+
+/// A policy that cannot work.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum PolicyError {
+    /// The ladder of timeouts has a rung out of place: what waits for another must wait longer.
+    #[error(
+        "{lower} is {lower_ms} ms and {upper} {upper_ms} ms: {upper} must be longer, or it passes before what it waits for"
+    )]
+    Ladder {
+        /// The rung that must be shorter.
+        lower: &'static str,
+        /// Its time.
+        lower_ms: u64,
+        /// The rung above it.
+        upper: &'static str,
+        /// Its time.
+        upper_ms: u64,
+    },
+    /// Numbers of workers that contradict each other.
+    #[error(
+        "workers_min {min}, workers {world} and workers_max {max} must be in this order, and 1 or more"
+    )]
+    Workers {
+        /// Fewest.
+        min: u32,
+        /// At the beginning.
+        world: u32,
+        /// Most.
+        max: u32,
+    },
+    /// A factor that is none.
+    #[error("{name} is {value}, expected a finite number above 1")]
+    Factor {
+        /// Which.
+        name: &'static str,
+        /// What it is.
+        value: f64,
+    },
 }
 
 impl JobPolicy {
+    /// Checks the numbers of an elastic job against each other: heartbeat < abort < collective < step < rendezvous (`join`) <
+    /// job, and the two that end no other wait, forming and saving, against what they contain. A job that is not elastic has
+    /// only timeouts that end it, in whatever order.
+    ///
+    /// # Errors
+    /// The first contradiction.
+    pub fn check(&self) -> Result<(), PolicyError> {
+        let Some(elastic) = &self.elastic else {
+            return Ok(());
+        };
+        let (min, world, max) = (elastic.workers_min, self.world, elastic.workers_max);
+        if min == 0 || min > world || world > max {
+            return Err(PolicyError::Workers { min, world, max });
+        }
+        let heartbeat = ("heartbeat_timeout", self.heartbeat_timeout_ms);
+        let abort = ("abort_timeout", elastic.abort_timeout_ms);
+        let collective = ("collective_timeout", elastic.collective_timeout_ms);
+        let step = ("step_timeout", self.step_timeout_ms);
+        let rendezvous = ("join_timeout", self.join_timeout_ms);
+        let job = ("job_timeout", elastic.job_timeout_ms);
+        let pairs = [
+            (("zero", 0), heartbeat),
+            (heartbeat, abort),
+            (abort, collective),
+            (collective, step),
+            (step, rendezvous),
+            (rendezvous, job),
+            // Connecting is a collective; a save ends no sooner than its writers leave.
+            (collective, ("form_timeout", self.form_timeout_ms)),
+            (abort, ("save_timeout", self.save_timeout_ms)),
+        ];
+        for ((lower, lower_ms), (upper, upper_ms)) in pairs {
+            if lower_ms >= upper_ms {
+                return Err(PolicyError::Ladder {
+                    lower,
+                    lower_ms,
+                    upper,
+                    upper_ms,
+                });
+            }
+        }
+        let factors = [
+            ("hang_factor", elastic.hang_factor),
+            ("slow_factor", elastic.slow_factor),
+        ];
+        for (name, value) in factors {
+            if !value.is_finite() || value <= 1.0 {
+                return Err(PolicyError::Factor { name, value });
+            }
+        }
+        Ok(())
+    }
+
+    /// Longest time from one fault to the commit of the step that it hit, in milliseconds, while as many members survive as
+    /// training needs; otherwise [`JobPolicy::join_timeout_ms`] more (invariant M5). `None` where a loss ends the attempt.
+    ///
+    /// It is noticed by the step's own deadline at the latest (a death by the heartbeat's, a broken collective by its own);
+    /// survivors leave their generation or are left behind; the next one may go without progress for `form_timeout_ms` (a
+    /// transfer that moves on has no bound); and the step is computed again.
+    pub fn recovery_ms_max(&self) -> Option<u64> {
+        let elastic = self.elastic.as_ref()?;
+        let noticed = self.step_timeout_ms;
+        Some(noticed + elastic.abort_timeout_ms + self.form_timeout_ms + self.step_timeout_ms)
+    }
+
     /// Whether the weights after `step` are saved for their cadence.
     pub(crate) fn saves_at(&self, step: u64) -> bool {
         self.save_every

@@ -1,5 +1,6 @@
 //! The journal's records, and what a restarted coordinator makes of them.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -116,6 +117,18 @@ pub struct Recovery {
     pub completed: bool,
     /// To be journaled before anything else: commits whose state no checkpoint holds.
     pub rewind: Option<Record>,
+    /// The newest checkpoint that verifies; 0 for none. What a job whose workers lost their state goes back to.
+    pub checkpoint: Step,
+    /// Consecutive skipped steps up to `checkpoint`.
+    pub checkpoint_skipped: u64,
+    /// Whether the update of `committed` was applied, for workers that have not heard.
+    pub apply: bool,
+    /// The generation that committed `committed`; 0 at step 0.
+    pub since: Generation,
+    /// Members of the last generation, who may still hold its state.
+    pub members: Vec<Incarnation>,
+    /// Generations in which workers have certainly spoken: they voted on a step. What they said in older ones is stale.
+    pub spoke: BTreeMap<Incarnation, Generation>,
 }
 
 /// A journal that contradicts itself or the checkpoints.
@@ -211,27 +224,66 @@ fn evaluated(records: &[Record], last: Step) -> (Vec<EvaluationRow>, Option<Earl
 /// What to go on from, given the journal and the newest checkpoint that verifies.
 ///
 /// All workers are gone when a local coordinator starts, so commits beyond the checkpoint are rewound.
+///
+/// # Errors
+/// A journal that contradicts itself or the checkpoint.
 pub fn recover(
     records: &[Record],
     newest_checkpoint: Option<Step>,
 ) -> Result<Recovery, RecoveryError> {
-    let mut commits = surviving(records)?;
-    let journaled = Step(commits.len() as u64);
-    let to = newest_checkpoint.unwrap_or_default();
-    if to > journaled {
+    let mut recovery = recover_living(records, newest_checkpoint)?;
+    let (to, journaled) = (recovery.checkpoint, recovery.committed);
+    if recovery.completed || to == journaled {
+        return Ok(recovery);
+    }
+    recovery.committed = to;
+    recovery.skipped = recovery.checkpoint_skipped;
+    (recovery.evaluations, recovery.early_stop) = evaluated(records, to);
+    recovery.rewind = Some(Record::Rewind {
+        to,
+        reason: format!(
+            "the newest checkpoint holds step {to}; steps up to {journaled} are computed again"
+        ),
+    });
+    Ok(recovery)
+}
+
+/// The same for an elastic job, whose workers outlive its coordinator: they may hold what was committed after the checkpoint,
+/// so nothing is rewound before they had the time to say so.
+///
+/// # Errors
+/// As [`recover`].
+pub fn recover_living(
+    records: &[Record],
+    newest_checkpoint: Option<Step>,
+) -> Result<Recovery, RecoveryError> {
+    let commits = surviving(records)?;
+    let committed = Step(commits.len() as u64);
+    let checkpoint = newest_checkpoint.unwrap_or_default();
+    if checkpoint > committed {
         return Err(RecoveryError::CheckpointAhead {
-            checkpoint: to,
-            committed: journaled,
+            checkpoint,
+            committed,
         });
     }
+    let last = commits.last();
     let mut recovery = Recovery {
-        committed: to,
+        committed,
+        skipped: skipped(&commits),
+        checkpoint,
+        checkpoint_skipped: skipped(&commits[..checkpoint.0 as usize]),
+        apply: last.is_some_and(|commit| commit.apply),
+        since: Generation(last.map_or(0, |commit| commit.row.generation)),
         ..Recovery::default()
     };
     for record in records {
         match record {
-            Record::Generation { generation, .. } => {
+            Record::Generation {
+                generation,
+                members,
+            } => {
                 recovery.generation = recovery.generation.max(*generation);
+                recovery.members.clone_from(members);
             }
             Record::Facts { facts } => recovery.facts = Some(facts.clone()),
             Record::Completed { .. } => recovery.completed = true,
@@ -239,30 +291,18 @@ pub fn recover(
             Record::Commit(commit) => {
                 let step = Step(commit.row.report.step);
                 recovery.highest_committed = recovery.highest_committed.max(step);
+                let voted = recovery.members.iter().map(|it| (*it, recovery.generation));
+                recovery.spoke.extend(voted);
             }
             Record::Checkpoint { .. } | Record::Evaluation { .. } => {}
         }
     }
-    if recovery.completed {
-        recovery.committed = journaled;
-    }
-    (recovery.evaluations, recovery.early_stop) = evaluated(records, recovery.committed);
-    if recovery.completed {
-        return Ok(recovery);
-    }
-    commits.truncate(to.0 as usize);
-    recovery.skipped = commits
-        .iter()
-        .rev()
-        .take_while(|commit| !commit.apply)
-        .count() as u64;
-    if to < journaled {
-        recovery.rewind = Some(Record::Rewind {
-            to,
-            reason: format!(
-                "the newest checkpoint holds step {to}; steps up to {journaled} are computed again"
-            ),
-        });
-    }
+    (recovery.evaluations, recovery.early_stop) = evaluated(records, committed);
     Ok(recovery)
+}
+
+/// Consecutive skipped steps at the end of `commits`.
+fn skipped(commits: &[CommitRecord]) -> u64 {
+    let run = commits.iter().rev().take_while(|commit| !commit.apply);
+    run.count() as u64
 }

@@ -5,10 +5,12 @@
 mod support;
 
 use protocol::{
-    Action, Awaits, Cause, CoordinatorMessage, EvaluationRow, Event, Generation, Incarnation,
-    JobPolicy, Outcome, Phases, Rank, Record, Recovery, Step, Waiting, WorkerMessage,
+    Action, Activity, Awaits, Cause, CoordinatorMessage, EvaluationRow, Event, Generation,
+    Incarnation, JobPolicy, Outcome, Phases, Rank, Record, Recovery, Step, Waiting, WorkerMessage,
 };
-use support::{Play, facts, journaled, outcome, place, policy, report, stopped, told};
+use support::{
+    Play, checkpoint_committed, facts, journaled, outcome, place, policy, report, stopped, told,
+};
 
 fn stop(play: &mut Play) -> Vec<Action> {
     play.event(Event::StopRequested {
@@ -53,6 +55,8 @@ fn a_job_goes_from_the_first_join_to_completion() {
     let expected = CoordinatorMessage::Go {
         step: Step(1),
         evaluate: true,
+        save: false,
+        last: false,
     };
     assert_eq!(told(&go), [(1, expected.clone()), (2, expected)]);
     assert_eq!(flags(&play.step(true)), (true, false, false, false));
@@ -76,7 +80,7 @@ fn a_job_goes_from_the_first_join_to_completion() {
     };
     assert_eq!(saved, [commit]);
     assert_eq!(play.job.waiting(), Waiting::Checkpoint { step: Step(2) });
-    let durable = play.event(Event::CheckpointCommitted { step: Step(2) });
+    let durable = play.event(checkpoint_committed(2));
     assert_eq!(journaled(&durable), [Record::Checkpoint { step: Step(2) }]);
     assert_eq!(
         told(&durable),
@@ -230,13 +234,9 @@ fn training_does_not_wait_for_a_checkpoint_that_is_not_the_last() {
     ));
     assert_eq!(play.save(2, 1), [], "said again");
     play.step(true);
-    let durable = play.event(Event::CheckpointCommitted { step: Step(1) });
+    let durable = play.event(checkpoint_committed(1));
     assert_eq!(journaled(&durable), [Record::Checkpoint { step: Step(1) }]);
-    assert_eq!(
-        play.event(Event::CheckpointCommitted { step: Step(1) }),
-        [],
-        "said again"
-    );
+    assert_eq!(play.event(checkpoint_committed(1)), [], "said again");
     assert_eq!(play.job.committed(), Step(3));
 }
 
@@ -269,7 +269,9 @@ fn a_resumed_job_goes_on_after_its_commit_without_the_first_evaluation() {
             1,
             CoordinatorMessage::Go {
                 step: Step(7),
-                evaluate: false
+                evaluate: false,
+                save: false,
+                last: false,
             }
         )]
     );
@@ -427,6 +429,7 @@ fn a_beat_that_waits_has_the_answer_repeated() {
             WorkerMessage::Beat {
                 committed: Step(0),
                 awaits: Awaits::Form,
+                activity: Activity::default(),
             },
         ),
         "Form",

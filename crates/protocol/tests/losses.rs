@@ -5,8 +5,8 @@
 mod support;
 
 use protocol::{
-    Action, Awaits, Cause, Event, Incarnation, JobPolicy, Outcome, Recovery, Step, Waiting,
-    WorkerMessage,
+    Action, Awaits, Cause, Event, Generation, Incarnation, JobPolicy, Outcome, Recovery, Step,
+    Waiting, WorkerMessage,
 };
 use support::{Play, journaled, outcome, policy, stopped};
 
@@ -244,6 +244,7 @@ fn a_failed_checkpoint_in_training_is_told_and_training_goes_on() {
         2,
         WorkerMessage::SaveFailed {
             step: Step(1),
+            asked: Generation(0),
             reason,
         },
     );
@@ -274,6 +275,7 @@ fn a_failed_last_checkpoint_ends_the_job() {
         1,
         WorkerMessage::SaveFailed {
             step: Step(1),
+            asked: Generation(0),
             reason,
         },
     );

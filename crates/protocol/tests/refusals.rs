@@ -5,10 +5,13 @@
 mod support;
 
 use protocol::{
-    Action, Awaits, Cause, CoordinatorMessage, Event, FromWorker, Generation, Incarnation, JobId,
-    Outcome, Phases, Recovery, Step, WIRE_VERSION, WorkerMessage,
+    Action, Activity, Awaits, Cause, CoordinatorMessage, Event, FromWorker, Generation,
+    Incarnation, JobId, Outcome, Phases, Recovery, Step, WIRE_VERSION, WorkerMessage,
 };
-use support::{Play, facts, join_message, journaled, outcome, policy, report, stopped, told};
+use support::{
+    Play, checkpoint_committed, facts, join_message, journaled, outcome, policy, report, stopped,
+    told,
+};
 
 /// The only thing said, which is to stop, and why.
 fn stop_reason(actions: &[Action]) -> String {
@@ -45,7 +48,7 @@ fn a_worker_of_another_build_or_wire_version_is_refused_and_others_may_join() {
     let other_version = play.say_in(1, 0, join_message("build", WIRE_VERSION + 1));
     let reason = stop_reason(&other_version);
     assert!(
-        reason.contains("it speaks wire version 3, the coordinator 2"),
+        reason.contains("it speaks wire version 4, the coordinator 3"),
         "{reason}"
     );
     assert!(matches!(
@@ -115,6 +118,7 @@ fn m1_who_speaks_of_an_old_generation_is_not_heard_as_alive() {
     let beat = WorkerMessage::Beat {
         committed: Step(0),
         awaits: Awaits::Nothing,
+        activity: Activity::default(),
     };
     play.say_in(1, 0, beat);
     play.now_ms += 1_000;
@@ -141,6 +145,7 @@ fn m2_a_worker_that_knows_a_later_generation_or_commit_ends_the_job() {
     let beat = WorkerMessage::Beat {
         committed: Step(0),
         awaits: Awaits::Nothing,
+        activity: Activity::default(),
     };
     let parts = ["worker 9 is of generation 2", "restore it"];
     failed(&play.say_in(9, 2, beat), Cause::Fatal, &parts);
@@ -280,7 +285,7 @@ fn a_shard_that_nobody_asked_for_changes_nothing() {
     let mut play = Play::stepping(policy(1), 9);
     play.step(true);
     assert_eq!(play.save(1, 1), []);
-    assert_eq!(play.event(Event::CheckpointCommitted { step: Step(1) }), []);
+    assert_eq!(play.event(checkpoint_committed(1)), []);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use protocol::{
     Record, Recovery, RunFacts, Selection, Statistics, Step, Waiting, WorkerMessage, early_stop,
     recover,
 };
-use support::{Play, commit, facts, journaled, outcome, place, policy, told};
+use support::{Play, checkpoint_committed, commit, facts, journaled, outcome, place, policy, told};
 
 const NAN: f64 = f64::NAN;
 
@@ -397,10 +397,7 @@ fn a_job_ends_only_when_its_best_checkpoint_is_visible_too() {
         outcome(&play.finish_all())
     };
     let step = Step(2);
-    assert_eq!(
-        ends(Event::CheckpointCommitted { step }),
-        Some(Outcome::Completed)
-    );
+    assert_eq!(ends(checkpoint_committed(step.0)), Some(Outcome::Completed));
     let reason = "the disk is full".into();
     assert_eq!(
         ends(Event::CheckpointFailed { step, reason }),
@@ -644,6 +641,8 @@ fn the_starting_weights_are_evaluated_once() {
     let expected = CoordinatorMessage::Go {
         step: Step(1),
         evaluate: false,
+        save: false,
+        last: false,
     };
     assert_eq!(go, [(1, expected.clone()), (2, expected)]);
 }

@@ -1,8 +1,8 @@
 //! What workers say.
 
 use protocol::{
-    Awaits, Cause, FromWorker, Generation, Incarnation, JobId, Sample, Step, WorkerMessage,
-    WorkerProfile,
+    Activity, Awaits, Cause, FromWorker, Generation, Held, Incarnation, JobId, Rank, Sample, Step,
+    Work, WorkerMessage, WorkerProfile,
 };
 
 use crate::error::{address, from_one, name, required, text};
@@ -44,9 +44,14 @@ impl From<WorkerMessage> for Message {
                 name: it.name,
                 device: it.device,
             }),
-            WorkerMessage::Beat { committed, awaits } => Self::Beat(proto::Beat {
+            WorkerMessage::Beat {
+                committed,
+                awaits,
+                activity,
+            } => Self::Beat(proto::Beat {
                 committed: committed.0,
                 awaits: proto::Awaits::from(awaits).into(),
+                activity: Some(activity.into()),
             }),
             WorkerMessage::Progress { phase, done, total } => {
                 Self::Progress(proto::Progress { phase, done, total })
@@ -69,12 +74,18 @@ impl From<WorkerMessage> for Message {
                 row: Some(row.into()),
                 samples: samples.into_iter().map(Into::into).collect(),
             }),
-            WorkerMessage::Saved { step, shard } => Self::Saved(proto::Saved {
+            WorkerMessage::Saved { step, asked, shard } => Self::Saved(proto::Saved {
                 step: step.0,
+                asked: asked.0,
                 shard,
             }),
-            WorkerMessage::SaveFailed { step, reason } => Self::SaveFailed(proto::SaveFailed {
+            WorkerMessage::SaveFailed {
+                step,
+                asked,
+                reason,
+            } => Self::SaveFailed(proto::SaveFailed {
                 step: step.0,
+                asked: asked.0,
                 reason,
             }),
             WorkerMessage::Finished => Self::Finished(proto::Finished {}),
@@ -83,6 +94,18 @@ impl From<WorkerMessage> for Message {
                 reason,
             }),
             WorkerMessage::Leave { reason } => Self::Leave(proto::Leave { reason }),
+            WorkerMessage::Held { held } => Self::Held(proto::Held {
+                cuts: held.into_iter().map(Into::into).collect(),
+            }),
+            WorkerMessage::Loaded { facts } => Self::Loaded(proto::Loaded {
+                facts: Some(facts.into()),
+            }),
+            WorkerMessage::CollectiveFailed { suspect, reason } => {
+                Self::CollectiveFailed(proto::CollectiveFailed {
+                    suspect: suspect.map(|rank| rank.0),
+                    reason,
+                })
+            }
         }
     }
 }
@@ -102,6 +125,7 @@ impl TryFrom<Message> for WorkerMessage {
             Message::Beat(it) => Self::Beat {
                 committed: Step(it.committed),
                 awaits: awaits(it.awaits)?,
+                activity: activity(it.activity)?,
             },
             Message::Progress(it) => Self::Progress {
                 phase: text("Progress.phase", it.phase)?,
@@ -126,10 +150,12 @@ impl TryFrom<Message> for WorkerMessage {
             },
             Message::Saved(it) => Self::Saved {
                 step: Step(from_one("Saved.step", it.step)?),
+                asked: Generation(it.asked),
                 shard: text("Saved.shard", it.shard)?,
             },
             Message::SaveFailed(it) => Self::SaveFailed {
                 step: Step(from_one("SaveFailed.step", it.step)?),
+                asked: Generation(it.asked),
                 reason: it.reason,
             },
             Message::Finished(_) => Self::Finished,
@@ -138,8 +164,81 @@ impl TryFrom<Message> for WorkerMessage {
                 reason: it.reason,
             },
             Message::Leave(it) => Self::Leave { reason: it.reason },
+            Message::Held(it) => Self::Held { held: held(it)? },
+            Message::Loaded(it) => Self::Loaded {
+                facts: required("Loaded.facts", it.facts)?.try_into()?,
+            },
+            Message::CollectiveFailed(it) => Self::CollectiveFailed {
+                suspect: it.suspect.map(Rank),
+                reason: it.reason,
+            },
         })
     }
+}
+
+impl From<Held> for proto::HeldShards {
+    fn from(it: Held) -> Self {
+        Self {
+            generation: it.generation.0,
+            rank: it.rank.0,
+            world: it.world,
+            applied: it.applied.0,
+            gradient: it.gradient,
+        }
+    }
+}
+
+fn held(it: proto::Held) -> Result<Vec<Held>, WireError> {
+    if it.cuts.len() > 2 {
+        return Err(WireError::invalid("Held.cuts", it.cuts.len(), "2 at most"));
+    }
+    let cut = |it: proto::HeldShards| {
+        from_one("HeldShards.generation", it.generation)?;
+        if it.rank >= it.world {
+            let value = format!("{} of {}", it.rank, it.world);
+            return Err(WireError::invalid("HeldShards.rank", value, "below world"));
+        }
+        Ok(Held {
+            generation: Generation(it.generation),
+            rank: Rank(it.rank),
+            world: it.world,
+            applied: Step(it.applied),
+            gradient: it.gradient,
+        })
+    };
+    it.cuts.into_iter().map(cut).collect()
+}
+
+impl From<Activity> for proto::Activity {
+    fn from(it: Activity) -> Self {
+        let work = match it.work {
+            Work::Untold => proto::Work::Unspecified,
+            Work::Computes => proto::Work::Computes,
+            Work::Exchanges => proto::Work::Exchanges,
+            Work::Waits => proto::Work::Waits,
+        };
+        Self {
+            step: it.step.0,
+            work: work.into(),
+            progress: it.progress,
+        }
+    }
+}
+
+fn activity(it: Option<proto::Activity>) -> Result<Activity, WireError> {
+    let it = it.unwrap_or_default();
+    let work = match proto::Work::try_from(it.work) {
+        Ok(proto::Work::Unspecified) => Work::Untold,
+        Ok(proto::Work::Computes) => Work::Computes,
+        Ok(proto::Work::Exchanges) => Work::Exchanges,
+        Ok(proto::Work::Waits) => Work::Waits,
+        Err(_) => return Err(WireError::invalid("Activity.work", it.work, "0 to 3")),
+    };
+    Ok(Activity {
+        step: Step(it.step),
+        work,
+        progress: it.progress,
+    })
 }
 
 impl From<Awaits> for proto::Awaits {

@@ -21,7 +21,7 @@ pub fn running_job(job: &Job, now_ms: u64, last_row: Option<&MetricsRow>) -> pro
         generation: job.generation().0,
         committed_step: job.committed().0,
         steps_total: job.facts().map(|facts| facts.steps_total),
-        world_size: job.spec().policy.world,
+        world_size: job.world(),
         workers: job
             .workers()
             .into_iter()
@@ -79,8 +79,8 @@ fn state(waiting: &Waiting, outcome: Option<&Outcome>) -> JobState {
         (Some(Outcome::Completed), _) => JobState::Completed,
         (Some(Outcome::Interrupted { .. }), _) => JobState::Interrupted,
         (Some(Outcome::Failed { .. }), _) => JobState::Failed,
-        (None, Waiting::Join { .. }) => JobState::Gathering,
-        (None, Waiting::Ready { .. }) => JobState::Forming,
+        (None, Waiting::Join { .. } | Waiting::Joiner { .. }) => JobState::Gathering,
+        (None, Waiting::Left { .. } | Waiting::Ready { .. }) => JobState::Forming,
         (None, Waiting::Prepared { .. } | Waiting::Evaluated { .. }) => JobState::Training,
         (None, Waiting::Saved { .. } | Waiting::Checkpoint { .. }) => JobState::Saving,
         (None, Waiting::Finished { .. } | Waiting::Nothing) => JobState::Finishing,

@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use protocol::{Afterwards, CoordinatorMessage, Generation, Incarnation, Rank, Step, ToWorker};
+use protocol::{
+    Afterwards, CoordinatorMessage, Copies, Generation, Incarnation, Layout, Rank, Step, ToWorker,
+};
 
 use crate::error::{address, from_one, required, text};
 use crate::proto::to_worker::Message;
@@ -37,10 +39,12 @@ impl From<CoordinatorMessage> for Message {
                 config_toml,
                 checkpoint_dir,
                 probe,
+                spare,
             } => Self::Welcome(proto::Welcome {
                 config_toml,
                 checkpoint_dir,
                 probe,
+                spare,
             }),
             CoordinatorMessage::Form {
                 rank,
@@ -48,16 +52,27 @@ impl From<CoordinatorMessage> for Message {
                 secret,
                 committed,
                 resume,
+                apply,
+                base,
             } => Self::Form(proto::Form {
                 rank: rank.0,
                 addresses,
                 secret: secret.to_vec(),
                 committed: committed.0,
                 resume,
+                apply,
+                base: base.map(Into::into),
             }),
-            CoordinatorMessage::Go { step, evaluate } => Self::Go(proto::Go {
+            CoordinatorMessage::Go {
+                step,
+                evaluate,
+                save,
+                last,
+            } => Self::Go(proto::Go {
                 step: step.0,
                 evaluate,
+                save,
+                last,
             }),
             CoordinatorMessage::Commit {
                 step,
@@ -80,6 +95,10 @@ impl From<CoordinatorMessage> for Message {
             CoordinatorMessage::Stale { committed } => Self::Stale(proto::Stale {
                 committed: committed.0,
             }),
+            CoordinatorMessage::Abort { reason } => Self::Abort(proto::Abort { reason }),
+            CoordinatorMessage::Heard { committed } => Self::Heard(proto::Heard {
+                committed: committed.0,
+            }),
         }
     }
 }
@@ -93,11 +112,14 @@ impl TryFrom<Message> for CoordinatorMessage {
                 config_toml: it.config_toml,
                 checkpoint_dir: text("Welcome.checkpoint_dir", it.checkpoint_dir)?,
                 probe: it.probe,
+                spare: it.spare,
             },
             Message::Form(it) => form(it)?,
             Message::Go(it) => Self::Go {
                 step: Step(from_one("Go.step", it.step)?),
                 evaluate: it.evaluate,
+                save: it.save,
+                last: it.last,
             },
             Message::Commit(it) => Self::Commit {
                 step: Step(from_one("Commit.step", it.step)?),
@@ -114,8 +136,63 @@ impl TryFrom<Message> for CoordinatorMessage {
             Message::Stale(it) => Self::Stale {
                 committed: Step(it.committed),
             },
+            Message::Abort(it) => Self::Abort { reason: it.reason },
+            Message::Heard(it) => Self::Heard {
+                committed: Step(it.committed),
+            },
         })
     }
+}
+
+impl From<Layout> for proto::Layout {
+    fn from(it: Layout) -> Self {
+        let copies = |it: Copies| proto::Copies {
+            owner: it.owner.map(|rank| rank.0),
+            mirror: it.mirror.map(|rank| rank.0),
+        };
+        Self {
+            generation: it.generation.0,
+            shards: it.shards.into_iter().map(copies).collect(),
+        }
+    }
+}
+
+/// Every shard is held by a member of the new generation, which has `world`.
+fn layout(it: proto::Layout, world: usize) -> Result<Layout, WireError> {
+    if it.shards.is_empty() {
+        return Err(WireError::Missing {
+            field: "Layout.shards",
+        });
+    }
+    let copies = |it: proto::Copies| {
+        let holders = [it.owner, it.mirror];
+        if let Some(rank) = holders
+            .into_iter()
+            .flatten()
+            .find(|it| *it as usize >= world)
+        {
+            let value = format!("rank {rank} of {world}");
+            return Err(WireError::invalid(
+                "Copies",
+                value,
+                "ranks of the generation",
+            ));
+        }
+        let copies = Copies {
+            owner: it.owner.map(Rank),
+            mirror: it.mirror.map(Rank),
+        };
+        required("Copies.owner", copies.source())?;
+        Ok(copies)
+    };
+    Ok(Layout {
+        generation: Generation(from_one("Layout.generation", it.generation)?),
+        shards: it
+            .shards
+            .into_iter()
+            .map(copies)
+            .collect::<Result<_, _>>()?,
+    })
 }
 
 impl From<Afterwards> for proto::Afterwards {
@@ -159,7 +236,7 @@ fn form(it: proto::Form) -> Result<CoordinatorMessage, WireError> {
             "32 bytes",
         )
     })?;
-    if it.committed > 0 && it.resume.is_none() {
+    if it.committed > 0 && it.resume.is_none() && it.base.is_none() {
         return Err(WireError::Missing {
             field: "Form.resume",
         });
@@ -170,6 +247,8 @@ fn form(it: proto::Form) -> Result<CoordinatorMessage, WireError> {
         secret,
         committed: Step(it.committed),
         resume: it.resume.map(|it| text("Form.resume", it)).transpose()?,
+        apply: it.apply,
+        base: it.base.map(|it| layout(it, world)).transpose()?,
     })
 }
 
@@ -181,6 +260,8 @@ impl fmt::Debug for proto::Form {
             .field("addresses", &self.addresses)
             .field("committed", &self.committed)
             .field("resume", &self.resume)
+            .field("apply", &self.apply)
+            .field("base", &self.base)
             .finish_non_exhaustive()
     }
 }

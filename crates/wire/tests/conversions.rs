@@ -4,9 +4,9 @@
 
 use prost::Message as _;
 use protocol::{
-    Afterwards, Awaits, Cause, CoordinatorMessage, EvaluationRow, FromWorker, Generation,
-    Incarnation, JobId, MetricsRow, Phases, Rank, RunFacts, Sample, Statistics, Step, StepReport,
-    ToWorker, WorkerMessage, WorkerProfile,
+    Activity, Afterwards, Awaits, Cause, CoordinatorMessage, Copies, EvaluationRow, FromWorker,
+    Generation, Held, Incarnation, JobId, Layout, MetricsRow, Phases, Rank, RunFacts, Sample,
+    Statistics, Step, StepReport, ToWorker, Work, WorkerMessage, WorkerProfile,
 };
 use wire::{WireError, proto};
 
@@ -94,10 +94,12 @@ fn worker_messages() -> Vec<WorkerMessage> {
         },
         WorkerMessage::Saved {
             step: Step(10),
+            asked: Generation(2),
             shard: "{}".into(),
         },
         WorkerMessage::SaveFailed {
             step: Step(10),
+            asked: Generation(2),
             reason: "disk full".into(),
         },
         WorkerMessage::Finished,
@@ -118,7 +120,35 @@ fn worker_messages() -> Vec<WorkerMessage> {
         all.push(WorkerMessage::Beat {
             committed: Step(3),
             awaits,
+            activity: Activity::default(),
         });
+    }
+    for work in [Work::Untold, Work::Computes, Work::Exchanges, Work::Waits] {
+        let activity = Activity {
+            step: Step(4),
+            work,
+            progress: 17,
+        };
+        all.push(WorkerMessage::Beat {
+            committed: Step(3),
+            awaits: Awaits::Nothing,
+            activity,
+        });
+    }
+    let cut = |generation, gradient| Held {
+        generation: Generation(generation),
+        rank: Rank(1),
+        world: 3,
+        applied: Step(40),
+        gradient,
+    };
+    for held in [vec![], vec![cut(4, false), cut(3, true)]] {
+        all.push(WorkerMessage::Held { held });
+    }
+    all.push(WorkerMessage::Loaded { facts: facts() });
+    for suspect in [None, Some(Rank(0))] {
+        let reason = "no word for 20 s".into();
+        all.push(WorkerMessage::CollectiveFailed { suspect, reason });
     }
     for cause in [Cause::Config, Cause::Temporary, Cause::Fatal] {
         all.push(WorkerMessage::Failed {
@@ -129,6 +159,22 @@ fn worker_messages() -> Vec<WorkerMessage> {
     all
 }
 
+/// Three shards on the two members that are left.
+fn layout() -> Layout {
+    let copies = |owner: Option<u32>, mirror: Option<u32>| Copies {
+        owner: owner.map(Rank),
+        mirror: mirror.map(Rank),
+    };
+    Layout {
+        generation: Generation(3),
+        shards: vec![
+            copies(Some(0), Some(1)),
+            copies(Some(1), None),
+            copies(None, Some(0)),
+        ],
+    }
+}
+
 fn coordinator_messages() -> Vec<CoordinatorMessage> {
     let form = |committed, resume| CoordinatorMessage::Form {
         rank: Rank(1),
@@ -136,6 +182,17 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
         secret: core::array::from_fn(|i| i as u8),
         committed: Step(committed),
         resume,
+        apply: false,
+        base: None,
+    };
+    let moved = CoordinatorMessage::Form {
+        rank: Rank(0),
+        addresses: vec!["127.0.0.1:1".into(), "127.0.0.1:2".into()],
+        secret: [3; 32],
+        committed: Step(40),
+        resume: None,
+        apply: true,
+        base: Some(layout()),
     };
     let commit = |bit: u32| CoordinatorMessage::Commit {
         step: Step(9),
@@ -149,15 +206,35 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             config_toml: "a = 1".into(),
             checkpoint_dir: "c".into(),
             probe: ".probe-1".into(),
+            spare: false,
         },
         form(0, None),
         form(40, Some("checkpoints/step-00000040".into())),
         CoordinatorMessage::Go {
             step: Step(41),
             evaluate: true,
+            save: false,
+            last: false,
         },
         CoordinatorMessage::Finish,
         CoordinatorMessage::Stale { committed: Step(0) },
+        moved,
+        CoordinatorMessage::Go {
+            step: Step(41),
+            evaluate: false,
+            save: true,
+            last: true,
+        },
+        CoordinatorMessage::Abort {
+            reason: "rank 1 was lost".into(),
+        },
+        CoordinatorMessage::Heard { committed: Step(7) },
+        CoordinatorMessage::Welcome {
+            config_toml: String::new(),
+            checkpoint_dir: "c".into(),
+            probe: String::new(),
+            spare: true,
+        },
     ];
     all.extend((0..4).map(commit));
     let afterwards = [Afterwards::Rejoin, Afterwards::Leave, Afterwards::Refused];
@@ -392,8 +469,23 @@ fn a_workers_message_that_breaks_a_rule_is_refused_by_field() {
     spoil!(8, DataReport, |it| it.text.clear(), "DataReport.text");
     spoil!(10, Beat, |it| it.awaits = 0, "Beat.awaits");
     spoil!(10, Beat, |it| it.awaits = 99, "Beat.awaits");
-    spoil!(15, Failed, |it| it.cause = 0, "Failed.cause");
-    spoil!(15, Failed, |it| it.cause = -1, "Failed.cause");
+    spoil!(
+        15,
+        Beat,
+        |it| it.activity.as_mut().unwrap().work = 4,
+        "Activity.work"
+    );
+    spoil!(20, Held, |it| it.cuts[0].rank = 3, "HeldShards.rank");
+    spoil!(
+        20,
+        Held,
+        |it| it.cuts[1].generation = 0,
+        "HeldShards.generation"
+    );
+    spoil!(20, Held, |it| it.cuts.push(it.cuts[0]), "Held.cuts");
+    spoil!(21, Loaded, |it| it.facts = None, "Loaded.facts");
+    spoil!(24, Failed, |it| it.cause = 0, "Failed.cause");
+    spoil!(24, Failed, |it| it.cause = -1, "Failed.cause");
 }
 
 #[test]
@@ -407,6 +499,17 @@ fn a_coordinators_message_that_breaks_a_rule_is_refused_by_field() {
         };
         refused::<_, ToWorker>(at(2), spoil, field);
     };
+    let moved = |spoil: fn(&mut proto::Layout), field| {
+        let spoil = |it: &mut proto::ToWorker| match it.message.as_mut() {
+            Some(M::Form(form)) => spoil(form.base.as_mut().unwrap()),
+            other => panic!("{other:?} is not the Form that the case spoils"),
+        };
+        refused::<_, ToWorker>(at(6), spoil, field);
+    };
+    moved(|it| it.generation = 0, "Layout.generation");
+    moved(|it| it.shards.clear(), "Layout.shards");
+    moved(|it| it.shards[1].owner = None, "Copies.owner");
+    moved(|it| it.shards[1].owner = Some(2), "Copies");
     form(|it| it.rank = 2, "Form.rank");
     form(|it| it.addresses.clear(), "Form.rank");
     form(|it| it.addresses[0].clear(), "Form.addresses");
@@ -465,6 +568,8 @@ fn the_secret_is_not_printed() {
         secret: [0xd7; 32],
         committed: Step(0),
         resume: None,
+        apply: false,
+        base: None,
     });
     let printed = format!("{told:?} {:?}", proto::ToWorker::from(told.clone()));
     assert!(

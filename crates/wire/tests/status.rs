@@ -18,6 +18,7 @@ fn job() -> Job {
         step_timeout_ms: 60_000,
         save_timeout_ms: 60_000,
         skipped_steps_max: 3,
+        elastic: None,
     };
     let spec = JobSpec {
         id: JobId("run".into()),

@@ -137,6 +137,7 @@ fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError>
             config_toml,
             checkpoint_dir,
             probe,
+            ..
         } => Some((config_toml, checkpoint_dir, probe)),
         _ => None,
     })?;
@@ -151,6 +152,7 @@ fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError>
             secret,
             committed,
             resume,
+            ..
         } => Some(Formed {
             rank: rank.0,
             generation: heard.generation,

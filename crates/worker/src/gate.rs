@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use objective::RewardStatistics;
-use protocol::{Awaits, CoordinatorMessage, Statistics, Step, WorkerMessage};
+use protocol::{Awaits, CoordinatorMessage, Generation, Statistics, Step, WorkerMessage};
 use trainer::{
     EvaluationRow, GateClosed, Next, Sample, SavedReporter, SavedShard, StepGate, StepReport,
     Verdict,
@@ -67,7 +67,9 @@ impl StepGate for Gate<'_> {
         match self.place {
             Place::Waiting => {
                 let first = self.wait(Awaits::Go, |message| match message {
-                    CoordinatorMessage::Go { step, evaluate } => Some(Some((step.0, *evaluate))),
+                    CoordinatorMessage::Go { step, evaluate, .. } => {
+                        Some(Some((step.0, *evaluate)))
+                    }
                     CoordinatorMessage::Finish => Some(None),
                     _ => None,
                 })?;
@@ -173,9 +175,15 @@ impl StepGate for Gate<'_> {
         let voice = self.session.voice().clone();
         Box::new(move |SavedShard { step, file }| {
             let step = Step(step);
+            // There is one generation in a session.
+            let asked = Generation(0);
             let message = match file {
-                Ok(shard) => WorkerMessage::Saved { step, shard },
-                Err(reason) => WorkerMessage::SaveFailed { step, reason },
+                Ok(shard) => WorkerMessage::Saved { step, asked, shard },
+                Err(reason) => WorkerMessage::SaveFailed {
+                    step,
+                    asked,
+                    reason,
+                },
             };
             // Without a session there is nobody to tell; the coordinator already counts this worker as lost.
             drop(voice.say(message));

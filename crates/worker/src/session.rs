@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use collective::Aborter;
 use protocol::{
-    Afterwards, Awaits, CoordinatorMessage, FromWorker, Generation, Incarnation, JobId, Step,
-    ToWorker, WorkerMessage,
+    Activity, Afterwards, Awaits, CoordinatorMessage, FromWorker, Generation, Incarnation, JobId,
+    Step, ToWorker, WorkerMessage,
 };
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -300,6 +300,7 @@ async fn beat(voice: Voice) {
             WorkerMessage::Beat {
                 committed: state.committed,
                 awaits: state.awaits,
+                activity: Activity::default(),
             }
         };
         let message = voice.shared.sign(message);

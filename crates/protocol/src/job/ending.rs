@@ -1,16 +1,62 @@
 //! Checkpoints becoming visible, and every way a job ends.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::phase::Phase;
+use super::phase::{Newest, Phase, Save};
 use super::{Action, Job, note};
-use crate::{Cause, CoordinatorMessage, Incarnation, Outcome, Rank, Record, Step};
+use crate::{Cause, CoordinatorMessage, Generation, Incarnation, Outcome, Record, Step};
 
 impl Job {
-    /// A rank's part of a checkpoint is durable. With all parts, the manifest can be written.
+    /// Whether the state after `step` is saved.
+    pub(super) fn saves_after(&self, step: Step, last: bool) -> bool {
+        let policy = &self.spec.policy;
+        let may_be_best = policy.keeps_best() && self.evaluates_after(step) && self.has_held_out();
+        last || policy.saves_at(step.0) || may_be_best
+    }
+
+    /// Whether the state of the last commit is still to be saved, by members that did not hear it with the commit.
+    pub(super) fn save_is_due(&self, last: bool) -> bool {
+        let step = self.committed;
+        let due = step > self.newest.step && self.saves_after(step, last);
+        due && !self.saves.contains_key(&step)
+    }
+
+    /// Members are asked to save the state of the last commit.
+    pub(super) fn begin_save(&mut self) {
+        let ranked = self
+            .members
+            .iter()
+            .filter_map(|(it, member)| Some((*it, member.rank?)));
+        let save = Save {
+            generation: self.generation,
+            writers: ranked.collect(),
+            shards: BTreeMap::new(),
+            publishing: false,
+            skipped: self.skipped,
+        };
+        self.saves.insert(self.committed, save);
+    }
+
+    /// Gives up checkpoints of which some part is not written and its writer is no member any more.
+    pub(super) fn drop_orphaned_saves(&mut self) {
+        let members = &self.members;
+        self.saves.retain(|_, save| {
+            let mut writers = save.writers.keys();
+            save.publishing || writers.all(|it| members.contains_key(it) || save.is_done_by(*it))
+        });
+    }
+
+    /// Whether the save of `step` that is under way is the one that `asked` (0: `said`) asked for.
+    pub(super) fn asks(&self, step: Step, asked: Generation, said: Generation) -> bool {
+        let asked = if asked == Generation(0) { said } else { asked };
+        let save = self.saves.get(&step);
+        save.is_some_and(|it| it.generation == asked)
+    }
+
+    /// A member's part of a checkpoint is durable. With all parts, the manifest can be written.
     pub(super) fn saved(
         &mut self,
-        rank: Rank,
+        incarnation: Incarnation,
         step: Step,
         shard: String,
         actions: &mut Vec<Action>,
@@ -18,26 +64,30 @@ impl Job {
         let Some(save) = self.saves.get_mut(&step) else {
             return; // never asked for, given up, or visible already
         };
-        if save.shards.contains_key(&rank) {
+        if save.is_done_by(incarnation) {
             return;
         }
-        save.shards.insert(rank, shard);
+        if let Some(rank) = save.writers.get(&incarnation) {
+            save.shards.insert(*rank, shard);
+        }
         self.publish_when_ready(step, actions);
     }
 
     /// Has the manifest written once all parts are there, and the step's evaluation is recorded: a run that goes on from this
     /// checkpoint does not evaluate it again.
-    pub(super) fn publish_when_ready(&self, step: Step, actions: &mut Vec<Action>) {
-        let Some(save) = self.saves.get(&step) else {
+    pub(super) fn publish_when_ready(&mut self, step: Step, actions: &mut Vec<Action>) {
+        let best_first = self.best_first();
+        let Some(save) = self.saves.get_mut(&step) else {
             return;
         };
-        if save.shards.len() == self.members.len() && self.evaluating != Some(step) {
+        let complete = save.shards.len() == save.writers.len() && self.evaluating != Some(step);
+        if complete && !std::mem::replace(&mut save.publishing, true) {
             actions.push(Action::CommitCheckpoint {
-                generation: self.generation,
+                generation: save.generation,
                 step,
-                world: self.spec.policy.world,
+                world: save.writers.len() as u32,
                 shards: save.shards.values().cloned().collect(),
-                best_first: self.best_first(),
+                best_first,
             });
         }
     }
@@ -46,10 +96,21 @@ impl Job {
         &mut self,
         now_ms: u64,
         step: Step,
+        path: String,
         actions: &mut Vec<Action>,
     ) {
-        if self.outcome().is_some() || self.saves.remove(&step).is_none() {
+        if self.outcome().is_some() {
             return;
+        }
+        let Some(save) = self.saves.remove(&step) else {
+            return;
+        };
+        if step > self.newest.step {
+            self.newest = Newest {
+                step,
+                path: Some(path),
+                skipped: save.skipped,
+            };
         }
         actions.push(Action::Journal(Record::Checkpoint { step }));
         actions.push(note(
@@ -57,6 +118,7 @@ impl Job {
             format!("checkpoint of step {step} is complete"),
         ));
         self.finish_when_drained(now_ms, actions);
+        self.reform(now_ms, actions);
     }
 
     /// Ends a job whose last commit is made once no checkpoint is waited for.
@@ -71,14 +133,25 @@ impl Job {
 
     /// The checkpoint that a draining job waits for: the last one, then the best one where that is kept.
     pub(super) fn awaited_save(&self) -> Option<Step> {
-        let Phase::Draining { step: last, .. } = &self.phase else {
-            return None;
+        self.awaited_saves().next()
+    }
+
+    fn awaited_saves(&self) -> impl Iterator<Item = Step> {
+        let last = match &self.phase {
+            Phase::Draining { step, .. } => Some(*step),
+            _ => None,
         };
-        let best = self.best_first().into_iter().next();
-        [Some(*last), best]
-            .into_iter()
-            .flatten()
-            .find(|step| self.saves.contains_key(step))
+        let best = last.and_then(|_| self.best_first().into_iter().next());
+        let awaited = last.into_iter().chain(best);
+        awaited.filter(|step| self.saves.contains_key(step))
+    }
+
+    /// Whether all that a job still waits for is the disk, so that it needs its members no more.
+    pub(super) fn members_may_go(&self) -> bool {
+        let publishing = |step: Step| self.saves.get(&step).is_some_and(|it| it.publishing);
+        matches!(self.phase, Phase::Draining { .. })
+            && self.evaluating.is_none()
+            && self.awaited_saves().all(publishing)
     }
 
     /// A checkpoint will not become visible. The older one still serves, unless this was the last.
@@ -100,13 +173,34 @@ impl Job {
             Phase::Draining { step: last, .. } if *last == step => {
                 self.fail(Cause::Fatal, text, None, actions);
             }
-            _ => self.finish_when_drained(now_ms, actions),
+            _ => {
+                self.finish_when_drained(now_ms, actions);
+                self.reform(now_ms, actions);
+            }
         }
     }
 
-    pub(super) fn stop_requested(&mut self, reason: String, actions: &mut Vec<Action>) {
-        match &mut self.phase {
-            Phase::Gathering { .. } | Phase::Forming { .. } => {
+    pub(super) fn stop_requested(
+        &mut self,
+        now_ms: u64,
+        reason: String,
+        actions: &mut Vec<Action>,
+    ) {
+        let durable = self.elastic().is_none() || self.committed == self.newest.step;
+        match &self.phase {
+            // Workers hold what no checkpoint does: they form a generation to save it.
+            Phase::Gathering { .. } | Phase::Regrouping { .. } | Phase::Forming { .. }
+                if !durable =>
+            {
+                if self.stop.is_none() {
+                    let text = format!("once step {} is saved: {reason}", self.committed);
+                    actions.push(note("stop", text));
+                    self.stop = Some(reason);
+                }
+                self.gather(now_ms, actions);
+                self.reform(now_ms, actions);
+            }
+            Phase::Gathering { .. } | Phase::Regrouping { .. } | Phase::Forming { .. } => {
                 actions.push(note("stop", format!("before the first step: {reason}")));
                 for incarnation in self.members.keys() {
                     self.stop(*incarnation, reason.clone(), actions);
@@ -114,11 +208,11 @@ impl Job {
                 let committed = self.committed;
                 self.end(Outcome::Interrupted { committed }, actions);
             }
-            Phase::Stepping { stop, .. } => {
-                if stop.is_none() {
+            Phase::Stepping { .. } => {
+                if self.stop.is_none() {
                     let text = format!("after step {}: {reason}", self.committed.next());
                     actions.push(note("stop", text));
-                    *stop = Some(reason);
+                    self.stop = Some(reason);
                 }
             }
             Phase::Draining { .. } | Phase::Finishing { .. } | Phase::Done(_) => {}
@@ -133,6 +227,17 @@ impl Job {
             since_ms: now_ms,
         };
         self.send_all(&CoordinatorMessage::Finish, actions);
+        self.release_spares("the job is done", actions);
+        if self.members.is_empty() {
+            self.leave(actions);
+        }
+    }
+
+    /// Spares of a job that ends may serve another.
+    fn release_spares(&mut self, reason: &str, actions: &mut Vec<Action>) {
+        for (incarnation, _) in std::mem::take(&mut self.spares) {
+            self.stop(incarnation, reason.to_owned(), actions);
+        }
     }
 
     pub(super) fn finished(&mut self, incarnation: Incarnation, actions: &mut Vec<Action>) {
@@ -162,6 +267,7 @@ impl Job {
     /// A member that cannot go on, by its own word.
     pub(super) fn member_failed(
         &mut self,
+        now_ms: u64,
         incarnation: Incarnation,
         cause: Cause,
         reason: &str,
@@ -172,13 +278,32 @@ impl Job {
             actions.push(note("lost", text));
             return self.finished(incarnation, actions);
         }
+        // What another try may mend is the loss of one worker to an elastic job; what fails anywhere would fail everywhere.
+        if cause == Cause::Temporary && self.elastic().is_some() {
+            return self.lost(now_ms, incarnation, reason, actions);
+        }
         self.fail(cause, text, Some(incarnation), actions);
     }
 
     /// A member whose connection closed or that fell silent. Before the generation is formed its place is free again;
-    /// when all is durable it harms nothing; in between it ends the job, which can be resumed.
-    pub(super) fn lost(&mut self, incarnation: Incarnation, how: &str, actions: &mut Vec<Action>) {
-        if self.outcome().is_some() || !self.members.contains_key(&incarnation) {
+    /// when all is durable it harms nothing; in between an elastic job goes on without it, and any other ends, resumable.
+    pub(super) fn lost(
+        &mut self,
+        now_ms: u64,
+        incarnation: Incarnation,
+        how: &str,
+        actions: &mut Vec<Action>,
+    ) {
+        if self.outcome().is_some() {
+            return;
+        }
+        if self.spares.contains_key(&incarnation) {
+            let text = format!("{}, a spare, was lost: {how}", self.name(incarnation));
+            actions.push(note("lost", text));
+            self.spares.remove(&incarnation);
+            return;
+        }
+        if !self.members.contains_key(&incarnation) {
             return;
         }
         let doing = self.doing(incarnation);
@@ -194,6 +319,10 @@ impl Job {
                     actions.push(note("lost", text));
                     self.finished(incarnation, actions);
                 }
+            }
+            _ if self.elastic().is_some() => {
+                self.put_out(incarnation, &text, actions);
+                self.regroup(now_ms, text, actions);
             }
             _ => {
                 actions.push(note("lost", text.clone()));
@@ -217,6 +346,7 @@ impl Job {
     }
 
     pub(super) fn end(&mut self, outcome: Outcome, actions: &mut Vec<Action>) {
+        self.release_spares("the job ended", actions);
         actions.push(note("done", outcome.to_string()));
         self.phase = Phase::Done(outcome.clone());
         actions.push(Action::Done(outcome));

@@ -78,7 +78,21 @@ impl Job {
 
     /// Whether the weights that training begins with are evaluated, which is done once.
     pub(super) fn evaluates_first(&self) -> bool {
-        self.committed == Step(0) && self.spec.recovery.evaluations.is_empty()
+        self.committed == Step(0) && self.evaluations.is_empty()
+    }
+
+    /// Whether the weights after `step` are evaluated.
+    pub(super) fn evaluates_after(&self, step: Step) -> bool {
+        let stop = self.early_stop.as_ref();
+        step > Step(0)
+            && (self.spec.policy.evaluates_at(step.0)
+                || self.is_final(step)
+                || stop.is_some_and(|stop| stop.step < step.0))
+    }
+
+    pub(super) fn is_evaluated(&self, step: Step) -> bool {
+        let last = self.evaluations.last();
+        last.is_some_and(|row| row.step >= step.0)
     }
 
     /// Whether the last commit is the one after the evaluation that ended training.

@@ -1,17 +1,27 @@
-//! Forming: ranks are given, members load and say what they found, which must be alike.
+//! Forming: ranks are given, members load (or move the state that some hold) and say what they found, which must be alike.
 
 use std::collections::BTreeMap;
 
 use super::phase::Phase;
 use super::{Action, Job, note};
-use crate::{Cause, CoordinatorMessage, Incarnation, Outcome, Rank, Record, RunFacts};
+use crate::{
+    Activity, Cause, CoordinatorMessage, Generation, Incarnation, Outcome, Rank, Record, RunFacts,
+};
 
 impl Job {
     /// Journals the generation, then tells its members. Ranks follow the order of incarnations.
     pub(super) fn form(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        if !matches!(self.phase, Phase::Gathering { .. }) {
+            self.generation = Generation(self.generation.max(self.known).0 + 1);
+        }
         for (rank, member) in self.members.values_mut().enumerate() {
             member.rank = Some(Rank(rank as u32));
+            member.progress = None;
+            member.activity = (Activity::default(), now_ms);
+            member.slow = 0;
         }
+        self.said = None;
+        self.suspected.clear();
         self.phase = Phase::Forming {
             ready: BTreeMap::new(),
             progressed_ms: now_ms,
@@ -43,7 +53,9 @@ impl Job {
             addresses: self.members.values().map(|it| it.address.clone()).collect(),
             secret: self.spec.secret,
             committed: self.committed,
-            resume: self.spec.resume.clone(),
+            resume: self.newest.path.clone().filter(|_| self.base.is_none()),
+            apply: self.apply,
+            base: self.base.clone(),
         }
     }
 
@@ -77,6 +89,9 @@ impl Job {
         // Anybody's progress counts: who is through its own slice waits for the slowest.
         if let Phase::Forming { progressed_ms, .. } = &mut self.phase {
             *progressed_ms = now_ms;
+            if !self.pace.begun() {
+                self.moved_ms = now_ms;
+            }
         }
     }
 
@@ -160,30 +175,62 @@ impl Job {
             self.facts = Some(facts.clone());
             actions.push(Action::Journal(Record::Facts { facts }));
         }
-        if self.committed.0 >= steps_total || self.stopped_early() {
+        if !self.pace.begun() {
+            self.pace.begin();
+            self.moved_ms = now_ms;
+        }
+        let (committed, elastic) = (self.committed, self.elastic().is_some());
+        let first = self.evaluates_first();
+        // What a lost generation did not bring to its end, this one does.
+        let missed = elastic && self.evaluates_after(committed) && !self.is_evaluated(committed);
+        if first || missed {
+            self.await_evaluation(committed);
+        }
+        let last = self.ending.clone().or_else(|| self.ends_here());
+        let save = elastic && self.save_is_due(last.is_some());
+        let evaluate = first || self.evaluating.is_some();
+        if save {
+            self.begin_save();
+        }
+        if let Some(outcome) = &last
+            && !save
+            && !self.saves.contains_key(&committed)
+        {
             // An earlier generation committed and saved the last step, and was lost before it said so.
-            return self.finish(now_ms, Outcome::Completed, actions);
+            return self.finish(now_ms, outcome.clone(), actions);
         }
-        self.phase = Phase::Stepping {
-            prepared: BTreeMap::new(),
-            since_ms: now_ms,
-            stop: None,
+        let go = CoordinatorMessage::Go {
+            step: committed.next(),
+            evaluate,
+            save,
+            last: last.is_some(),
         };
-        let first = self.committed.next();
-        actions.push(note(
-            "go",
-            format!("training begins with step {first} of {steps_total}"),
-        ));
-        self.send_all(&self.go_message(), actions);
-        if self.evaluates_first() {
-            self.await_evaluation(self.committed);
-        }
+        self.phase = if let Some(outcome) = last {
+            Phase::Draining {
+                step: committed,
+                outcome,
+                since_ms: now_ms,
+            }
+        } else {
+            let step = committed.next();
+            let text = format!("training begins with step {step} of {steps_total}");
+            actions.push(note("go", text));
+            Phase::Stepping {
+                prepared: BTreeMap::new(),
+                since_ms: now_ms,
+            }
+        };
+        self.send_all(&go, actions);
+        self.said = Some(go);
     }
 
-    pub(super) fn go_message(&self) -> CoordinatorMessage {
-        CoordinatorMessage::Go {
-            step: self.committed.next(),
-            evaluate: self.evaluates_first(),
+    /// How the job ends where it stands, if it does: nothing is left to do, or it was asked to stop.
+    fn ends_here(&self) -> Option<Outcome> {
+        let committed = self.committed;
+        if self.is_final(committed) || self.stopped_early() {
+            return Some(Outcome::Completed);
         }
+        let stop = self.stop.as_ref();
+        stop.map(|_| Outcome::Interrupted { committed })
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::phase::{Phase, Save, Vote};
+use super::phase::{Phase, Vote};
 use super::{Action, Job, note};
 use crate::{
     Cause, CommitRecord, CoordinatorMessage, Incarnation, MetricsRow, Outcome, Phases, Record,
@@ -31,6 +31,10 @@ impl Job {
                 CoordinatorMessage::Stale { committed },
                 actions,
             );
+        }
+        if let Phase::Regrouping { reason, .. } = &self.phase {
+            let reason = reason.clone();
+            return self.send(incarnation, CoordinatorMessage::Abort { reason }, actions);
         }
         let Phase::Stepping { prepared, .. } = &mut self.phase else {
             let reason = format!(
@@ -87,22 +91,19 @@ impl Job {
         phases: Phases,
         actions: &mut Vec<Action>,
     ) {
-        let Phase::Stepping { since_ms, stop, .. } = &self.phase else {
+        let Phase::Stepping { since_ms, prepared } = &mut self.phase else {
             return;
         };
+        let votes = std::mem::take(prepared);
+        self.pace.step(now_ms.saturating_sub(*since_ms));
         let seconds = now_ms.saturating_sub(*since_ms) as f64 / 1000.0;
-        let stop = stop.clone();
         let step = Step(report.step);
         let apply = report.finite;
         self.skipped = if apply { 0 } else { self.skipped + 1 };
-        let last = self.last_outcome(step, stop.is_some());
-        let policy = &self.spec.policy;
+        let last = self.last_outcome(step, self.stop.is_some());
         // An interruption adds no evaluation, so that the resumed run has the rows of an uninterrupted one.
-        let evaluate =
-            policy.evaluates_at(step.0) || self.is_final(step) || self.early_stop.is_some();
-        let save = last.is_some()
-            || policy.saves_at(step.0)
-            || (policy.keeps_best() && evaluate && self.has_held_out());
+        let evaluate = self.evaluates_after(step);
+        let save = self.saves_after(step, last.is_some());
         let verdict = CoordinatorMessage::Commit {
             step,
             apply,
@@ -118,7 +119,7 @@ impl Job {
             } else {
                 0.0
             },
-            world_size: self.spec.policy.world,
+            world_size: self.members.len() as u32,
             generation: self.generation.0,
             seconds,
             phases,
@@ -126,12 +127,23 @@ impl Job {
         // This record is the commit: from here on all roll forward (invariants M2, M4).
         actions.push(Action::Journal(Record::Commit(CommitRecord { apply, row })));
         self.committed = step;
-        self.send_all(&verdict, actions);
-        self.verdict = Some(verdict);
+        self.highest = self.highest.max(step);
+        (self.apply, self.since) = (apply, self.generation);
+        self.moved_ms = now_ms;
+        self.strikes.clear();
+        self.ending.clone_from(&last);
+        // Where others are to compute the next step, its Form brings the verdict, and its Go what is to be done before.
+        let regroups = last.is_none() && self.changes_members();
+        self.said = None;
+        if !regroups {
+            self.send_all(&verdict, actions);
+            self.said = Some(verdict);
+        }
         for member in self.members.values_mut() {
             member.progress = None;
         }
         actions.push(Action::RecordStep(row));
+        self.note_slow(&votes, actions);
         if !apply {
             let text = format!(
                 "step {step} had a gradient that is not finite and was skipped ({} in a row, the job stops at {})",
@@ -139,15 +151,22 @@ impl Job {
             );
             actions.push(note("skip", text));
         }
-        if save {
-            self.saves.insert(step, Save::default());
-        }
         if evaluate {
             self.await_evaluation(step);
         }
+        if regroups {
+            self.phase = Phase::Regrouping {
+                reason: "members change".into(),
+                since_ms: now_ms,
+            };
+            return self.reform(now_ms, actions);
+        }
+        if save {
+            self.begin_save();
+        }
         self.phase = match last {
             Some(outcome) => {
-                if let Some(reason) = stop {
+                if let Some(reason) = &self.stop {
                     actions.push(note("stop", format!("step {step} is the last: {reason}")));
                 }
                 Phase::Draining {
@@ -159,7 +178,6 @@ impl Job {
             None => Phase::Stepping {
                 prepared: BTreeMap::new(),
                 since_ms: now_ms,
-                stop,
             },
         };
     }
@@ -189,7 +207,7 @@ impl Job {
     }
 
     pub(super) fn repeat_verdict(&self, incarnation: Incarnation, actions: &mut Vec<Action>) {
-        if let Some(verdict) = &self.verdict {
+        if let Some(verdict @ CoordinatorMessage::Commit { .. }) = &self.said {
             self.send(incarnation, verdict.clone(), actions);
         }
     }

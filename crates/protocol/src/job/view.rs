@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::Job;
 use super::phase::Phase;
-use crate::{Generation, Incarnation, Rank, Step};
+use crate::{Generation, Incarnation, Pulse, Rank, Step};
 
 /// What a job waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +15,24 @@ pub enum Waiting {
         joined: u32,
         /// Wanted.
         world: u32,
+    },
+    /// Members to leave a generation that is over.
+    Left {
+        /// It.
+        generation: Generation,
+        /// Who has not.
+        ranks: Vec<Rank>,
+        /// Why it is over.
+        reason: String,
+    },
+    /// A worker to join, because too few are left to train.
+    Joiner {
+        /// Members and spares.
+        here: u32,
+        /// Fewest that train.
+        wanted: u32,
+        /// Why others are gone.
+        reason: String,
     },
     /// Members to load and score their parts of the reference.
     Ready {
@@ -60,6 +78,23 @@ impl fmt::Display for Waiting {
             Self::Join { joined, world } => {
                 write!(f, "waiting for workers to join ({joined} of {world} have)")
             }
+            Self::Left {
+                generation,
+                ranks,
+                reason,
+            } => write!(
+                f,
+                "waiting for {} to leave generation {generation}: {reason}",
+                ranks_text(ranks)
+            ),
+            Self::Joiner {
+                here,
+                wanted,
+                reason,
+            } => write!(
+                f,
+                "waiting for a worker to join ({here} here, {wanted} train): {reason}"
+            ),
             Self::Ready { ranks } => write!(f, "waiting for {} to be ready", ranks_text(ranks)),
             Self::Prepared { step, ranks } => {
                 write!(
@@ -87,7 +122,7 @@ impl fmt::Display for Waiting {
 }
 
 /// A worker as its job sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct WorkerView {
     /// Its incarnation.
     pub incarnation: Incarnation,
@@ -105,6 +140,10 @@ pub struct WorkerView {
     pub committed: Step,
     /// When it was last heard, in the job's clock.
     pub last_heard_ms: u64,
+    /// How regularly it is heard.
+    pub pulse: Pulse,
+    /// Whether it waits to be admitted.
+    pub spare: bool,
 }
 
 impl Job {
@@ -118,6 +157,23 @@ impl Job {
             return Waiting::Evaluated { step };
         }
         match &self.phase {
+            Phase::Regrouping { reason, .. } if !ranks.is_empty() => Waiting::Left {
+                generation: self.generation,
+                ranks,
+                reason: reason.clone(),
+            },
+            Phase::Regrouping { .. } if self.awaits_publication() => {
+                let publishing = self.saves.iter().filter(|(_, it)| it.publishing);
+                let last = publishing.map(|(step, _)| *step).next_back();
+                Waiting::Checkpoint {
+                    step: last.unwrap_or(self.committed),
+                }
+            }
+            Phase::Regrouping { reason, .. } => Waiting::Joiner {
+                here: (self.members.len() + self.spares.len()) as u32,
+                wanted: self.wanted() as u32,
+                reason: reason.clone(),
+            },
             Phase::Gathering { .. } => Waiting::Join {
                 joined: self.members.len() as u32,
                 world: self.spec.policy.world,
@@ -140,9 +196,9 @@ impl Job {
         }
     }
 
-    /// Its workers, by rank once they have one.
+    /// Its workers, by rank once they have one, then its spares.
     pub fn workers(&self) -> Vec<WorkerView> {
-        let view = |(incarnation, member): (&Incarnation, &super::Member)| WorkerView {
+        let view = |spare, incarnation: &Incarnation, member: &super::Member| WorkerView {
             incarnation: *incarnation,
             name: member.name.clone(),
             rank: member.rank,
@@ -150,25 +206,39 @@ impl Job {
             generation: member.rank.map_or(Generation(0), |_| self.generation),
             phase: self.doing(*incarnation),
             committed: member.committed,
-            last_heard_ms: member.last_heard_ms,
+            last_heard_ms: member.pulse.last_heard_ms(),
+            pulse: member.pulse,
+            spare,
         };
-        self.members.iter().map(view).collect()
+        let members = self
+            .members
+            .iter()
+            .map(|(it, member)| view(false, it, member));
+        let spares = self.spares.iter().map(|(it, spare)| view(true, it, spare));
+        members.chain(spares).collect()
     }
 
     /// Ranks that have not done what the phase waits for.
     pub(super) fn late(&self) -> Vec<Rank> {
-        let ranks = self.members.values().filter_map(|it| it.rank);
-        ranks.filter(|rank| !self.has_done(*rank)).collect()
+        let late = self.members.keys().filter(|it| !self.has_done(**it));
+        late.filter_map(|it| self.members[it].rank).collect()
     }
 
-    fn has_done(&self, rank: Rank) -> bool {
+    fn has_done(&self, incarnation: Incarnation) -> bool {
+        let Some(member) = self.members.get(&incarnation) else {
+            return true;
+        };
+        let Some(rank) = member.rank else {
+            return false;
+        };
         match &self.phase {
             Phase::Gathering { .. } | Phase::Done(_) => true,
+            Phase::Regrouping { .. } => member.held.is_some(),
             Phase::Forming { ready, .. } => ready.contains_key(&rank),
             Phase::Stepping { prepared, .. } => prepared.contains_key(&rank),
             Phase::Draining { .. } => {
                 let save = self.awaited_save().and_then(|step| self.saves.get(&step));
-                save.is_none_or(|it| it.shards.contains_key(&rank))
+                save.is_none_or(|it| it.is_done_by(incarnation))
             }
             Phase::Finishing { gone, .. } => gone.contains(&rank),
         }
@@ -183,14 +253,21 @@ impl Job {
 
     /// What a member does, in two or three words.
     pub(super) fn doing(&self, incarnation: Incarnation) -> String {
+        if let Some(spare) = self.spares.get(&incarnation) {
+            return match (&spare.progress, &spare.loaded) {
+                (Some((phase, done, total)), _) => format!("{phase} {done}/{total}"),
+                (None, None) => "loads".into(),
+                (None, Some(_)) => "spare".into(),
+            };
+        }
         let member = self.members.get(&incarnation);
-        let done = member
-            .and_then(|it| it.rank)
-            .is_some_and(|rank| self.has_done(rank));
+        let done = member.is_some() && self.has_done(incarnation);
         let next = self.committed.next();
         let save = self.awaited_save().unwrap_or(self.committed);
         match (&self.phase, done) {
             (Phase::Gathering { .. }, _) => "joined".into(),
+            (Phase::Regrouping { .. }, true) => format!("left generation {}", self.generation),
+            (Phase::Regrouping { .. }, false) => format!("leaves generation {}", self.generation),
             (Phase::Forming { .. }, true) => "ready".into(),
             (Phase::Forming { .. }, false) => match member.and_then(|it| it.progress.as_ref()) {
                 Some((phase, done, total)) => format!("{phase} {done}/{total}"),

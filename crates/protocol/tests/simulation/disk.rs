@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{
-    CommitRecord, EvaluationRow, Generation, JobPolicy, Record, Recovery, Selection, Statistics,
-    Step, StepReport, recover, surviving,
+    CommitRecord, EvaluationRow, Generation, Incarnation, JobPolicy, Record, Recovery, Selection,
+    Statistics, Step, StepReport, recover, recover_living, surviving,
 };
 
 use crate::random::mix;
@@ -145,9 +145,48 @@ impl Disk {
         surviving(&self.journal).expect("M3: the journal's commits follow each other")
     }
 
-    pub fn recover(&self) -> Recovery {
+    pub fn recover(&self, elastic: bool) -> Recovery {
         let newest = self.checkpoints.keys().next_back().map(|step| Step(*step));
+        let recover = if elastic { recover_living } else { recover };
         recover(&self.journal, newest).expect("M2: the journal covers the checkpoints")
+    }
+
+    /// Rewinds ever journaled.
+    pub fn rewinds(&self) -> usize {
+        let rewinds = self.journal.iter();
+        rewinds
+            .filter(|it| matches!(it, Record::Rewind { .. }))
+            .count()
+    }
+
+    /// The last commit that counts, and the generation that made it.
+    pub fn last_commit(&self) -> (u64, u64) {
+        self.last_commit_of(self.journal.len())
+    }
+
+    /// The same of the first `records`.
+    pub fn last_commit_of(&self, records: usize) -> (u64, u64) {
+        let commits = surviving(&self.journal[..records]).expect("M3: it was checked before");
+        let last = commits.last();
+        last.map_or((0, 0), |it| (it.row.report.step, it.row.generation))
+    }
+
+    /// The highest commit ever journaled, rewound or not.
+    pub fn highest_commit(&self) -> u64 {
+        let steps = self.journal.iter().filter_map(|record| match record {
+            Record::Commit(commit) => Some(commit.row.report.step),
+            _ => None,
+        });
+        steps.max().unwrap_or(0)
+    }
+
+    /// Members of the newest generation.
+    pub fn members(&self) -> Vec<Incarnation> {
+        let mut members = self.journal.iter().rev().filter_map(|record| match record {
+            Record::Generation { members, .. } => Some(members.clone()),
+            _ => None,
+        });
+        members.next().unwrap_or_default()
     }
 
     pub fn append(&mut self, record: Record, oracle: &Oracle) {

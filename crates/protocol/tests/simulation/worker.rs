@@ -3,21 +3,34 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{
-    Awaits, CoordinatorMessage, EvaluationRow, FromWorker, Generation, Incarnation, JobId, Phases,
-    RunFacts, Step, StepReport, ToWorker, WIRE_VERSION, WorkerMessage, WorkerProfile,
+    Activity, Awaits, EvaluationRow, FromWorker, Generation, Held, Incarnation, JobId, Layout,
+    Phases, Rank, RunFacts, Step, StepReport, WIRE_VERSION, Work, WorkerMessage, WorkerProfile,
 };
 
-use crate::disk::{Disk, Oracle};
+use crate::disk::Oracle;
 
 /// What keeps it, in order of a generation.
 #[derive(Clone, Debug, PartialEq)]
-enum Doing {
+pub enum Doing {
     Joining,
-    Welcomed,
+    /// It waits for a generation; a spare has loaded model and data at some time.
+    Welcomed {
+        loaded: bool,
+    },
+    /// It left its generation when it was told to.
+    Left,
+    /// Its collective broke.
+    Broken {
+        suspect: Option<Rank>,
+    },
     Connecting,
     Ready,
-    Computing { step: u64 },
-    Prepared { report: StepReport },
+    Computing {
+        step: u64,
+    },
+    Prepared {
+        report: StepReport,
+    },
     Ending,
     Finished,
 }
@@ -39,10 +52,12 @@ pub enum Health {
 #[derive(Debug)]
 pub enum Effect {
     Say(WorkerMessage),
-    /// Take part in the collective of this step (0: connecting); goes on when all ranks do.
+    /// Take part in the collective of this step (0: connecting, and moving the state); goes on when all ranks do.
     Collective {
         step: u64,
     },
+    /// Load model and data as a spare.
+    Load,
     /// Write a shard in the background.
     Save {
         step: u64,
@@ -51,35 +66,78 @@ pub enum Effect {
     Exit,
 }
 
+/// The shards that it holds of one generation's cut. All shards of a cut together are the state.
+#[derive(Clone, Debug)]
+pub struct Cut {
+    pub generation: u64,
+    pub rank: u32,
+    pub world: u32,
+    pub applied: u64,
+    pub gradient: bool,
+    /// The state of which these are shards.
+    pub state: u64,
+}
+
+impl Cut {
+    /// Whether it is of the state at `committed`, or has all to make it so.
+    pub fn reaches(&self, committed: u64, since: u64) -> bool {
+        let behind = self.gradient && self.applied + 1 == committed && self.generation == since;
+        self.generation >= since && (self.applied == committed || behind)
+    }
+
+    pub fn has_shard(&self, shard: u32) -> bool {
+        self.rank == shard || (self.world > 1 && (shard + 1) % self.world == self.rank)
+    }
+}
+
 pub struct Worker {
     pub incarnation: u64,
     /// The coordinator's life that spawned it.
     pub life: u64,
     pub health: Health,
+    pub elastic: bool,
     pub generation: u64,
     pub rank: u32,
     pub world: u32,
-    committed: u64,
-    state: u64,
-    doing: Doing,
+    pub committed: u64,
+    pub state: u64,
+    pub doing: Doing,
+    pub cuts: Vec<Cut>,
+    pub base: Option<Layout>,
+    /// Why it leaves.
+    pub leaving: bool,
+    /// When the coordinator was last heard.
+    pub heard_ms: u64,
+    /// The journal's rewinds that it knows of.
+    pub rewinds: usize,
+    /// Moves on as long as it is well.
+    pub progress: u64,
     /// Said until it no longer matters; there is no answer to them.
-    evaluated: Option<EvaluationRow>,
-    saved: BTreeMap<u64, String>,
-    applied: BTreeSet<u64>,
+    pub evaluated: Option<EvaluationRow>,
+    /// By step and the generation that asked for it, which may be over.
+    pub saved: BTreeMap<(u64, u64), String>,
+    pub applied: BTreeSet<u64>,
 }
 
 impl Worker {
-    pub fn new(incarnation: u64, life: u64) -> Self {
+    pub fn new(incarnation: u64, life: u64, elastic: bool) -> Self {
         Self {
             incarnation,
             life,
             health: Health::Well,
+            elastic,
             generation: 0,
             rank: 0,
             world: 0,
             committed: 0,
             state: 0,
             doing: Doing::Joining,
+            cuts: Vec::new(),
+            base: None,
+            leaving: false,
+            heard_ms: 0,
+            rewinds: 0,
+            progress: 0,
             evaluated: None,
             saved: BTreeMap::new(),
             applied: BTreeSet::new(),
@@ -96,19 +154,41 @@ impl Worker {
     }
 
     /// A beat, and beside it whatever may have been lost.
-    pub fn beat(&self, oracle: &Oracle) -> Vec<WorkerMessage> {
+    pub fn beat(&mut self, oracle: &Oracle) -> Vec<WorkerMessage> {
         let mut said = Vec::new();
+        if self.health != Health::Stuck {
+            self.progress += 1;
+        }
+        if self.leaving {
+            let reason = "SIGTERM".into();
+            said.push(WorkerMessage::Leave { reason });
+        }
         let awaits = match &self.doing {
             Doing::Joining => {
-                return vec![WorkerMessage::Join(WorkerProfile {
+                said.push(WorkerMessage::Join(WorkerProfile {
                     build: "build".into(),
                     wire_version: WIRE_VERSION,
                     address: format!("127.0.0.1:{}", self.incarnation),
                     name: format!("worker-{}", self.incarnation),
                     device: "cpu".into(),
-                })];
+                }));
+                return said;
             }
-            Doing::Welcomed => Awaits::Form,
+            Doing::Welcomed { loaded } => {
+                if *loaded {
+                    let facts = self.facts(oracle);
+                    said.push(WorkerMessage::Loaded { facts });
+                }
+                Awaits::Form
+            }
+            Doing::Left => {
+                said.push(self.held());
+                Awaits::Form
+            }
+            Doing::Broken { suspect } => {
+                said.push(broken(*suspect));
+                Awaits::Form
+            }
             Doing::Connecting | Doing::Computing { .. } => Awaits::Nothing,
             Doing::Ready => {
                 said.push(self.ready(oracle));
@@ -130,29 +210,60 @@ impl Worker {
         });
         said.extend(evaluated);
         let saved = self.saved.clone();
-        said.extend(saved.into_iter().map(|(step, shard)| WorkerMessage::Saved {
-            step: Step(step),
-            shard,
+        said.extend(saved.into_iter().map(|((step, asked), shard)| {
+            let (step, asked) = (Step(step), Generation(asked));
+            WorkerMessage::Saved { step, asked, shard }
         }));
         said.push(WorkerMessage::Beat {
             committed: Step(self.committed),
             awaits,
+            activity: self.activity(),
         });
         said
     }
 
-    fn ready(&self, oracle: &Oracle) -> WorkerMessage {
-        let facts = RunFacts {
+    fn activity(&self) -> Activity {
+        let work = match self.doing {
+            _ if !self.elastic => Work::Untold,
+            Doing::Computing { .. } if self.health == Health::Stuck => Work::Computes,
+            Doing::Computing { .. } | Doing::Connecting => Work::Exchanges,
+            _ => Work::Waits,
+        };
+        Activity {
+            step: Step(self.committed + 1),
+            work,
+            progress: self.progress,
+        }
+    }
+
+    fn facts(&self, oracle: &Oracle) -> RunFacts {
+        RunFacts {
             steps_total: oracle.steps_total,
             committed: self.committed,
             eval_pairs: 8,
             model_digest: "m".into(),
             ..RunFacts::default()
-        };
+        }
+    }
+
+    fn ready(&self, oracle: &Oracle) -> WorkerMessage {
         WorkerMessage::Ready {
-            facts,
+            facts: self.facts(oracle),
             reference_reused: 0,
             reference_computed: 1,
+        }
+    }
+
+    pub fn held(&self) -> WorkerMessage {
+        let held = self.cuts.iter().map(|it| Held {
+            generation: Generation(it.generation),
+            rank: Rank(it.rank),
+            world: it.world,
+            applied: Step(it.applied),
+            gradient: it.gradient,
+        });
+        WorkerMessage::Held {
+            held: held.collect(),
         }
     }
 
@@ -162,18 +273,36 @@ impl Worker {
         WorkerMessage::Prepared { report, phases }
     }
 
-    /// All ranks took part in the collective of `step`.
-    pub fn reduced(&mut self, generation: u64, step: u64, oracle: &Oracle) -> Option<Effect> {
+    /// All ranks took part in the collective of `step`. The one of step 0 has `moved` the state to every rank that needs it.
+    pub fn reduced(
+        &mut self,
+        generation: u64,
+        step: u64,
+        moved: Option<u64>,
+        oracle: &Oracle,
+    ) -> Option<Effect> {
         if generation != self.generation {
             return None;
         }
         match self.doing {
             Doing::Connecting if step == 0 => {
+                self.state = moved.unwrap_or(self.state);
+                // The old cut stays until all have the new one.
+                let cut = Cut {
+                    generation,
+                    rank: self.rank,
+                    world: self.world,
+                    applied: self.committed,
+                    gradient: false,
+                    state: self.state,
+                };
+                self.cuts.insert(0, cut);
                 self.doing = Doing::Ready;
                 Some(Effect::Say(self.ready(oracle)))
             }
             Doing::Computing { step: current } if current == step => {
                 let report = oracle.report(self.state, step);
+                self.cuts[0].gradient = true;
                 self.doing = Doing::Prepared { report };
                 Some(Effect::Say(self.vote(report)))
             }
@@ -181,145 +310,53 @@ impl Worker {
         }
     }
 
-    /// A shard is durable.
-    pub fn saved(&mut self, generation: u64, step: u64, shard: String) -> Option<Effect> {
-        if generation != self.generation {
+    /// The collective of `step` took too long.
+    pub fn gives_up(
+        &mut self,
+        generation: u64,
+        step: u64,
+        suspect: Option<Rank>,
+    ) -> Option<Effect> {
+        let here = match self.doing {
+            Doing::Connecting => step == 0,
+            Doing::Computing { step: current } => step == current,
+            _ => false,
+        };
+        if generation != self.generation || !here {
             return None;
         }
-        self.saved.insert(step, shard.clone());
-        Some(Effect::Say(WorkerMessage::Saved {
-            step: Step(step),
-            shard,
-        }))
+        self.doing = Doing::Broken { suspect };
+        Some(Effect::Say(broken(suspect)))
     }
 
-    pub fn told(&mut self, to: ToWorker, disk: &Disk, oracle: &Oracle) -> Vec<Effect> {
-        let generation = to.generation.0;
-        if generation < self.generation {
-            return vec![]; // of a coordinator that is no more
-        }
-        match to.message {
-            CoordinatorMessage::Stop { .. } => return vec![Effect::Exit],
-            CoordinatorMessage::Stale { .. } => {
-                let overtaken = self.generation != 0 && generation > self.generation;
-                return if overtaken {
-                    vec![Effect::Exit]
-                } else {
-                    vec![]
-                };
-            }
-            CoordinatorMessage::Welcome { .. } => {
-                if self.doing == Doing::Joining {
-                    self.doing = Doing::Welcomed;
-                }
-                return vec![];
-            }
-            CoordinatorMessage::Form {
-                rank,
-                addresses,
-                committed,
-                resume,
-                ..
-            } => {
-                if self.doing != Doing::Welcomed {
-                    return vec![]; // again, or before the Welcome it overtook
-                }
-                assert!(
-                    disk.generation().0 >= generation,
-                    "M2: a Form before its journal record"
-                );
-                self.generation = generation;
-                self.rank = rank.0;
-                self.world = addresses.len() as u32;
-                self.committed = committed.0;
-                assert_eq!(resume.is_some(), committed.0 > 0);
-                self.state = match resume {
-                    Some(step) => disk.checkpoints[&step.parse::<u64>().expect("a step")],
-                    None => oracle.initial_state(),
-                };
-                assert_eq!(
-                    self.state,
-                    oracle.state_after(self.committed),
-                    "a wrong checkpoint"
-                );
-                self.doing = Doing::Connecting;
-                return vec![Effect::Collective { step: 0 }];
-            }
-            _ => {}
-        }
-        if generation != self.generation {
-            return vec![];
-        }
-        match to.message {
-            CoordinatorMessage::Go { step, evaluate } if self.doing == Doing::Ready => {
-                assert_eq!(step.0, self.committed + 1);
-                if evaluate {
-                    self.evaluate(oracle);
-                }
-                self.doing = Doing::Computing { step: step.0 };
-                vec![Effect::Collective { step: step.0 }]
-            }
-            CoordinatorMessage::Commit {
-                step,
-                apply,
-                save,
-                evaluate,
-                last,
-            } => {
-                if step.0 <= self.committed {
-                    return vec![];
-                }
-                self.commit(step.0, apply, (save, evaluate, last), (disk, oracle))
-            }
-            CoordinatorMessage::Finish if matches!(self.doing, Doing::Ending | Doing::Ready) => {
-                self.doing = Doing::Finished;
-                vec![Effect::Say(WorkerMessage::Finished)]
-            }
-            _ => vec![],
-        }
+    /// Model and data are loaded.
+    pub fn loaded(&mut self, oracle: &Oracle) -> Option<Effect> {
+        let Doing::Welcomed { loaded } = &mut self.doing else {
+            return None;
+        };
+        *loaded = true;
+        let facts = self.facts(oracle);
+        Some(Effect::Say(WorkerMessage::Loaded { facts }))
     }
 
-    fn commit(
-        &mut self,
-        step: u64,
-        apply: bool,
-        (save, evaluate, last): (bool, bool, bool),
-        (disk, oracle): (&Disk, &Oracle),
-    ) -> Vec<Effect> {
-        let prepared = matches!(&self.doing, Doing::Prepared { report } if report.step == step);
-        assert!(
-            prepared,
-            "M4: a Commit of step {step}, which this worker did not vote for"
-        );
-        assert!(
-            disk.has_commit(self.generation, step, apply),
-            "M2: a Commit of step {step} before its journal record"
-        );
-        assert!(self.applied.insert(step), "M3: step {step} applied twice");
-        self.state = Oracle::next_state(self.state, step, apply);
-        self.committed = step;
-        let mut effects = Vec::new();
-        if save {
-            let (rank, state) = (self.rank, self.state);
-            let shard = format!("step {step} rank {rank} state {state:x}");
-            effects.push(Effect::Save { step, shard });
-        }
-        if evaluate {
-            self.evaluate(oracle);
-        }
-        if last {
-            self.doing = Doing::Ending;
-        } else {
-            self.doing = Doing::Computing { step: step + 1 };
-            effects.push(Effect::Collective { step: step + 1 });
-        }
-        effects
+    /// Connects again, with what it holds.
+    pub fn rejoin(&mut self) {
+        self.doing = Doing::Joining;
+        self.evaluated = None;
     }
 
-    fn evaluate(&mut self, oracle: &Oracle) {
-        if self.rank == 0 {
-            self.evaluated = Some(oracle.evaluation(self.committed));
-        }
+    /// A shard is durable.
+    pub fn saved(&mut self, generation: u64, step: u64, shard: String) -> Effect {
+        self.saved.insert((step, generation), shard.clone());
+        let (step, asked) = (Step(step), Generation(generation));
+        Effect::Say(WorkerMessage::Saved { step, asked, shard })
+    }
+}
+
+fn broken(suspect: Option<Rank>) -> WorkerMessage {
+    WorkerMessage::CollectiveFailed {
+        suspect,
+        reason: "no word from a peer".into(),
     }
 }
 

@@ -3,9 +3,10 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use protocol::{
-    Action, Awaits, CommitRecord, CoordinatorMessage, Event, FromWorker, Generation, Incarnation,
-    Job, JobId, JobPolicy, JobSpec, MetricsRow, Outcome, Phases, Record, Recovery, RunFacts, Step,
-    StepReport, WIRE_VERSION, WorkerMessage, WorkerProfile,
+    Action, Activity, Awaits, Cause, CommitRecord, CoordinatorMessage, Copies, Elastic, Event,
+    FromWorker, Generation, Held, Incarnation, Job, JobId, JobPolicy, JobSpec, Layout, MetricsRow,
+    Outcome, Phases, Rank, Record, Recovery, RunFacts, Step, StepReport, WIRE_VERSION,
+    WorkerMessage, WorkerProfile,
 };
 
 pub struct Play {
@@ -26,11 +27,44 @@ pub fn policy(world: u64) -> JobPolicy {
         step_timeout_ms: 40_000,
         save_timeout_ms: 50_000,
         skipped_steps_max: 3,
+        elastic: None,
+    }
+}
+
+/// With the ladder of [`policy`]: 5 s heartbeat, 8 s abort, 10 s collective, 40 s step, 60 s join, 300 s job.
+pub fn elastic(world: u64, min: u32) -> JobPolicy {
+    JobPolicy {
+        join_timeout_ms: 60_000,
+        elastic: Some(Elastic {
+            workers_min: min,
+            workers_max: world as u32 + 1,
+            abort_timeout_ms: 8_000,
+            collective_timeout_ms: 10_000,
+            job_timeout_ms: 300_000,
+            hang_factor: 5.0,
+            slow_factor: 2.0,
+        }),
+        ..policy(world)
+    }
+}
+
+/// Shards of rank `rank` of `world`, cut by `generation`, at `applied`; with the next step's gradient or without.
+pub fn cut(generation: u64, rank: u32, world: u32, applied: u64, gradient: bool) -> Held {
+    Held {
+        generation: Generation(generation),
+        rank: Rank(rank),
+        world,
+        applied: Step(applied),
+        gradient,
     }
 }
 
 pub fn spec(policy: JobPolicy, recovery: Recovery) -> JobSpec {
-    let committed = recovery.committed;
+    // An elastic job may stand after its checkpoint.
+    let committed = match policy.elastic {
+        Some(_) => recovery.checkpoint,
+        None => recovery.committed,
+    };
     JobSpec {
         id: JobId("run".into()),
         policy,
@@ -89,6 +123,18 @@ impl Play {
         let now_ms = 1_000;
         let (job, actions) = Job::new(spec(policy, recovery), now_ms);
         (Self { job, now_ms, world }, actions)
+    }
+
+    /// An elastic job of `world` members whose first step is computed; `min` of them are enough, and one spare fits in.
+    pub fn elastic(world: u64, min: u32, steps_total: u64) -> Self {
+        let mut play = Self::new(elastic(world, min), Recovery::default()).0;
+        play.join_all();
+        for incarnation in 1..=world {
+            play.held(incarnation, 0, vec![]);
+        }
+        let go = play.ready_all(steps_total);
+        assert_eq!(told(&go).len() as u64, world, "all are told to go");
+        play
     }
 
     /// A job whose members compute their first step, of `steps_total`.
@@ -152,6 +198,17 @@ impl Play {
             .collect()
     }
 
+    /// A worker says what it holds, out of `generation`.
+    pub fn held(&mut self, incarnation: u64, generation: u64, held: Vec<Held>) -> Vec<Action> {
+        self.say_in(incarnation, generation, WorkerMessage::Held { held })
+    }
+
+    pub fn lose(&mut self, incarnation: u64) -> Vec<Action> {
+        self.event(Event::Disconnected {
+            incarnation: Incarnation(incarnation),
+        })
+    }
+
     pub fn prepare(&mut self, incarnation: u64, report: StepReport) -> Vec<Action> {
         self.prepare_in(incarnation, report, Phases::default())
     }
@@ -179,6 +236,7 @@ impl Play {
             incarnation,
             WorkerMessage::Saved {
                 step: Step(step),
+                asked: Generation(0),
                 shard,
             },
         )
@@ -189,7 +247,7 @@ impl Play {
         let mut actions: Vec<_> = (1..=self.world)
             .flat_map(|it| self.save(it, step))
             .collect();
-        actions.extend(self.event(Event::CheckpointCommitted { step: Step(step) }));
+        actions.extend(self.event(checkpoint_committed(step)));
         actions
     }
 
@@ -205,6 +263,7 @@ impl Play {
             WorkerMessage::Beat {
                 committed: Step(committed),
                 awaits,
+                activity: Activity::default(),
             },
         )
     }
@@ -227,6 +286,13 @@ impl Play {
             }
         }
         actions
+    }
+}
+
+pub fn checkpoint_committed(step: u64) -> Event {
+    Event::CheckpointCommitted {
+        step: Step(step),
+        path: format!("step-{step}"),
     }
 }
 
@@ -289,4 +355,78 @@ pub fn stopped(actions: &[Action]) -> Vec<u64> {
 /// Index of the first action that matches.
 pub fn place(actions: &[Action], what: impl Fn(&Action) -> bool) -> usize {
     actions.iter().position(what).expect("the action is there")
+}
+
+/// Who is told to abort.
+pub fn aborted(actions: &[Action]) -> Vec<u64> {
+    let abort = |(_, message): &(u64, CoordinatorMessage)| {
+        matches!(message, CoordinatorMessage::Abort { .. })
+    };
+    told(actions)
+        .into_iter()
+        .filter(abort)
+        .map(|it| it.0)
+        .collect()
+}
+
+/// What each Form says: to whom, rank, members, commit, verdict, base, checkpoint.
+pub type Formed = (u64, u32, usize, u64, bool, Option<Layout>, Option<String>);
+
+pub fn formed(actions: &[Action]) -> Vec<Formed> {
+    let form = |(to, message)| match message {
+        CoordinatorMessage::Form {
+            rank,
+            addresses,
+            committed,
+            resume,
+            apply,
+            base,
+            ..
+        } => {
+            let members = addresses.len();
+            Some((to, rank.0, members, committed.0, apply, base, resume))
+        }
+        _ => None,
+    };
+    told(actions).into_iter().filter_map(form).collect()
+}
+
+pub fn layout(generation: u64, shards: &[(Option<u32>, Option<u32>)]) -> Layout {
+    let copies = |(owner, mirror): &(Option<u32>, Option<u32>)| Copies {
+        owner: owner.map(Rank),
+        mirror: mirror.map(Rank),
+    };
+    Layout {
+        generation: Generation(generation),
+        shards: shards.iter().map(copies).collect(),
+    }
+}
+
+pub fn generation(number: u64, members: &[u64]) -> Record {
+    Record::Generation {
+        generation: Generation(number),
+        members: members.iter().map(|it| Incarnation(*it)).collect(),
+    }
+}
+
+pub fn notes(actions: &[Action], kind: &str) -> Vec<String> {
+    let note = |action: &Action| match action {
+        Action::Note(note) if note.kind == kind => Some(note.text.clone()),
+        _ => None,
+    };
+    actions.iter().filter_map(note).collect()
+}
+
+pub fn failed(actions: &[Action], parts: &[&str]) {
+    match outcome(actions) {
+        Some(Outcome::Failed {
+            cause: Cause::Temporary,
+            reason,
+        }) => {
+            for part in parts {
+                assert!(reason.contains(part), "{reason:?} does not say {part:?}");
+            }
+        }
+        other => panic!("{other:?} instead of a failure that says {parts:?}"),
+    }
 }

@@ -1,0 +1,245 @@
+//! What a worker says: its fences are checked, then it is acted on; and what a beat is answered with.
+
+use super::phase::{Phase, Vote};
+use super::{Action, Job};
+use crate::{
+    Awaits, Cause, CoordinatorMessage, FromWorker, Generation, Incarnation, Rank, Step,
+    WorkerMessage,
+};
+
+impl Job {
+    /// Checks a message's fences (invariant M1), then acts on it.
+    pub(super) fn message(&mut self, now_ms: u64, from: FromWorker, actions: &mut Vec<Action>) {
+        let FromWorker {
+            job,
+            incarnation,
+            generation,
+            message,
+        } = from;
+        // A worker may not know the name of the only job here.
+        if !job.0.is_empty() && job != self.spec.id {
+            let reason = format!("this coordinator runs job {}, not {job}", self.spec.id);
+            return self.stop(incarnation, reason, actions);
+        }
+        if let Phase::Done(outcome) = &self.phase {
+            let reason = format!("the job ended: {outcome}");
+            return self.stop(incarnation, reason, actions);
+        }
+        if let Some(reason) = self.knows_more(incarnation, generation, &message) {
+            return self.fail(Cause::Fatal, reason, None, actions);
+        }
+        if self.elastic().is_some() {
+            let spoke = self.spoke.entry(incarnation).or_default();
+            if generation < *spoke {
+                return; // it has said newer things since, and hears the answers to those
+            }
+            *spoke = generation;
+        }
+        if let WorkerMessage::Join(profile) = message {
+            return self.join(now_ms, incarnation, profile, actions);
+        }
+        let gathering = matches!(self.phase, Phase::Gathering { .. });
+        let truth = CoordinatorMessage::Stale {
+            committed: self.committed,
+        };
+        if self.spares.contains_key(&incarnation) {
+            return self.spare_message(now_ms, incarnation, generation, message, actions);
+        }
+        let Some(member) = self.members.get_mut(&incarnation) else {
+            if gathering {
+                return self.send(incarnation, truth, actions);
+            }
+            let reason = format!("generation {} has its members already", self.generation);
+            return self.stop(incarnation, reason, actions);
+        };
+        if self.spec.policy.elastic.is_some() && (gathering || generation != self.generation) {
+            return self.outside(now_ms, incarnation, generation, message, actions);
+        }
+        // Before its Form a member speaks with generation 0; once it said Ready, it does not.
+        let fresh = generation == Generation(0)
+            && matches!(self.phase, Phase::Gathering { .. } | Phase::Forming { .. });
+        if generation != self.generation && !fresh {
+            return self.send(incarnation, truth, actions);
+        }
+        member.heard(now_ms);
+        let Some(rank) = member.rank else {
+            return self.unranked(now_ms, incarnation, message, actions);
+        };
+        match message {
+            WorkerMessage::Join(_) => unreachable!("joins were taken above"),
+            WorkerMessage::Beat {
+                committed,
+                awaits,
+                activity,
+            } => {
+                member.pulse.beat(now_ms);
+                member.committed = member.committed.max(committed);
+                if member.activity.0 != activity {
+                    member.activity = (activity, now_ms);
+                }
+                self.answer(now_ms, incarnation, committed, awaits, actions);
+            }
+            WorkerMessage::Progress { phase, done, total } => {
+                self.progress(now_ms, incarnation, (phase, done, total), actions);
+            }
+            WorkerMessage::DataReport { text } => {
+                // Once a generation: a repetition is not shown again.
+                if rank == Rank(0) && !std::mem::replace(&mut self.reported, true) {
+                    actions.push(Action::DataReport { text });
+                }
+            }
+            WorkerMessage::Ready {
+                facts,
+                reference_reused,
+                reference_computed,
+            } => {
+                let counts = (reference_reused, reference_computed);
+                self.ready(now_ms, incarnation, facts, counts, actions);
+            }
+            WorkerMessage::Prepared { report, phases } => {
+                let vote = Vote { report, phases };
+                self.prepared(now_ms, incarnation, vote, actions);
+            }
+            WorkerMessage::Evaluated { row, samples } => {
+                self.evaluated(now_ms, rank, row, samples, actions);
+            }
+            WorkerMessage::Saved { step, asked, shard } if self.asks(step, asked, generation) => {
+                self.saved(incarnation, step, shard, actions);
+            }
+            WorkerMessage::SaveFailed {
+                step,
+                asked,
+                reason,
+            } if self.asks(step, asked, generation) => {
+                let reason = format!("{}: {reason}", self.name(incarnation));
+                self.save_failed(now_ms, step, &reason, actions);
+            }
+            WorkerMessage::Finished => self.finished(incarnation, actions),
+            WorkerMessage::Failed { cause, reason } => {
+                self.member_failed(now_ms, incarnation, cause, &reason, actions);
+            }
+            WorkerMessage::Leave { reason } => self.leaves(now_ms, incarnation, reason, actions),
+            WorkerMessage::Held { held } => {
+                self.held(now_ms, incarnation, generation, held, actions);
+            }
+            // Of a save that was given up, or of a time when it was a spare.
+            WorkerMessage::Saved { .. }
+            | WorkerMessage::SaveFailed { .. }
+            | WorkerMessage::Loaded { .. } => {}
+            WorkerMessage::CollectiveFailed { suspect, reason } => {
+                self.collective_failed(now_ms, incarnation, suspect, &reason, actions);
+            }
+        }
+    }
+
+    /// A word of a worker that has no rank yet.
+    fn unranked(
+        &mut self,
+        now_ms: u64,
+        incarnation: Incarnation,
+        message: WorkerMessage,
+        actions: &mut Vec<Action>,
+    ) {
+        let name = self.name(incarnation);
+        match message {
+            WorkerMessage::Failed { cause, reason } => {
+                let reason = format!("{name} (not yet ranked): {reason}");
+                self.fail(cause, reason, Some(incarnation), actions);
+            }
+            WorkerMessage::Leave { reason } => {
+                self.stop_requested(now_ms, format!("{name} leaves: {reason}"), actions);
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether a worker knows more than the journal, so that the journal cannot be this run's newest (invariant M2).
+    ///
+    /// An elastic job takes a higher generation for what it is, a number that is used: its next one is above it.
+    fn knows_more(
+        &mut self,
+        incarnation: Incarnation,
+        generation: Generation,
+        message: &WorkerMessage,
+    ) -> Option<String> {
+        let cure = "the journal is not the newest of this run: restore it, or stop the workers of the other coordinator";
+        if generation > self.generation {
+            if self.spec.policy.elastic.is_none() {
+                return Some(format!(
+                    "worker {incarnation} is of generation {generation}, the journal allows {}; {cure}",
+                    self.generation
+                ));
+            }
+            self.known = self.known.max(generation);
+            if matches!(self.phase, Phase::Gathering { .. }) {
+                self.generation = Generation(self.known.0 + 1);
+            }
+        }
+        let knows = match message {
+            WorkerMessage::Beat { committed, .. } => *committed,
+            WorkerMessage::Held { held } => {
+                let applied = held.iter().map(|it| it.applied);
+                applied.max().unwrap_or_default()
+            }
+            _ => return None,
+        };
+        (knows > self.highest).then(|| {
+            format!(
+                "worker {incarnation} knows commit {knows}, the journal ends at {}; {cure}",
+                self.highest
+            )
+        })
+    }
+
+    /// Answers a beat. What a waiting worker lacks is repeated: a lost message costs one heartbeat.
+    fn answer(
+        &mut self,
+        now_ms: u64,
+        incarnation: Incarnation,
+        committed: Step,
+        awaits: Awaits,
+        actions: &mut Vec<Action>,
+    ) {
+        let elastic = self.elastic().is_some();
+        let answer = match (awaits, &self.phase, &self.said) {
+            (Awaits::Form, Phase::Forming { .. }, _) if !elastic => {
+                Some(self.form_message(incarnation))
+            }
+            (_, Phase::Regrouping { reason, .. }, _) => {
+                let known = self.members.get(&incarnation);
+                let asked = known.is_some_and(|it| it.held.is_none());
+                let reason = reason.clone();
+                asked.then_some(CoordinatorMessage::Abort { reason })
+            }
+            // It left the generation that the others are in: they cannot go on without it.
+            (
+                Awaits::Form,
+                Phase::Forming { .. } | Phase::Stepping { .. } | Phase::Draining { .. },
+                _,
+            ) if elastic => {
+                let reason = format!("{} left the generation", self.name(incarnation));
+                return self.regroup(now_ms, reason, actions);
+            }
+            (Awaits::Go, _, Some(said @ CoordinatorMessage::Go { .. })) => Some(said.clone()),
+            (Awaits::Commit, _, Some(said @ CoordinatorMessage::Commit { .. }))
+                if committed < self.committed =>
+            {
+                Some(said.clone())
+            }
+            (Awaits::Go | Awaits::End, Phase::Finishing { .. }, _) => {
+                Some(CoordinatorMessage::Finish)
+            }
+            _ => None,
+        };
+        if let Some(answer) = answer {
+            self.send(incarnation, answer, actions);
+        } else if elastic {
+            let committed = self.committed;
+            self.send(
+                incarnation,
+                CoordinatorMessage::Heard { committed },
+                actions,
+            );
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Watching members at work: who hangs, who is slow, who is late. A hang is put out, the others are only told.
+
+use std::collections::BTreeMap;
+
+use super::phase::{Phase, Vote};
+use super::{Action, Job, note};
+use crate::{Incarnation, Liveness, Rank, Work};
+
+/// Steps before their time is known.
+const STEPS_TO_LEARN: u32 = 3;
+
+/// Slow steps in a row that are worth a word.
+const SLOW_STEPS: u32 = 3;
+
+/// How long steps take: a mean that follows changes, with a gain of 1/8.
+#[derive(Default)]
+pub(super) struct Pace {
+    /// Whether a generation began to train in this life.
+    begun: bool,
+    mean_ms: f64,
+    steps: u32,
+}
+
+impl Pace {
+    pub(super) fn begin(&mut self) {
+        self.begun = true;
+    }
+
+    pub(super) fn begun(&self) -> bool {
+        self.begun
+    }
+
+    pub(super) fn step(&mut self, took_ms: u64) {
+        let took_ms = took_ms as f64;
+        self.steps = self.steps.saturating_add(1);
+        let gain = 1.0 / f64::from(self.steps.min(8));
+        self.mean_ms += (took_ms - self.mean_ms) * gain;
+    }
+
+    /// The mean, once it means something.
+    fn learned_ms(&self) -> Option<f64> {
+        (self.steps >= STEPS_TO_LEARN).then_some(self.mean_ms)
+    }
+}
+
+impl Job {
+    /// How each worker fares at `now_ms`.
+    pub fn liveness(&self, now_ms: u64) -> Vec<(Incarnation, Liveness)> {
+        let timeout_ms = self.spec.policy.heartbeat_timeout_ms;
+        let all = self.members.iter().chain(&self.spares);
+        let liveness = all.map(|(it, worker)| (*it, worker.pulse.liveness(now_ms, timeout_ms)));
+        liveness.collect()
+    }
+
+    /// How long a member's own work may stand still. At least as long as a silence, so that a pause is one or the other;
+    /// the step's deadline still holds.
+    pub(super) fn hang_ms(&self) -> Option<u64> {
+        let policy = &self.spec.policy;
+        let factor = policy.elastic.as_ref()?.hang_factor;
+        let usual_ms = self.pace.learned_ms()?;
+        Some(((factor * usual_ms) as u64).max(policy.heartbeat_timeout_ms))
+    }
+
+    /// When a member counts as hanging unless it moves. Who waits, for peers or for the coordinator, is not at fault, and who
+    /// does not tell is judged by the step's deadline alone.
+    pub(super) fn hangs_at(&self, incarnation: Incarnation) -> Option<u64> {
+        let Phase::Stepping { prepared, since_ms } = &self.phase else {
+            return None;
+        };
+        let member = self.members.get(&incarnation)?;
+        let (activity, moved_ms) = &member.activity;
+        let voted = member.rank.is_none_or(|rank| prepared.contains_key(&rank));
+        if voted || activity.work != Work::Computes {
+            return None;
+        }
+        Some((*moved_ms).max(*since_ms) + self.hang_ms()?)
+    }
+
+    /// It beats and does not move.
+    pub(super) fn hung(
+        &mut self,
+        now_ms: u64,
+        incarnation: Incarnation,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(member) = self.members.get(&incarnation) else {
+            return;
+        };
+        let stood = now_ms.saturating_sub(member.activity.1);
+        let reason = format!(
+            "{} hangs: its heartbeats come, and step {} has not moved for {} s",
+            self.name(incarnation),
+            self.committed.next(),
+            stood as f64 / 1000.0
+        );
+        self.put_out(incarnation, &reason, actions);
+        self.regroup(now_ms, reason, actions);
+    }
+
+    /// Notes that a worker is late, once until it is heard again.
+    pub(super) fn is_late(
+        &mut self,
+        now_ms: u64,
+        incarnation: Incarnation,
+        actions: &mut Vec<Action>,
+    ) {
+        let name = self.name(incarnation);
+        let worker = self.members.get_mut(&incarnation);
+        let Some(worker) = worker.or_else(|| self.spares.get_mut(&incarnation)) else {
+            return;
+        };
+        worker.late = true;
+        let silent_ms = now_ms.saturating_sub(worker.pulse.last_heard_ms());
+        let text = format!(
+            "{name} is late: silent for {} s, it counts as lost after {} s",
+            silent_ms as f64 / 1000.0,
+            self.spec.policy.heartbeat_timeout_ms as f64 / 1000.0
+        );
+        actions.push(note("late", text));
+    }
+
+    /// Reports who computes for longer than its peers, by the times of a step that all have voted on. Time spent waiting says
+    /// nothing: everybody waits for the slowest.
+    pub(super) fn note_slow(&mut self, votes: &BTreeMap<Rank, Vote>, actions: &mut Vec<Action>) {
+        let Some(factor) = self.elastic().map(|it| it.slow_factor) else {
+            return;
+        };
+        let busy = |vote: &Vote| {
+            let it = &vote.phases;
+            it.data + it.forward + it.head + it.backward
+        };
+        for (rank, vote) in votes {
+            let peers = votes.iter().filter(|(it, _)| *it != rank);
+            let mut peers: Vec<f64> = peers.map(|(_, vote)| busy(vote)).collect();
+            peers.sort_by(f64::total_cmp);
+            let Some(median) = peers.get(peers.len() / 2).copied() else {
+                continue;
+            };
+            let Some(incarnation) = self.incarnation_of(*rank) else {
+                continue;
+            };
+            let (name, own) = (self.name(incarnation), busy(vote));
+            let Some(member) = self.members.get_mut(&incarnation) else {
+                continue;
+            };
+            if median <= 0.0 || own < factor * median {
+                member.slow = 0;
+                continue;
+            }
+            member.slow = member.slow.saturating_add(1);
+            if member.slow == SLOW_STEPS {
+                let text = format!(
+                    "{name} is slow: it computes {:.1} times as long as the median of its peers ({own:.3} s against \
+                     {median:.3} s), {SLOW_STEPS} steps in a row; all wait for it",
+                    own / median
+                );
+                actions.push(note("slow", text));
+            }
+        }
+    }
+}

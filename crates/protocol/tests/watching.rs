@@ -1,0 +1,238 @@
+//! Elastic jobs watch their members: who hangs, who is slow, who is late, whom others suspect; and how long that may take.
+
+#![allow(clippy::unwrap_used, reason = "a test's unwrap is an assertion")]
+
+mod support;
+
+use protocol::{
+    Action, Activity, Awaits, Event, JobPolicy, Liveness, Phases, Rank, Recovery, Work,
+    WorkerMessage,
+};
+use support::{
+    Play, aborted, cut, elastic, facts, failed, generation, journaled, notes, outcome, policy,
+    report, stopped,
+};
+
+fn beat(play: &mut Play, incarnation: u64, work: Work, progress: u64) -> Vec<Action> {
+    let step = play.job.committed().next();
+    let activity = Activity {
+        step,
+        work,
+        progress,
+    };
+    play.say(
+        incarnation,
+        WorkerMessage::Beat {
+            committed: play.job.committed(),
+            awaits: Awaits::Nothing,
+            activity,
+        },
+    )
+}
+
+#[test]
+fn a_hang_is_told_apart_from_a_death_and_from_a_wait_for_a_peer() {
+    let mut play = Play::elastic(2, 1, 99);
+    for _ in 0..3 {
+        play.now_ms += 2_000;
+        play.step(true);
+    }
+    // Five times the usual 2 s.
+    let mut actions = Vec::new();
+    for second in 1..=10u64 {
+        play.now_ms += 1_000;
+        actions.extend(beat(&mut play, 1, Work::Exchanges, second));
+        actions.extend(beat(&mut play, 2, Work::Computes, 3));
+        assert_eq!(aborted(&actions), [0; 0], "after {second} s");
+        actions.extend(play.event(Event::Tick));
+        assert!(
+            play.job
+                .liveness(play.now_ms)
+                .iter()
+                .all(|it| it.1 == Liveness::Green)
+        );
+    }
+    play.now_ms += 1_000;
+    let hung = play.event(Event::Tick);
+    assert_eq!((aborted(&hung), stopped(&hung)), (vec![1], vec![2]));
+    let why = &notes(&hung, "lost")[0];
+    assert!(
+        why.contains("rank 1 (worker any) hangs: its heartbeats come"),
+        "{why}"
+    );
+}
+
+#[test]
+fn late_is_not_dead() {
+    let mut play = Play::elastic(2, 1, 99);
+    for second in 0..8u64 {
+        play.now_ms += 1_000;
+        beat(&mut play, 1, Work::Computes, second);
+        beat(&mut play, 2, Work::Computes, second);
+    }
+    let heard_ms = play.now_ms;
+    play.now_ms += 3_500;
+    beat(&mut play, 1, Work::Computes, 9);
+    let late = play.event(Event::Tick);
+    assert!(notes(&late, "late")[0].contains("rank 1 (worker any) is late: silent for 3.5 s"));
+    assert_eq!(aborted(&late), [0; 0]);
+    let of = |play: &Play| play.job.liveness(play.now_ms)[1].1;
+    assert_eq!(of(&play), Liveness::Yellow);
+    assert_eq!(notes(&play.event(Event::Tick), "late"), [""; 0], "once");
+    play.now_ms = heard_ms + 4_999;
+    beat(&mut play, 2, Work::Computes, 10);
+    assert_eq!(of(&play), Liveness::Green);
+    play.now_ms += 5_000;
+    beat(&mut play, 1, Work::Computes, 10);
+    assert_eq!(of(&play), Liveness::Red);
+    assert_eq!(stopped(&play.event(Event::Tick)), [2]);
+}
+
+#[test]
+fn a_worker_that_computes_longer_than_its_peers_is_reported_once() {
+    let mut play = Play::elastic(3, 1, 99);
+    let mut told = Vec::new();
+    for step in 1..=5 {
+        for incarnation in 1..=3u64 {
+            let phases = Phases {
+                forward: if incarnation == 2 { 1.0 } else { 0.25 },
+                backward: 0.25,
+                // Who waits is not slow.
+                reduce: 9.0 * f64::from(u8::from(incarnation == 1)),
+                ..Phases::default()
+            };
+            told.extend(play.prepare_in(incarnation, report(step, true), phases));
+        }
+    }
+    let slow = notes(&told, "slow");
+    assert_eq!(slow.len(), 1);
+    let expected = "rank 1 (worker any) is slow: it computes 2.5 times as long as the median of its peers (1.250 s against 0.500 s)";
+    assert!(slow[0].contains(expected), "{slow:?}");
+}
+
+#[test]
+fn a_suspect_is_put_out_the_second_time() {
+    let mut play = Play::elastic(3, 1, 9);
+    let accuse = |play: &mut Play, by| {
+        let reason = "no word for 10 s".into();
+        let suspect = Some(Rank(1));
+        play.say(by, WorkerMessage::CollectiveFailed { suspect, reason })
+    };
+    let first = accuse(&mut play, 1);
+    assert_eq!(aborted(&first), [1, 2, 3]);
+    let why = &notes(&first, "abort")[0];
+    assert!(
+        why.contains("rank 0 (worker any) lost its collective") && why.contains("suspects rank 1")
+    );
+    let leave = |play: &mut Play, generation| {
+        let said = (1..=3).flat_map(|it| play.held(it, generation, vec![]));
+        said.collect::<Vec<_>>()
+    };
+    assert_eq!(journaled(&leave(&mut play, 1)), [generation(2, &[1, 2, 3])]);
+    accuse(&mut play, 3);
+    let again = leave(&mut play, 2);
+    assert_eq!(
+        (stopped(&again), journaled(&again)),
+        (vec![2], vec![generation(3, &[1, 3])])
+    );
+}
+
+#[test]
+fn a_broken_collective_without_a_suspect_costs_a_generation_and_nobody() {
+    let mut play = Play::elastic(2, 2, 9);
+    // All wait for each other until the step's time is over.
+    let mut actions = Vec::new();
+    for second in 1..=40 {
+        play.now_ms += 1_000;
+        actions.extend(beat(&mut play, 1, Work::Exchanges, second));
+        actions.extend(beat(&mut play, 2, Work::Exchanges, second));
+        actions.extend(play.event(Event::Tick));
+    }
+    assert_eq!((aborted(&actions), stopped(&actions)), (vec![1, 2], vec![]));
+}
+
+#[test]
+fn a_job_that_gets_nowhere_ends_resumable() {
+    let mut play = Play::elastic(1, 1, 9);
+    let mut number = 1;
+    let mut actions = Vec::new();
+    while outcome(&actions).is_none() {
+        play.now_ms += 20_000;
+        beat(&mut play, 1, Work::Computes, number);
+        let reason = "broken".into();
+        let suspect = None;
+        play.say(1, WorkerMessage::CollectiveFailed { suspect, reason });
+        play.held(1, number, vec![cut(1, 0, 1, 0, false)]);
+        number += 1;
+        actions = play.ready(1, facts(9, 0));
+        actions.extend(play.event(Event::Tick));
+        assert!(number < 20);
+    }
+    failed(&actions, &["no step was committed for 300 s"]);
+}
+
+#[test]
+fn what_an_elastic_job_says_of_its_losses_is_in_its_first_note() {
+    let (_, actions) = Play::new(elastic(2, 1), Recovery::default());
+    let expected = "a lost worker costs at most 118 s by the timeouts, 60 s more while too few are left to train";
+    assert_eq!(notes(&actions, "bound"), [expected]);
+    assert_eq!(Play::new(policy(2), Recovery::default()).1, []);
+}
+
+type Break = fn(&mut JobPolicy);
+
+#[test]
+fn the_ladder_of_timeouts_is_checked_rung_by_rung() {
+    let fits = elastic(2, 1);
+    assert_eq!(fits.check(), Ok(()));
+    assert_eq!(
+        fits.recovery_ms_max(),
+        Some(40_000 + 8_000 + 30_000 + 40_000)
+    );
+    assert_eq!(policy(2).recovery_ms_max(), None);
+    let cases: [(Break, &str); 10] = [
+        (
+            |it| it.heartbeat_timeout_ms = 0,
+            "zero is 0 ms and heartbeat_timeout 0 ms",
+        ),
+        (
+            |it| it.heartbeat_timeout_ms = 8_000,
+            "heartbeat_timeout is 8000 ms and abort_timeout 8000 ms",
+        ),
+        (
+            |it| it.elastic.as_mut().unwrap().abort_timeout_ms = 11_000,
+            "collective_timeout must be longer",
+        ),
+        (
+            |it| it.step_timeout_ms = 9_000,
+            "step_timeout must be longer",
+        ),
+        (
+            |it| it.join_timeout_ms = 40_000,
+            "join_timeout must be longer",
+        ),
+        (
+            |it| it.elastic.as_mut().unwrap().job_timeout_ms = 1,
+            "job_timeout must be longer",
+        ),
+        (
+            |it| it.form_timeout_ms = 10_000,
+            "form_timeout must be longer",
+        ),
+        (|it| it.save_timeout_ms = 1, "save_timeout must be longer"),
+        (
+            |it| it.elastic.as_mut().unwrap().workers_min = 3,
+            "workers_min 3, workers 2",
+        ),
+        (
+            |it| it.elastic.as_mut().unwrap().hang_factor = f64::NAN,
+            "hang_factor is NaN",
+        ),
+    ];
+    for (spoil, expected) in cases {
+        let mut policy = fits.clone();
+        spoil(&mut policy);
+        let text = policy.check().unwrap_err().to_string();
+        assert!(text.contains(expected), "{text}");
+    }
+}
