@@ -73,7 +73,7 @@ pub enum SchedulerEvent {
         /// Why.
         reason: String,
     },
-    /// [`Scheduler::next_deadline`] is reached.
+    /// [`crate::Scheduler::next_deadline`] is reached.
     Tick,
 }
 
