@@ -24,7 +24,8 @@ pub struct FromWorker {
     pub job: JobId,
     /// Its own incarnation.
     pub incarnation: Incarnation,
-    /// The generation it believes in; 0 before its first.
+    /// The generation it believes in; 0 before its first. In one incarnation it never goes back: an elastic job takes what is
+    /// said in an older one for an old message. A worker that starts over is another incarnation.
     pub generation: Generation,
     /// What it says.
     pub message: WorkerMessage,
