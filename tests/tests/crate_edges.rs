@@ -13,7 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("refcache", &["storage"]),
     ("collective", &[]),
     ("data", &["storage"]),
-    ("gpu", &[]),
+    ("gpu", &["storage"]),
     ("kernels", &["gpu"]),
     // kernels reaches it through cubecl and [patch.crates-io]; nobody names it.
     ("cubecl-llvm", &[]),

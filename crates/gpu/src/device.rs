@@ -9,6 +9,7 @@ use cudarc::driver::sys;
 
 use crate::GpuError;
 use crate::arena::Arena;
+use crate::cache::Cache;
 use crate::product::Products;
 use crate::program::Programs;
 use crate::trace::Trace;
@@ -110,7 +111,7 @@ impl Gpu {
             context,
             stream,
             arena: Arena::new(device, facts.memory)?,
-            programs: Programs::new(facts.capability, headers),
+            programs: Programs::new(facts.capability, headers, Cache::of_user()),
             products: Products::new()?,
             trace: Trace::default(),
             facts,

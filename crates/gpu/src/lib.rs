@@ -20,6 +20,8 @@
 
 #[cfg(feature = "cuda")]
 mod arena;
+#[cfg(any(feature = "cuda", test))]
+mod cache;
 #[cfg(feature = "cuda")]
 mod device;
 #[cfg(feature = "cuda")]
@@ -41,6 +43,6 @@ pub use {
     error::GpuError,
     memory::{Element, Memory, View},
     product::{Operand, Product},
-    program::{Arg, Launch, Program},
+    program::{Arg, KernelReport, Launch, Program},
     trace::Traced,
 };

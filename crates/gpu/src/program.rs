@@ -1,14 +1,17 @@
-//! Kernels: CUDA C++ that is compiled for the device at run time, and their launches.
+//! Kernels: CUDA C++ that is compiled for the device at run time, or found compiled on disk, and their launches.
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use cudarc::driver::result as driver;
 use cudarc::driver::sys;
 use cudarc::nvrtc::result as nvrtc;
 
+use crate::cache::{Cache, Key, Recipe, headers_digest};
 use crate::{Gpu, GpuError, View};
 
 /// A kernel in a source text, with the macros that specialise it.
@@ -76,22 +79,61 @@ impl Launch {
     }
 }
 
+/// How this process came to its kernels so far.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct KernelReport {
+    /// Texts that were compiled; one holds all kernels of a source for one set of macros.
+    pub compiled: usize,
+    /// Those that were found compiled on disk.
+    pub loaded: usize,
+    /// Seconds that both took.
+    pub seconds: f64,
+    /// Where they are kept; `None` where they are not.
+    pub folder: Option<PathBuf>,
+    /// What went wrong with what is kept, with its cure; the kernels are right nevertheless.
+    pub problems: Vec<String>,
+}
+
 /// What has been compiled and loaded.
 pub(crate) struct Programs {
     capability: u32,
     headers: PathBuf,
+    kept: Option<Kept>,
     functions: Mutex<HashMap<Program, sys::CUfunction>>,
     modules: Mutex<HashMap<(usize, [i32; Program::MACROS]), sys::CUmodule>>,
+    report: Mutex<KernelReport>,
+}
+
+/// Where compiled kernels are kept, and what their keys have in common.
+struct Kept {
+    cache: Cache,
+    headers: [u8; 32],
+    compiler: [i32; 2],
 }
 
 impl Programs {
-    pub fn new(capability: u32, headers: PathBuf) -> Self {
+    pub fn new(capability: u32, headers: PathBuf, cache: Option<Cache>) -> Self {
+        let mut report = KernelReport::default();
+        let kept = cache.and_then(|cache| match Kept::new(cache, &headers) {
+            Ok(kept) => Some(kept),
+            Err(problem) => {
+                report.problems.push(problem);
+                None
+            }
+        });
+        report.folder = kept.as_ref().map(|kept| kept.cache.folder().to_owned());
         Self {
             capability,
             headers,
+            kept,
             functions: Mutex::default(),
             modules: Mutex::default(),
+            report: Mutex::new(report),
         }
+    }
+
+    pub fn report(&self) -> MutexGuard<'_, KernelReport> {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn function(&self, program: &Program) -> Result<sys::CUfunction, GpuError> {
@@ -106,7 +148,7 @@ impl Programs {
         let key = (program.source.as_ptr() as usize, program.values);
         let module = match modules.get(&key) {
             Some(module) => *module,
-            None => *modules.entry(key).or_insert(self.compile(program)?),
+            None => *modules.entry(key).or_insert(self.module(program)?),
         };
         let name = CString::new(program.entry).expect("a name without NUL");
         // SAFETY: modules are never unloaded.
@@ -116,17 +158,73 @@ impl Programs {
         Ok(function)
     }
 
-    fn compile(&self, program: &Program) -> Result<sys::CUmodule, GpuError> {
+    /// The program's text on the device, from disk if it is kept there.
+    fn module(&self, program: &Program) -> Result<sys::CUmodule, GpuError> {
+        let start = Instant::now();
+        let options = self.options(program);
+        let key = self.kept.as_ref().map(|kept| {
+            let recipe = Recipe {
+                source: program.source,
+                options: &options,
+                headers: kept.headers,
+                capability: self.capability,
+                compiler: kept.compiler,
+            };
+            (&kept.cache, Key::of(&recipe))
+        });
+        let found = key.and_then(|(cache, key)| self.found(cache, &key));
+        let was_found = found.is_some();
+        let module = if let Some(module) = found {
+            module
+        } else {
+            let image = self.compile(program, options)?;
+            let module = load(&image)?;
+            if let Some((cache, key)) = key
+                && let Err(error) = cache.write(&key, &image)
+            {
+                self.report().problem(error.to_string());
+            }
+            module
+        };
+        let mut report = self.report();
+        report.compiled += usize::from(!was_found);
+        report.loaded += usize::from(was_found);
+        report.seconds += start.elapsed().as_secs_f64();
+        Ok(module)
+    }
+
+    /// The module under `key`, unless the cache has none that can be used.
+    fn found(&self, cache: &Cache, key: &Key) -> Option<sys::CUmodule> {
+        let problem = match cache.read(key) {
+            Ok(None) => return None,
+            Ok(Some(image)) => match load(&image) {
+                Ok(module) => return Some(module),
+                Err(error) => format!("a kernel kept in {}: {error}", cache.folder().display()),
+            },
+            Err(error) => error.to_string(),
+        };
+        self.report().problem(problem);
+        None
+    }
+
+    /// The compiler's options, without those that say where headers lie.
+    fn options(&self, program: &Program) -> Vec<String> {
         // The suffix opens the instructions that only this generation has.
         let generation = if self.capability >= 90 { "a" } else { "" };
         let mut options = vec![
             format!("--gpu-architecture=sm_{}{generation}", self.capability),
             "--std=c++17".into(),
-            format!("--include-path={}", self.headers.display()),
-            format!("--include-path={}", self.headers.join("cccl").display()),
         ];
         let macros = program.macros.iter().zip(program.values);
         options.extend(macros.map(|(name, value)| format!("-D{name}={value}")));
+        options
+    }
+
+    fn compile(&self, program: &Program, mut options: Vec<String>) -> Result<Vec<u8>, GpuError> {
+        options.extend([
+            format!("--include-path={}", self.headers.display()),
+            format!("--include-path={}", self.headers.join("cccl").display()),
+        ]);
         let refused = |log: String| GpuError::Compile {
             entry: program.entry.into(),
             log,
@@ -150,13 +248,62 @@ impl Programs {
             let read = cudarc::nvrtc::sys::nvrtcGetCUBIN(compiled, image.as_mut_ptr().cast());
             read.result().map_err(|it| refused(format!("{it:?}")))?;
             let _ = nvrtc::destroy_program(compiled);
-            driver::module::load_data(image.as_ptr().cast())
-                .map_err(GpuError::of("cuModuleLoadData"))
+            Ok(image)
         }
     }
 }
 
+impl Kept {
+    fn new(cache: Cache, headers: &std::path::Path) -> Result<Self, String> {
+        let reason = |reason: &dyn fmt::Display| {
+            format!("compiled kernels are not kept for the next start: {reason}")
+        };
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: NVRTC is there, and writes a number each.
+        let asked = unsafe { cudarc::nvrtc::sys::nvrtcVersion(&raw mut major, &raw mut minor) };
+        asked
+            .result()
+            .map_err(|error| reason(&format!("nvrtcVersion: {error:?}")))?;
+        let headers = headers_digest(headers)
+            .map_err(|error| reason(&format!("read {}: {error}", headers.display())))?;
+        Ok(Self {
+            cache,
+            headers,
+            compiler: [major, minor],
+        })
+    }
+}
+
+impl KernelReport {
+    /// Notes what went wrong, once: a folder that cannot be written says so for every kernel.
+    fn problem(&mut self, problem: String) {
+        if !self.problems.contains(&problem) {
+            self.problems.push(problem);
+        }
+    }
+}
+
+fn load(image: &[u8]) -> Result<sys::CUmodule, GpuError> {
+    // SAFETY: the driver copies the image, which is one that NVRTC made, before it returns.
+    unsafe { driver::module::load_data(image.as_ptr().cast()) }
+        .map_err(GpuError::of("cuModuleLoadData"))
+}
+
 impl Gpu {
+    /// How the kernels that were asked for so far came to be.
+    pub fn kernels(&self) -> KernelReport {
+        self.programs.report().clone()
+    }
+
+    /// Makes `program` ready, so that its first launch need not.
+    ///
+    /// # Errors
+    /// As [`Gpu::launch`].
+    pub fn prepare(&self, program: &Program) -> Result<(), GpuError> {
+        self.bind();
+        self.programs.function(program).map(drop)
+    }
+
     /// Launches `program` after all that was asked for before. Compiles it the first time.
     ///
     /// The kernel reads and writes what it likes: the caller answers for its arguments.

@@ -23,7 +23,7 @@ use crate::{
 
 pub(crate) use attention::{segment_attention, segment_attention_backward};
 pub(crate) use head::{logprob_head, logprob_head_backward};
-pub(crate) use optimizer::{sum_of_squares, update};
+pub(crate) use optimizer::{prepare_update, sum_of_squares, update};
 
 const DECODER: &str = include_str!("cuda/decoder.cu");
 /// What the macros of `decoder.cu` are called.

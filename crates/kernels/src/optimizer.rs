@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::{Flat, Gradients, Tensor};
+use crate::{Device, Flat, Gradients, Tensor};
 
 /// A rule with its factors of one update.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,6 +39,19 @@ pub enum UpdateRule {
         /// ε.
         eps: f32,
     },
+}
+
+/// Has a GPU make the optimizer's kernels ready, so that the first update need not; elsewhere nothing.
+///
+/// # Panics
+/// If the device fails.
+pub fn prepare_update(device: &Device) {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = device.gpu() {
+        crate::cuda::prepare_update(gpu);
+    }
+    #[cfg(not(feature = "cuda"))]
+    let _ = device;
 }
 
 /// Σx² over all gradients, in f64: finite exactly when every element is. `None` when they do not lie on a GPU.

@@ -21,6 +21,41 @@ pub struct DeviceTime {
     pub operations: f64,
 }
 
+/// How a GPU came to its kernels so far. Displays as one line.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceKernels {
+    /// Texts that were compiled; one holds all kernels of a source for one set of macros.
+    pub compiled: usize,
+    /// Those that were found compiled on disk.
+    pub loaded: usize,
+    /// Seconds that both took.
+    pub seconds: f64,
+    /// Where they are kept; `None` where they are not.
+    pub folder: Option<std::path::PathBuf>,
+    /// What went wrong with what is kept, with its cure; the kernels are right nevertheless.
+    pub problems: Vec<String>,
+}
+
+impl std::fmt::Display for DeviceKernels {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            compiled,
+            loaded,
+            seconds,
+            ..
+        } = self;
+        let texts = compiled + loaded;
+        write!(
+            formatter,
+            "{texts} texts in {seconds:.1} s: {compiled} compiled, {loaded} loaded"
+        )?;
+        match &self.folder {
+            Some(folder) => write!(formatter, "; kept in {}", folder.display()),
+            None => write!(formatter, "; not kept"),
+        }
+    }
+}
+
 /// What computes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Device(pub(crate) Kind);
@@ -123,6 +158,24 @@ impl Device {
                     operations: sum.operations,
                 });
                 (made, times.collect())
+            }
+        }
+    }
+
+    /// How a GPU came to the kernels that were asked for so far; `None` elsewhere.
+    pub fn kernels(&self) -> Option<DeviceKernels> {
+        match &self.0 {
+            Kind::Burn(_) => None,
+            #[cfg(feature = "cuda")]
+            Kind::Gpu(gpu) => {
+                let report = gpu.kernels();
+                Some(DeviceKernels {
+                    compiled: report.compiled,
+                    loaded: report.loaded,
+                    seconds: report.seconds,
+                    folder: report.folder,
+                    problems: report.problems,
+                })
             }
         }
     }

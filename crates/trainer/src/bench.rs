@@ -19,6 +19,7 @@ use crate::measure::measure;
 use crate::phases::Phases;
 use crate::process::peak_bytes;
 use crate::setup::{check_vocabulary, needs, precision};
+use crate::warm_up::KernelTimes;
 
 /// What to time.
 #[derive(Clone, Debug)]
@@ -74,6 +75,9 @@ pub struct Profile {
     /// faster; none on a device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub product_gflop_per_second: Option<f64>,
+    /// What making a GPU's kernels ready took, before the timed steps; none on the CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernels: Option<KernelTimes>,
     /// What a GPU did when it took the last step once more, the longest first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub device: Vec<DeviceWork>,
@@ -199,6 +203,7 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
             needed_gflop: needed / steps / 1e9,
             gflop_per_second: needed / through_the_model / 1e9,
             product_gflop_per_second: before.zip(product_speed(device)).map(|(a, b)| a.max(b)),
+            kernels: KernelTimes::of(device),
             device: device_times.into_iter().map(DeviceWork::from).collect(),
         }),
     })

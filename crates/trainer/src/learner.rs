@@ -21,6 +21,7 @@ use crate::pulse::{Pulse, Work};
 use crate::reform::{Past, Transfer};
 use crate::shards::{Buckets, Place, Reduced, ShardedOptimizer, Stretch, Ungathered};
 use crate::shared_sums::{SharedSums, early_stages, late_stages};
+use crate::warm_up::warm_up;
 
 /// The policy, its optimizer's share, and the way to the other ranks.
 pub(crate) struct Learner {
@@ -115,6 +116,11 @@ impl Learner {
             pulse,
             times: Phases::default(),
         }
+    }
+
+    /// Has a GPU make its kernels ready; nothing else changes.
+    pub fn warm_up(&mut self, pairs: &[data::Pair]) {
+        warm_up(&self.model, pairs, &mut self.gradients, self.resident);
     }
 
     /// `pairs` as this rank's work, of which at most `micro_batch_tokens` go through the model at once.

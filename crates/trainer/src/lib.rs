@@ -39,6 +39,7 @@ mod shared_sums;
 mod snapshot;
 mod trainer;
 mod update;
+mod warm_up;
 
 pub use bench::{BenchRequest, BenchResult, Profile, bench};
 pub use error::{Cause, TrainError};
@@ -54,3 +55,4 @@ pub use reform::{Held, Past};
 pub use score::{ScoreRequest, ScoredPair, score};
 pub use setup::{Facts, Progress, Reports, Setup, reports};
 pub use trainer::{End, Membership, Trainer};
+pub use warm_up::KernelTimes;

@@ -24,6 +24,7 @@ use crate::reform::{Held, Past};
 use crate::setup::{Facts, MismatchedPairs, Progress, Setup, held_out};
 use crate::shards::{Reduced, ShardedOptimizer};
 use crate::snapshot::{Destination, Saver, restore};
+use crate::warm_up::tell_kernels;
 
 /// A rank's place among the others, for one generation.
 pub struct Membership {
@@ -155,6 +156,12 @@ impl Trainer {
             membership.step_deadline,
             membership.pulse,
         );
+        if learner.model.device().is_gpu() {
+            progress("make kernels ready", 0, 1)?;
+            learner.warm_up(&train.pairs);
+            progress("make kernels ready", 1, 1)?;
+            tell_kernels(learner.model.device());
+        }
         let state = match &membership.resume {
             Some(path) => {
                 progress("load checkpoint", 0, 1)?;

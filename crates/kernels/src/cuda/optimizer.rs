@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use gpu::{Arg, Element, Launch, Program, View};
+use gpu::{Arg, Element, Gpu, Launch, Program, View};
 
 use super::{THREADS, done, each, empty, int, launch, long};
 use crate::optimizer::UpdateRule;
@@ -11,6 +11,11 @@ use crate::{Flat, Gradients, Tensor};
 const SOURCE: &str = include_str!("optimizer.cu");
 /// Blocks of a sum: enough to fill a device, the same for every length.
 const SQUARES_BLOCKS: usize = 1024;
+
+/// Compiles, or finds compiled, what this file launches: one text.
+pub(crate) fn prepare_update(gpu: &Gpu) {
+    done(gpu.prepare(&Program::plain(SOURCE, "squares")));
+}
 
 /// Σx² over all gradients.
 pub(crate) fn sum_of_squares(gradients: &Gradients) -> Option<f64> {
