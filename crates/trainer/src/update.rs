@@ -9,36 +9,8 @@ use spec::{OptimizerKind, OptimizerSection};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Update {
     clip: f32,
-    rule: Rule,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Rule {
-    AdamW(AdamW),
-    RmsProp(RmsProp),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct AdamW {
-    keep_first: f32,
-    add_first: f32,
-    keep_second: f32,
-    add_second: f32,
-    /// Learning rate over the first moment's bias correction.
-    step_size: f32,
-    /// One over the root of the second moment's bias correction.
-    root_correction: f32,
-    eps: f32,
-    /// Factor on decayed parameters.
-    keep_weight: f32,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct RmsProp {
-    keep: f32,
-    add: f32,
-    step_size: f32,
-    eps: f32,
+    /// As decayed parameters have it.
+    rule: UpdateRule,
 }
 
 /// Whether the rule of `section` has a first moment; all have a second one.
@@ -65,7 +37,7 @@ impl Update {
                 weight_decay,
             } => {
                 let exponent = i32::try_from(updates).unwrap_or(i32::MAX);
-                Rule::AdamW(AdamW {
+                UpdateRule::AdamW {
                     keep_first: first as f32,
                     add_first: (1.0 - first) as f32,
                     keep_second: second as f32,
@@ -74,14 +46,14 @@ impl Update {
                     root_correction: (1.0 / (1.0 - second.powi(exponent)).sqrt()) as f32,
                     eps: eps as f32,
                     keep_weight: (1.0 - learning_rate * weight_decay) as f32,
-                })
+                }
             }
-            OptimizerKind::RmsProp { alpha, eps } => Rule::RmsProp(RmsProp {
+            OptimizerKind::RmsProp { alpha, eps } => UpdateRule::RmsProp {
                 keep: alpha as f32,
                 add: (1.0 - alpha) as f32,
                 step_size: learning_rate as f32,
                 eps: eps as f32,
-            }),
+            },
         };
         Self {
             clip: clip_scale(section.max_grad_norm, grad_norm) as f32,
@@ -94,26 +66,15 @@ impl Update {
         self.clip
     }
 
-    /// The rule as a GPU applies it.
+    /// The rule for parameters that are decayed, or are not.
     pub fn rule(&self, decay: bool) -> UpdateRule {
-        match self.rule {
-            Rule::AdamW(rule) => UpdateRule::AdamW {
-                keep_first: rule.keep_first,
-                add_first: rule.add_first,
-                keep_second: rule.keep_second,
-                add_second: rule.add_second,
-                step_size: rule.step_size,
-                root_correction: rule.root_correction,
-                eps: rule.eps,
-                keep_weight: if decay { rule.keep_weight } else { 1.0 },
-            },
-            Rule::RmsProp(rule) => UpdateRule::RmsProp {
-                keep: rule.keep,
-                add: rule.add,
-                step_size: rule.step_size,
-                eps: rule.eps,
-            },
+        let mut rule = self.rule;
+        if let UpdateRule::AdamW { keep_weight, .. } = &mut rule
+            && !decay
+        {
+            *keep_weight = 1.0;
         }
+        rule
     }
 
     /// Moves `weights` and their moments; all slices have one length, but `first` is empty for a rule without it. `decay` for
@@ -129,44 +90,41 @@ impl Update {
         let len = weights.len();
         let lens = [second.len(), gradient.len()];
         assert_eq!(lens, [len; 2], "moments and gradient of {len} weights");
-        match self.rule {
-            Rule::AdamW(rule) => {
+        let clip = self.clip;
+        let moved = weights.iter_mut().zip(gradient);
+        match self.rule(decay) {
+            UpdateRule::AdamW {
+                keep_first,
+                add_first,
+                keep_second,
+                add_second,
+                step_size,
+                root_correction,
+                eps,
+                keep_weight,
+            } => {
                 assert_eq!(first.len(), len, "first moments of {len} weights");
-                rule.apply(self.clip, weights, first, second, gradient, decay);
+                for ((weight, gradient), (first, second)) in moved.zip(first.iter_mut().zip(second))
+                {
+                    let gradient = gradient * clip;
+                    *first = keep_first * *first + add_first * gradient;
+                    *second = keep_second * *second + add_second * gradient * gradient;
+                    let root = second.sqrt() * root_correction + eps;
+                    *weight = *weight * keep_weight - step_size * (*first / root);
+                }
             }
-            Rule::RmsProp(rule) => rule.apply(self.clip, weights, second, gradient),
-        }
-    }
-}
-
-impl AdamW {
-    fn apply(
-        &self,
-        clip: f32,
-        weights: &mut [f32],
-        first: &mut [f32],
-        second: &mut [f32],
-        gradient: &[f32],
-        decay: bool,
-    ) {
-        let keep_weight = if decay { self.keep_weight } else { 1.0 };
-        let moments = first.iter_mut().zip(second);
-        for ((weight, (first, second)), gradient) in weights.iter_mut().zip(moments).zip(gradient) {
-            let gradient = gradient * clip;
-            *first = self.keep_first * *first + self.add_first * gradient;
-            *second = self.keep_second * *second + self.add_second * gradient * gradient;
-            let root = second.sqrt() * self.root_correction + self.eps;
-            *weight = *weight * keep_weight - self.step_size * (*first / root);
-        }
-    }
-}
-
-impl RmsProp {
-    fn apply(&self, clip: f32, weights: &mut [f32], second: &mut [f32], gradient: &[f32]) {
-        for ((weight, second), gradient) in weights.iter_mut().zip(second).zip(gradient) {
-            let gradient = gradient * clip;
-            *second = self.keep * *second + self.add * gradient * gradient;
-            *weight -= self.step_size * (gradient / (second.sqrt() + self.eps));
+            UpdateRule::RmsProp {
+                keep,
+                add,
+                step_size,
+                eps,
+            } => {
+                for ((weight, gradient), second) in moved.zip(second) {
+                    let gradient = gradient * clip;
+                    *second = keep * *second + add * gradient * gradient;
+                    *weight -= step_size * (gradient / (second.sqrt() + eps));
+                }
+            }
         }
     }
 }
