@@ -38,6 +38,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &[
             "collective",
             "data",
+            "gpu",
             "model",
             "objective",
             "protocol",

@@ -17,6 +17,7 @@ use crate::trace::Trace;
 /// An open device. Never closed: what it holds lives as long as the process.
 pub struct Gpu {
     pub(crate) ordinal: usize,
+    device: sys::CUdevice,
     context: sys::CUcontext,
     pub(crate) stream: sys::CUstream,
     pub(crate) arena: Arena,
@@ -108,6 +109,7 @@ impl Gpu {
         let facts = DeviceFacts::of(device)?;
         Ok(Self {
             ordinal,
+            device,
             context,
             stream,
             arena: Arena::new(device, facts.memory)?,
@@ -135,6 +137,17 @@ impl Gpu {
     pub fn free_and_total(&self) -> Result<(usize, usize), GpuError> {
         self.bind();
         driver::mem_get_info().map_err(GpuError::of("cuMemGetInfo"))
+    }
+
+    /// Where it sits, such as `0000:3b:00.0`.
+    pub(crate) fn pci_address(&self) -> Result<String, GpuError> {
+        let mut text = [0u8; 32];
+        // SAFETY: the driver writes at most so many bytes, the last of them 0.
+        unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), 32, self.device) }
+            .result()
+            .map_err(GpuError::of("cuDeviceGetPCIBusId"))?;
+        let end = text.iter().position(|&byte| byte == 0).unwrap_or(32);
+        Ok(String::from_utf8_lossy(&text[..end]).into_owned())
     }
 
     /// Waits until the device has done everything asked of this crate.

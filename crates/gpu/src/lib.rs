@@ -7,8 +7,8 @@
 //! burn's CUDA backend stands beside it and shares the device's context: what has no fused form goes there and back by copies
 //! (`kernels`). Its own stream is private and its memory pool moves what it holds, which is why the hot path does not live in it.
 //!
-//! All of the crate's `unsafe` is calls of the driver, NVRTC and cuBLASLt, whose libraries are loaded at run time: a program that
-//! holds this crate starts on machines without them. What a launched kernel does with its arguments nobody checks, so
+//! All of the crate's `unsafe` is calls of the driver, NVRTC and cuBLASLt, whose libraries (and NVML's) are loaded at run time: a
+//! program that holds this crate starts on machines without them. What a launched kernel does with its arguments nobody checks, so
 //! [`Launch`] and [`Gpu::product`] are the borders at which `kernels` has to be right.
 //!
 //! Without the feature `cuda` the crate is empty.
@@ -26,6 +26,8 @@ mod cache;
 mod device;
 #[cfg(feature = "cuda")]
 mod error;
+#[cfg(any(feature = "cuda", test))]
+mod health;
 #[cfg(feature = "cuda")]
 mod memory;
 #[cfg(feature = "cuda")]
@@ -41,6 +43,7 @@ mod trace;
 pub use {
     device::{DeviceFacts, Gpu},
     error::GpuError,
+    health::{DeviceEvent, DeviceFigures, Health},
     memory::{Element, Memory, View},
     product::{Operand, Product},
     program::{Arg, KernelReport, Launch, Program},

@@ -19,6 +19,7 @@ use crate::measure::measure;
 use crate::phases::Phases;
 use crate::process::peak_bytes;
 use crate::setup::{check_vocabulary, needs, precision};
+use crate::utilization::peak_of;
 use crate::warm_up::KernelTimes;
 
 /// What to time.
@@ -71,6 +72,10 @@ pub struct Profile {
     pub needed_gflop: f64,
     /// Needed operations by second of forward and backward, head included, in units of 10⁹.
     pub gflop_per_second: f64,
+    /// Model FLOPs utilization, 0 to 1: needed operations by second of a step over what the GPU can do at most; none on the CPU and
+    /// on a GPU whose peak is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
     /// What the same threads reach together in matrix products of a comfortable size, before or after the steps, whichever was
     /// faster; none on a device.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -202,6 +207,7 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
             computed_tokens: computed_tokens as f64 / steps,
             needed_gflop: needed / steps / 1e9,
             gflop_per_second: needed / through_the_model / 1e9,
+            mfu: peak_of(&learner.model).map(|peak| needed / seconds / peak),
             product_gflop_per_second: before.zip(product_speed(device)).map(|(a, b)| a.max(b)),
             kernels: KernelTimes::of(device),
             device: device_times.into_iter().map(DeviceWork::from).collect(),

@@ -55,7 +55,7 @@ pub struct Reformation {
     pub past: Option<Past>,
 }
 
-/// A prepared step. All ranks report identical bits, times apart, so that the coordinator can compare them.
+/// A prepared step. All ranks report identical bits, times and utilization apart, so that the coordinator can compare them.
 #[derive(Clone, Debug)]
 pub struct StepReport {
     /// From 1.
@@ -82,10 +82,13 @@ pub struct StepReport {
     pub pairs: u64,
     /// Where this rank's time went since its last report.
     pub phases: Phases,
+    /// Model FLOPs utilization of this rank, 0 to 1: operations that its packs need, by its time in the step, over what its GPU can
+    /// do at most. `None` on the CPU and on a GPU whose peak is not known.
+    pub mfu: Option<f64>,
 }
 
 impl StepReport {
-    /// Every value but the times as bits: equal exactly when two ranks prepared the same step. (A skipped step may hold NaN, which is
+    /// Every value but times and utilization as bits: equal exactly when two ranks prepared the same step. (A skipped step may hold NaN, which is
     /// unequal to itself, so the type has no `PartialEq`.)
     pub fn bits(&self) -> [u64; 18] {
         let rewards = &self.rewards;

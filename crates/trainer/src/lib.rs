@@ -39,6 +39,7 @@ mod shared_sums;
 mod snapshot;
 mod trainer;
 mod update;
+mod utilization;
 mod warm_up;
 
 pub use bench::{BenchRequest, BenchResult, Profile, bench};

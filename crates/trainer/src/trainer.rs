@@ -24,6 +24,7 @@ use crate::reform::{Held, Past};
 use crate::setup::{Facts, MismatchedPairs, Progress, Setup, held_out};
 use crate::shards::{Reduced, ShardedOptimizer};
 use crate::snapshot::{Destination, Saver, restore};
+use crate::utilization::{mfu, needed, peak_of};
 use crate::warm_up::tell_kernels;
 
 /// A rank's place among the others, for one generation.
@@ -534,6 +535,10 @@ impl Trainer {
             tokens: batch.tokens,
             pairs: batch.counts.pairs,
             phases: self.learner.times,
+            mfu: peak_of(&self.learner.model).and_then(|peak| {
+                let needed = needed(&self.learner.model, batch);
+                mfu(needed, peak, &self.learner.times)
+            }),
         }
     }
 

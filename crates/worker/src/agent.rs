@@ -31,6 +31,10 @@ const RENDEZVOUS_PATIENCE: Duration = Duration::from_mins(1);
 /// others, which aborts their collectives; this bound only keeps a fault in that machinery from waiting for ever.
 const COLLECTIVE_PATIENCE: Duration = Duration::from_hours(1);
 
+/// How much later than an error the GPU's own word about it may come.
+#[cfg(feature = "cuda")]
+const FAULT_PATIENCE: Duration = Duration::from_secs(1);
+
 /// What a worker needs to take part in jobs.
 pub(crate) struct Options {
     pub door: Door,
@@ -43,6 +47,32 @@ pub(crate) struct Options {
     pub name: String,
     /// How long it tries to reach its coordinator.
     pub patience: Duration,
+    /// Whether the GPU has failed.
+    #[cfg(feature = "cuda")]
+    pub fault: crate::watch::Fault,
+}
+
+impl Options {
+    /// Why this worker cannot go on after `error`: what the GPU says of itself, if it failed, else the error.
+    #[cfg(feature = "cuda")]
+    fn judge(&self, error: &AgentError) -> (Cause, String) {
+        let may_be_its = self.device.is_gpu() && error.cause() != Cause::Config;
+        let reason = if may_be_its {
+            self.fault.reason_of(FAULT_PATIENCE)
+        } else {
+            None
+        };
+        match reason {
+            Some(reason) => (Cause::Temporary, format!("{reason} ({error})")),
+            None => (error.cause(), error.to_string()),
+        }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[allow(clippy::unused_self, reason = "as with the feature")]
+    fn judge(&self, error: &AgentError) -> (Cause, String) {
+        (error.cause(), error.to_string())
+    }
 }
 
 /// How a job ended for this worker.
@@ -109,7 +139,7 @@ pub(crate) fn serve(options: &Options, presence: &Presence, runtime: &Handle) ->
             Ending::Finished
         }
         Err(error) => {
-            let (cause, reason) = (error.cause(), error.to_string());
+            let (cause, reason) = options.judge(&error);
             let failed = WorkerMessage::Failed {
                 cause,
                 reason: reason.clone(),

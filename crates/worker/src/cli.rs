@@ -331,6 +331,14 @@ fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Presence, Runtime)> {
         presence.serve_health(address, &runtime)?;
     }
     let device = arguments.compute.prepare()?;
+    #[cfg(feature = "cuda")]
+    let fault = {
+        let fault = crate::watch::Fault::default();
+        if let Some(gpu) = device.gpu() {
+            crate::watch::start(gpu, &presence, &fault);
+        }
+        fault
+    };
     let options = Options {
         door: Door {
             url: arguments
@@ -345,6 +353,8 @@ fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Presence, Runtime)> {
         listen: arguments.listen,
         name,
         patience: CONNECT_PATIENCE,
+        #[cfg(feature = "cuda")]
+        fault,
     };
     Ok((options, presence, runtime))
 }

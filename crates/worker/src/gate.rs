@@ -17,12 +17,17 @@ const REPEAT: Duration = Duration::from_secs(2);
 /// Progress is told at most this often.
 const PROGRESS: Duration = Duration::from_millis(250);
 
+/// Utilization is logged at most this often.
+const SAY: Duration = Duration::from_mins(1);
+
 /// A rank's door to the coordinator, from Ready to the end.
 pub(crate) struct Gate<'a> {
     session: &'a mut Session,
     rank: u32,
     place: Place,
     progress: ProgressTeller,
+    /// When utilization was last logged.
+    said: Option<Instant>,
 }
 
 enum Place {
@@ -41,6 +46,17 @@ impl<'a> Gate<'a> {
             session,
             rank,
             place: Place::Waiting,
+            said: None,
+        }
+    }
+
+    /// Logs how much of its GPU this worker uses, now and then.
+    fn tell_utilization(&mut self, report: &StepReport) {
+        let recent = self.said.is_some_and(|said| said.elapsed() < SAY);
+        if let Some(mfu) = report.mfu.filter(|_| !recent) {
+            self.said = Some(Instant::now());
+            let percent = 100.0 * mfu;
+            tracing::info!(step = report.step, "model FLOPs utilization {percent:.1} %");
         }
     }
 
@@ -97,6 +113,7 @@ impl StepGate for Gate<'_> {
     }
 
     fn prepared(&mut self, report: &StepReport) -> Result<Verdict, GateClosed> {
+        self.tell_utilization(report);
         let vote = WorkerMessage::Prepared {
             report: to_protocol(report),
             phases: phases(&report.phases),

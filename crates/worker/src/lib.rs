@@ -22,3 +22,5 @@ pub mod plan;
 mod presence;
 pub mod report;
 mod session;
+#[cfg(feature = "cuda")]
+mod watch;

@@ -86,6 +86,27 @@ impl Presence {
         Ok(())
     }
 
+    /// Tells the coordinator that this worker cannot go on, if there is a session and within `patience`. The process is to end
+    /// then.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn fail(&self, reason: String, patience: std::time::Duration) {
+        let Some(voice) = self.state().voice.clone() else {
+            return;
+        };
+        let (told, is_told) = std::sync::mpsc::channel();
+        let telling = std::thread::spawn(move || {
+            let cause = protocol::Cause::Temporary;
+            // A session that is over has nobody to tell.
+            drop(voice.say(WorkerMessage::Failed { cause, reason }));
+            let _ = told.send(());
+        });
+        if is_told.recv_timeout(patience).is_ok() {
+            drop(telling.join());
+            // It has left the queue; the connection's thread needs a moment to send it.
+            std::thread::sleep(std::time::Duration::from_millis(200));
+        }
+    }
+
     /// Serves gRPC health on `address`: SERVING while there is a session. It is open to everybody (invariant S1).
     pub(crate) fn serve_health(&self, address: &str, runtime: &Runtime) -> anyhow::Result<()> {
         let listener = runtime
