@@ -62,6 +62,9 @@ enum Command {
         /// Leave out the time: none of its steps is run.
         #[arg(long)]
         no_probe: bool,
+        /// Plan for a GPU of so much memory a worker, here or not.
+        #[arg(long, value_name = "GIB")]
+        gpu_gib: Option<f64>,
         /// One JSON object.
         #[arg(long)]
         json: bool,
@@ -219,10 +222,11 @@ fn main() -> ExitCode {
         Some(Command::Plan {
             sources,
             no_probe,
+            gpu_gib,
             json,
         }) => {
             log::start(program.log);
-            report(plan(sources, !no_probe, json).map(|()| 0))
+            report(plan(sources, !no_probe, gpu_gib, json).map(|()| 0))
         }
         Some(Command::Cache(command)) => report(cache::run(&command)),
         Some(Command::Status { at, target, json }) => report(client::status(&target.at(at), json)),
@@ -339,10 +343,20 @@ fn data(sources: SourceArguments, json: bool) -> anyhow::Result<()> {
 }
 
 #[cfg(feature = "local")]
-fn plan(sources: SourceArguments, probe: bool, json: bool) -> anyhow::Result<()> {
+fn plan(
+    sources: SourceArguments,
+    probe: bool,
+    gpu_gib: Option<f64>,
+    json: bool,
+) -> anyhow::Result<()> {
     let config = load(sources)?;
+    let card_bytes = match gpu_gib {
+        Some(gib) if gib > 0.0 && gib.is_finite() => Some((gib * f64::from(1 << 30)) as u64),
+        Some(gib) => return Err(Unusable(format!("--gpu-gib {gib}: must be above 0")).into()),
+        None => None,
+    };
     let machine = worker::machine::MachineMemory::here();
-    let plan = coordinator::plan::plan(&config, machine, probe);
+    let plan = coordinator::plan::plan(&config, machine, card_bytes, probe);
     let plan = plan.map_err(|error| Unusable(error.to_string()))?;
     let mut out = std::io::stdout().lock();
     let written = if json {
@@ -396,7 +410,12 @@ fn initialize(_: &Path, _: &Path, _: &Path, _: Option<&Path>) -> anyhow::Result<
 }
 
 #[cfg(not(feature = "local"))]
-fn plan(_sources: SourceArguments, _probe: bool, _json: bool) -> anyhow::Result<()> {
+fn plan(
+    _sources: SourceArguments,
+    _probe: bool,
+    _gpu_gib: Option<f64>,
+    _json: bool,
+) -> anyhow::Result<()> {
     let reason =
         "this build carries no worker to plan with; build it with the default feature `local`";
     Err(Unusable(reason.into()).into())

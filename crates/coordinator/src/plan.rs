@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! worker::plan ─► memory of each worker ─┐
-//! machine ─► limit                       ├─► fits, or what would
+//! machine or GPU ─► limit                ├─► fits, or what would
 //! storage::space ─► free disk            ┘
 //! worker's probe ─► seconds by token ─► time of the run
 //! ```
@@ -14,7 +14,9 @@ mod time;
 
 use serde::Serialize;
 use worker::machine::MachineMemory;
-use worker::plan::{Amount, Cure, Job, PlanError, ProbeRequest, WorkerMemory};
+use worker::plan::{
+    Amount, CONTEXT_BYTES, Cure, Job, PlanError, ProbeRequest, Program, WorkerMemory,
+};
 
 use crate::config::Config;
 
@@ -33,8 +35,10 @@ pub struct Plan {
     pub run: Amount,
     /// Whether evaluations may end it before its last step.
     pub may_stop_early: bool,
-    /// Memory; `None` where workers do not compute on the CPU.
+    /// Memory of this machine; `None` where workers do not compute on the CPU.
     pub memory: Option<Memory>,
+    /// Memory of each worker's GPU; `None` where they compute on the CPU, or on no GPU with fused forms.
+    pub gpu: Option<GpuMemory>,
     /// Time; `None` without a probe.
     pub time: Option<Time>,
     /// Why there was no probe although one was asked for.
@@ -70,18 +74,44 @@ pub struct Memory {
     pub least_bytes: Option<u64>,
 }
 
-/// Makes the plan of `config` for a machine with this `memory`; with `probe`, the job's first steps are run.
+/// Memory of a job on GPUs, one a worker.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct GpuMemory {
+    /// Workers, each with a GPU of its own.
+    pub workers: usize,
+    /// What each of them needs there.
+    pub worker: WorkerMemory,
+    /// Bytes of a GPU.
+    pub total_bytes: u64,
+    /// As many of them as nobody uses now; of a GPU that is not here, what the driver is taken to leave.
+    pub available_bytes: u64,
+    /// Whether it is the GPU of this machine.
+    pub is_here: bool,
+    /// Whether it is large enough, if nothing is lost to gaps.
+    pub fits: bool,
+    /// What would make it fit, if it does not.
+    pub cures: Vec<Cure>,
+    /// The least that a worker needs under any settings, if it does not fit.
+    pub least_bytes: Option<u64>,
+}
+
+/// Makes the plan of `config` for a machine with this memory, or for GPUs of `card_bytes` each that are not here; with `probe`, the
+/// job's first steps are run.
 ///
 /// # Errors
 /// What training would refuse about tokenizer, pairs and model.
 pub fn plan(
     config: &Config,
     machine: Option<MachineMemory>,
+    card_bytes: Option<u64>,
     probe: bool,
 ) -> Result<Plan, PlanError> {
     let start = std::time::Instant::now();
     let (workers, threads) = workers(config);
-    let job = Job::load(&config.training, config.cluster.backend.as_str(), threads)?;
+    let job = match card_bytes {
+        Some(_) => Job::load_for_gpu(&config.training, threads)?,
+        None => Job::load(&config.training, config.cluster.backend.as_str(), threads)?,
+    };
     let read_seconds = start.elapsed().as_secs_f64();
     let run = job.amount();
     let cadence = Cadence::of(config, run.steps);
@@ -89,12 +119,17 @@ pub fn plan(
     let memory = job
         .is_on_cpu()
         .then(|| memory(config, &job, machine, cadence.saves_on_the_way()));
-    let fits = memory.as_ref().is_none_or(|it| it.fits) && disk.iter().all(|it| it.fits);
+    let gpu = gpu_memory(&job, workers, card_bytes);
+    let fits = memory.as_ref().is_none_or(|it| it.fits)
+        && gpu.as_ref().is_none_or(|it| it.fits)
+        && disk.iter().all(|it| it.fits);
 
-    let no_probe_because = match &memory {
+    let no_probe_because = match (&memory, &gpu) {
         _ if !probe => None,
-        Some(memory) if !memory.fits => Some("it does not fit".to_owned()),
-        Some(memory) if !memory.is_free => Some("too little memory is free now".to_owned()),
+        (_, Some(gpu)) if !gpu.is_here => Some("the GPU is not here".to_owned()),
+        (_, Some(gpu)) if !gpu.fits => Some("it does not fit".to_owned()),
+        (Some(memory), _) if !memory.fits => Some("it does not fit".to_owned()),
+        (Some(memory), _) if !memory.is_free => Some("too little memory is free now".to_owned()),
         _ => None,
     };
     let time = if probe && no_probe_because.is_none() {
@@ -114,6 +149,7 @@ pub fn plan(
             .is_some_and(|selection| selection.patience.is_some()),
         run,
         memory,
+        gpu,
         time,
         no_probe_because,
         disk,
@@ -207,4 +243,27 @@ fn memory(config: &Config, job: &Job, machine: Option<MachineMemory>, saves: boo
         least_bytes: (!fits).then(|| workload.least_bytes(&knobs, job.program(), saves)),
         machine,
     }
+}
+
+/// `card_bytes` of GPUs that are not here; without, the GPU of this machine, if the job computes on one.
+fn gpu_memory(job: &Job, workers: usize, card_bytes: Option<u64>) -> Option<GpuMemory> {
+    let [available_bytes, total_bytes] = match card_bytes {
+        Some(total) => [total.saturating_sub(CONTEXT_BYTES), total],
+        None => job.gpu_bytes()?,
+    };
+    let workload = job.workload();
+    let knobs = workload.gpu_knobs(workers);
+    let worker = workload.memory(&knobs, Program::NONE, false);
+    let fits = worker.certain_bytes() <= available_bytes;
+    let cures = || workload.cures(&knobs, Program::NONE, false, available_bytes);
+    Some(GpuMemory {
+        workers,
+        fits,
+        cures: if fits { Vec::new() } else { cures() },
+        least_bytes: (!fits).then(|| workload.least_bytes(&knobs, Program::NONE, false)),
+        worker,
+        total_bytes,
+        available_bytes,
+        is_here: card_bytes.is_none(),
+    })
 }

@@ -38,7 +38,7 @@ fn planned(set: &[&str], bytes: u64) -> Plan {
         limit_by: LimitBy::Machine,
         available_bytes: bytes,
     };
-    let made = plan(&config(&folder, set), Some(machine), false).unwrap();
+    let made = plan(&config(&folder, set), Some(machine), None, false).unwrap();
     assert_eq!(
         std::fs::read_dir(folder.path()).unwrap().count(),
         0,
@@ -98,7 +98,7 @@ fn memory_that_others_use_is_a_warning_and_no_refusal() {
         limit_by: LimitBy::Cgroup,
         available_bytes: 1 << 20,
     };
-    let made = plan(&config(&folder, &[]), Some(machine), true).unwrap();
+    let made = plan(&config(&folder, &[]), Some(machine), None, true).unwrap();
     assert!(made.fits && made.refusal().is_none());
     assert!(made.time.is_none());
     let text = made.to_string();
@@ -142,4 +142,68 @@ fn checkpoints_are_counted_as_many_as_are_there_at_once() {
         checkpoints(&[&best[1..], &["checkpoint.keep_last=2"]].concat()),
         4 * one
     );
+}
+
+/// The plan for GPUs of so many GiB that are not here.
+fn planned_for_gpu(set: &[&str], gib: f64) -> Plan {
+    let folder = tempfile::tempdir().unwrap();
+    let card = (gib * f64::from(1 << 30)) as u64;
+    plan(&config(&folder, set), None, Some(card), true).unwrap()
+}
+
+#[test]
+fn a_gpu_that_is_not_here_is_planned_for_and_not_probed() {
+    let made = planned_for_gpu(&["cluster.workers=1", "model.dtype=bf16"], 8.0);
+    assert!(made.fits && made.memory.is_none() && made.time.is_none());
+    let gpu = made.gpu.as_ref().unwrap();
+    assert!(!gpu.is_here && gpu.available_bytes < gpu.total_bytes);
+    // Weights, operands, gradients and two moments.
+    let training = gpu.worker.moments.iter();
+    let training = training.clone().find(|it| it.name == "training step");
+    let parts = training.unwrap().parts;
+    assert_eq!(parts.weights, 6 * made.run.parameters);
+    assert_eq!(parts.gradients, 4 * made.run.parameters);
+    assert_eq!(parts.optimizer_moments, 8 * made.run.parameters);
+    let text = made.to_string();
+    for part in [
+        "memory of each GPU",
+        "GPU libraries",
+        "each worker needs",
+        "it fits",
+        "the GPU is not here",
+    ] {
+        assert!(text.contains(part), "no `{part}` in: {text}");
+    }
+    // Workers that reduce over the host keep their moments there.
+    let two = planned_for_gpu(&["cluster.workers=2"], 8.0).gpu.unwrap();
+    let mut moments = two.worker.moments.iter();
+    assert!(moments.all(|it| it.parts.optimizer_moments == 0));
+}
+
+#[test]
+fn a_gpu_that_is_too_small_is_refused_with_settings_that_fit_it() {
+    let large = [
+        "cluster.workers=1",
+        "train.batch_pairs=256",
+        "train.micro_batch_tokens=14000",
+    ];
+    let whole = planned_for_gpu(&large, 80.0).gpu.unwrap();
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let needed = gib(whole.worker.certain_bytes() + whole.total_bytes - whole.available_bytes);
+    assert!(planned_for_gpu(&large, needed + 1e-6).fits);
+    let refused = planned_for_gpu(&large, needed - 0.01);
+    assert!(!refused.fits);
+    let reason = refused.refusal().unwrap();
+    for part in [
+        "a worker needs",
+        "--set model.gradient_checkpointing=true",
+        "--set train.micro_batch_tokens=",
+    ] {
+        assert!(reason.contains(part), "no `{part}` in: {reason}");
+    }
+    assert!(!reason.contains("cluster.workers"), "{reason}");
+    let nothing = planned_for_gpu(&large, 0.6).refusal().unwrap();
+    for part in ["no setting makes it fit", "at least", "larger GPU"] {
+        assert!(nothing.contains(part), "no `{part}` in: {nothing}");
+    }
 }

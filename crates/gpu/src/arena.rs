@@ -79,6 +79,12 @@ impl Arena {
         spans.give((pointer - self.base) as usize, size);
     }
 
+    /// Bytes that are taken of the device and not in use.
+    pub fn idle(&self) -> usize {
+        let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
+        spans.end() - spans.used()
+    }
+
     /// The most bytes in use at one time.
     pub fn peak(&self) -> usize {
         self.spans

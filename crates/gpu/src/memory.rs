@@ -64,6 +64,15 @@ impl Gpu {
         })
     }
 
+    /// Bytes that can still be allocated, those that this process has taken and does not use included, and all that the device has.
+    ///
+    /// # Errors
+    /// A device that stopped working.
+    pub fn available_and_total(&self) -> Result<(usize, usize), GpuError> {
+        let (free, total) = self.free_and_total()?;
+        Ok((free + self.arena.idle(), total))
+    }
+
     /// The most bytes that were in use at one time so far.
     pub fn peak_bytes(&self) -> usize {
         self.arena.peak()

@@ -59,6 +59,11 @@ impl Spans {
         self.end
     }
 
+    /// Bytes that are taken.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
     /// The most bytes that were taken at one time.
     pub fn peak(&self) -> usize {
         self.peak
@@ -89,7 +94,9 @@ mod tests {
         spans.grow(8192);
         let [a, b, c] = [1024, 2048, 1024].map(|size| spans.take(size));
         assert_eq!((a, b, c), (Some(0), Some(1024), Some(3072)));
+        assert_eq!(spans.used(), 4096);
         spans.give(1024, 2048);
+        assert_eq!(spans.used(), 2048);
         // 2048 at 1024 and 4096 at the end: the tighter one.
         assert_eq!(spans.take(1536), Some(1024));
         assert_eq!(spans.take(512), Some(2560));

@@ -245,6 +245,17 @@ pub fn logprob_head_bytes(rows: usize, vocabulary: usize) -> usize {
     tile + rows * size_of::<Running>()
 }
 
+/// Most bytes of logits that a GPU holds at once.
+const GPU_LOGITS_BYTES: usize = 512 << 20;
+/// A GPU's rows are cut at multiples of this.
+const GPU_ROWS: usize = 128;
+
+/// Rows whose logits a GPU holds at once.
+pub fn gpu_head_rows(vocabulary: usize) -> usize {
+    let fitting = GPU_LOGITS_BYTES / (size_of::<f32>() * vocabulary.max(1));
+    (fitting / GPU_ROWS * GPU_ROWS).max(GPU_ROWS)
+}
+
 struct Shape {
     rows: usize,
     width: usize,

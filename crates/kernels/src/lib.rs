@@ -71,7 +71,7 @@ pub use embedding::{EmbeddingRows, embedding, embedding_backward};
 pub use flat::{Flat, Slot};
 pub use gradients::Gradients;
 pub use head::{
-    HeadSaved, TileSums, head_tiles, logprob_head, logprob_head_backward,
+    HeadSaved, TileSums, gpu_head_rows, head_tiles, logprob_head, logprob_head_backward,
     logprob_head_backward_shared, logprob_head_bytes, soft_cap,
 };
 pub use heads::{join_heads, split_heads};

@@ -20,6 +20,14 @@ pub enum Precision {
 }
 
 impl Precision {
+    /// Bytes of an operand's element on a GPU.
+    pub fn gpu_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+
     /// `x` as an operand.
     pub fn operand<const D: usize>(self, x: &Tensor<D>) -> Tensor<D> {
         match (self, Host::read(x)) {

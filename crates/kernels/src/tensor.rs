@@ -137,6 +137,21 @@ impl Device {
         }
     }
 
+    /// Bytes of a GPU that this process can still take, and all of them; `None` elsewhere.
+    ///
+    /// # Panics
+    /// If the device fails.
+    pub fn available_and_total(&self) -> Option<[u64; 2]> {
+        match &self.0 {
+            Kind::Burn(_) => None,
+            #[cfg(feature = "cuda")]
+            Kind::Gpu(gpu) => {
+                let (free, total) = crate::cuda::done(gpu.available_and_total());
+                Some([free as u64, total as u64])
+            }
+        }
+    }
+
     /// What a GPU does in `work`, by kernel and product, the longest first; nothing elsewhere. Every launch is timed, which
     /// makes `work` slower.
     ///

@@ -1,7 +1,10 @@
 //! What a forward and a backward over a pack hold in memory on the host, from shapes alone: the sums of what `block` and
-//! `model` keep and make on the way, as they are written. `tests/memory.rs` counts the allocations and compares.
+//! `model` keep and make on the way, as they are written. `tests/memory.rs` counts the allocations and compares. `gpu.rs` has the
+//! same sums for a GPU.
 //!
 //! Not here: weights and gradients (their size is the layout's), and what an allocator makes of all this.
+
+mod gpu;
 
 use kernels::{AttentionBytes, AttentionPlan, Precision, logprob_head_bytes};
 

@@ -21,6 +21,9 @@ pub enum TrainError {
     /// The model cannot be used.
     #[error(transparent)]
     Model(#[from] model::ModelError),
+    /// The GPU has no room for the job.
+    #[error("{0}")]
+    Gpu(Box<crate::plan::GpuRefusal>),
     /// A token that the model has no embedding for.
     #[error(
         "{place}: token id {id} is not below the vocabulary size {vocabulary} of {}/config.json; tokenizer.json belongs to \
@@ -198,6 +201,7 @@ impl TrainError {
             | Self::Tokenizer(_)
             | Self::Data(_)
             | Self::Model(_)
+            | Self::Gpu(_)
             | Self::Vocabulary { .. }
             | Self::Prompt { .. }
             | Self::ReferenceVocabulary { .. }

@@ -8,6 +8,7 @@
 //! Not here: how much memory or disk a machine has, and what a person reads of it (`coordinator`).
 
 mod cures;
+mod gpu;
 mod memory;
 mod probe;
 
@@ -16,7 +17,10 @@ use model::{Layout, ModelConfig, Precision};
 use serde::Serialize;
 use spec::Spec;
 
+pub(crate) use gpu::check as check_gpu;
+
 pub use cures::{Change, Cure};
+pub use gpu::{CONTEXT_BYTES, GpuRefusal};
 pub use memory::{Knobs, Moment, Parts, WorkerMemory};
 pub use probe::{Probe, ProbeRequest};
 
@@ -194,6 +198,12 @@ impl Draft {
 const PROGRAM_BYTES: u64 = 64 << 20;
 
 impl Program {
+    /// Of which nothing lies on a GPU.
+    pub const NONE: Self = Self {
+        resident: 0,
+        peak: 0,
+    };
+
     /// What this process has, without `others` bytes that it holds by now.
     pub(crate) fn of_this_process(others: u64) -> Self {
         let resident = resident_bytes().unwrap_or(PROGRAM_BYTES + others);
@@ -249,6 +259,7 @@ impl Workload {
             knobs: Knobs {
                 workers: 1,
                 threads: 1,
+                gpu: false,
                 micro_batch_tokens: spec.train.micro_batch_tokens,
                 gradient_checkpointing: spec.model.gradient_checkpointing,
                 max_length: spec.data.max_length,

@@ -12,7 +12,7 @@ use spec::{Dtype, Spec};
 use crate::adapter::Adapter;
 use crate::error::TrainError;
 use crate::gate::GateClosed;
-use crate::plan::{Program, Workload};
+use crate::plan::{Program, Workload, check_gpu};
 
 /// Hears how far a long phase is: its name, units done, units in all. An error ends the phase, which nobody waits for any more.
 pub type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64) -> Result<(), GateClosed>;
@@ -52,11 +52,16 @@ pub struct Facts {
 }
 
 impl Setup {
-    /// Validates `spec` and reads what it names.
+    /// Validates `spec` and reads what it names, for one of `world` workers.
     ///
     /// # Errors
-    /// The first thing that cannot be used.
-    pub fn load(spec: &Spec, device: &Device, progress: Progress<'_>) -> Result<Self, TrainError> {
+    /// The first thing that cannot be used, or a GPU without room for the job.
+    pub fn load(
+        spec: &Spec,
+        device: &Device,
+        world: usize,
+        progress: Progress<'_>,
+    ) -> Result<Self, TrainError> {
         spec.validate()?;
         let Tokens {
             tokenizer,
@@ -64,6 +69,8 @@ impl Setup {
             eval,
         } = Tokens::load(spec, Kept::Always, progress)?;
         let mismatched = MismatchedPairs::of(spec, &train, eval.as_ref())?;
+        let scored = held_out(spec, eval.as_ref());
+        check_gpu(spec, &train.pairs, scored, world, device)?;
         progress("load model", 0, 1)?;
         let mut model = Model::load(&spec.model.path, device)?;
         if spec.model.gradient_checkpointing {

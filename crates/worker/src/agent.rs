@@ -284,7 +284,8 @@ fn train(
         teller.tell(phase, done, total);
         Ok(())
     };
-    let setup = Setup::load(spec, &options.device, &mut progress)?;
+    let world = form.addresses.len();
+    let setup = Setup::load(spec, &options.device, world, &mut progress)?;
     if form.rank == 0 {
         let notes = setup.notes().iter().map(|note| format!("{note}\n"));
         let text = notes.collect::<String>() + &setup.reports().to_string();

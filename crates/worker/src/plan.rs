@@ -8,14 +8,15 @@ use crate::backend::{self, Backend, BackendError};
 use crate::report::ReportError;
 
 pub use trainer::plan::{
-    Amount, Change, Cure, Knobs, Moment, Parts, Probe, ProbeRequest, Program, ReferenceAmount,
-    WorkerMemory, Workload,
+    Amount, CONTEXT_BYTES, Change, Cure, Knobs, Moment, Parts, Probe, ProbeRequest, Program,
+    ReferenceAmount, WorkerMemory, Workload,
 };
 
 /// A job that is read and not begun.
 pub struct Job {
     draft: Draft,
-    device: Device,
+    /// `None`: GPUs that are not here.
+    device: Option<Device>,
 }
 
 /// Why nothing can be said about a job.
@@ -40,15 +41,31 @@ impl Job {
             "cuda" => Backend::Cuda,
             _ => Backend::Auto,
         };
-        let device = backend::device(backend)?;
+        Self::read(sections, Some(backend::device(backend)?), threads)
+    }
+
+    /// As [`Job::load`], for GPUs that are not here: nothing of it can be run.
+    ///
+    /// # Errors
+    /// As [`Job::load`].
+    pub fn load_for_gpu(sections: &Table, threads: usize) -> Result<Self, PlanError> {
+        Self::read(sections, None, threads)
+    }
+
+    fn read(sections: &Table, device: Option<Device>, threads: usize) -> Result<Self, PlanError> {
         let spec = spec::resolve(sections).map_err(ReportError::from)?.spec;
         let draft = Draft::load(&spec, threads).map_err(ReportError::from)?;
         Ok(Self { draft, device })
     }
 
-    /// Whether it computes on the CPU, whose memory is what [`Workload::memory`] knows.
+    /// Whether it computes on the CPU, whose memory all workers share.
     pub fn is_on_cpu(&self) -> bool {
-        self.device == Device::flex()
+        self.device == Some(Device::flex())
+    }
+
+    /// Bytes of the GPU here that can be taken, and all of them.
+    pub fn gpu_bytes(&self) -> Option<[u64; 2]> {
+        self.device.as_ref()?.available_and_total()
     }
 
     /// What it computes.
@@ -70,8 +87,12 @@ impl Job {
     ///
     /// # Errors
     /// Weights that cannot be read.
+    ///
+    /// # Panics
+    /// If it was loaded for GPUs that are not here.
     pub fn probe(&self, request: &ProbeRequest) -> Result<Probe, PlanError> {
-        let probe = self.draft.probe(request, &self.device);
+        let device = self.device.as_ref().expect("a device that is here");
+        let probe = self.draft.probe(request, device);
         Ok(probe.map_err(ReportError::from)?)
     }
 }

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use worker::machine::LimitBy;
-use worker::plan::Moment;
+use worker::plan::{Cure, Moment, WorkerMemory};
 
-use super::{Disk, Memory, Plan, Time};
+use super::{Disk, GpuMemory, Memory, Plan, Time};
 use crate::numbers::{bytes, duration, grouped, plain};
 
 impl fmt::Display for Plan {
@@ -26,12 +26,10 @@ impl fmt::Display for Plan {
             grouped(run.tokens),
             grouped(run.parameters),
         )?;
-        match &self.memory {
-            Some(memory) => write_memory(f, memory)?,
-            None => writeln!(
-                f,
-                "\nmemory: workers compute on a GPU, whose memory is not planned yet"
-            )?,
+        match (&self.memory, &self.gpu) {
+            (Some(memory), _) => write_memory(f, memory)?,
+            (None, Some(gpu)) => write_gpu(f, gpu)?,
+            (None, None) => writeln!(f, "\nmemory: not planned on this backend")?,
         }
         match (&self.time, &self.no_probe_because) {
             (Some(time), _) => write_time(f, time, run.reference.values)?,
@@ -49,11 +47,13 @@ impl Plan {
     /// Why the job cannot run here, and what would make it; `None` if it can.
     pub fn refusal(&self) -> Option<String> {
         let memory = self.memory.as_ref().filter(|memory| !memory.fits);
+        let gpu = self.gpu.as_ref().filter(|gpu| !gpu.fits);
         let disk = self.disk.iter().find(|disk| !disk.fits);
-        match (memory, disk) {
-            (Some(memory), _) => Some(memory_refusal(memory)),
-            (None, Some(disk)) => Some(disk_refusal(disk)),
-            (None, None) => None,
+        match (memory, gpu, disk) {
+            (Some(memory), _, _) => Some(memory_refusal(memory)),
+            (None, Some(gpu), _) => Some(gpu_refusal(gpu)),
+            (None, None, Some(disk)) => Some(disk_refusal(disk)),
+            (None, None, None) => None,
         }
     }
 }
@@ -61,13 +61,7 @@ impl Plan {
 fn write_memory(f: &mut fmt::Formatter<'_>, memory: &Memory) -> fmt::Result {
     let worker = &memory.worker;
     writeln!(f, "\nmemory of each worker, by what is there at once")?;
-    writeln!(f, "{}", table(&worker.moments))?;
-    writeln!(
-        f,
-        "largest micro-batch: {} tokens; the log-prob head's logits take {} of the workspace at most",
-        grouped(worker.largest_micro_batch_tokens as u64),
-        bytes(worker.head_chunk_bytes)
-    )?;
+    write_worker(f, worker)?;
     write!(
         f,
         "{} × {} + {} of the coordinator = {}",
@@ -94,6 +88,40 @@ fn write_memory(f: &mut fmt::Formatter<'_>, memory: &Memory) -> fmt::Result {
             }
         ),
     }
+}
+
+fn write_worker(f: &mut fmt::Formatter<'_>, worker: &WorkerMemory) -> fmt::Result {
+    writeln!(f, "{}", table(&worker.moments))?;
+    writeln!(
+        f,
+        "largest micro-batch: {} tokens; the log-prob head's logits take {} of the workspace at most",
+        grouped(worker.largest_micro_batch_tokens as u64),
+        bytes(worker.head_chunk_bytes)
+    )
+}
+
+fn write_gpu(f: &mut fmt::Formatter<'_>, gpu: &GpuMemory) -> fmt::Result {
+    let worker = &gpu.worker;
+    writeln!(f, "\nmemory of each GPU, by what is there at once")?;
+    write_worker(f, worker)?;
+    let (peak, available) = (worker.peak_bytes, gpu.available_bytes);
+    writeln!(
+        f,
+        "each worker needs {} of a GPU with {}, {} of it {}: {}",
+        bytes(peak),
+        bytes(gpu.total_bytes),
+        bytes(available),
+        if gpu.is_here {
+            "free now"
+        } else {
+            "beside what the driver takes"
+        },
+        match gpu.fits {
+            true if peak <= available => "it fits",
+            true => "it fits only without any gaps",
+            false => "it does not fit",
+        }
+    )
 }
 
 /// A column a moment, a row a part.
@@ -223,8 +251,7 @@ fn memory_refusal(memory: &Memory) -> String {
         bytes(memory.total_bytes),
         bytes(limit)
     );
-    let cures: Vec<String> = memory.cures.iter().map(ToString::to_string).collect();
-    if cures.is_empty() {
+    if memory.cures.is_empty() {
         let least = memory.least_bytes.unwrap_or(0);
         text = format!(
             "{text}; no setting makes it fit: one worker needs at least {} beside the coordinator; take a larger machine, or a \
@@ -232,9 +259,31 @@ fn memory_refusal(memory: &Memory) -> String {
             bytes(least)
         );
     } else {
-        text = format!("{text}; it fits with {}", cures.join(", or with "));
+        text = format!("{text}; it fits with {}", cures(&memory.cures));
     }
     text
+}
+
+fn gpu_refusal(gpu: &GpuMemory) -> String {
+    let text = format!(
+        "a worker needs {} of a GPU that has {} left of {}",
+        bytes(gpu.worker.certain_bytes()),
+        bytes(gpu.available_bytes),
+        bytes(gpu.total_bytes)
+    );
+    if gpu.cures.is_empty() {
+        let least = bytes(gpu.least_bytes.unwrap_or(0));
+        format!(
+            "{text}; no setting makes it fit: it needs at least {least}; take a larger GPU, or a smaller model"
+        )
+    } else {
+        format!("{text}; it fits with {}", cures(&gpu.cures))
+    }
+}
+
+fn cures(cures: &[Cure]) -> String {
+    let cures: Vec<String> = cures.iter().map(ToString::to_string).collect();
+    cures.join(", or with ")
 }
 
 fn disk_refusal(disk: &Disk) -> String {
@@ -260,14 +309,15 @@ fn disk_refusal(disk: &Disk) -> String {
 }
 
 fn workers(memory: &Memory) -> String {
-    let plural = |count: usize| if count == 1 { "" } else { "s" };
     format!(
-        "{} worker{} of {} thread{}",
-        memory.workers,
-        plural(memory.workers),
-        memory.threads,
-        plural(memory.threads)
+        "{} of {}",
+        count(memory.workers, "worker"),
+        count(memory.threads, "thread")
     )
+}
+
+fn count(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 fn seconds(seconds: f64) -> String {

@@ -1,15 +1,11 @@
-//! The log-prob head: f32 logits of so many rows as fit into [`LOGITS_BYTES`], by cuBLASLt, and one kernel over them.
+//! The log-prob head: f32 logits of so many rows as [`gpu_head_rows`] says, by cuBLASLt, and one kernel over them.
 
 use gpu::{Arg, Element, Launch, Program, View};
 
 use super::{done, empty, int, kernel, launch, operands, product, upload_ints};
+use crate::head::gpu_head_rows;
 use crate::tensor::Array;
 use crate::{Gradients, HeadSaved, Slot, Tensor};
-
-/// Most bytes of logits held at once.
-const LOGITS_BYTES: usize = 512 << 20;
-/// Rows are cut at multiples of this.
-const ROWS: usize = 128;
 
 struct Head {
     hidden: Array<2>,
@@ -23,11 +19,10 @@ impl Head {
     fn new(hidden: &Tensor<2>, weight: &Tensor<2>, soft_cap: Option<f64>) -> Option<Self> {
         let (hidden, weight) = operands(hidden.array()?, weight.array()?);
         let [vocabulary, _] = weight.shape;
-        let fitting = LOGITS_BYTES / (4 * vocabulary.max(1));
         Some(Self {
             hidden,
             weight,
-            chunk: (fitting / ROWS * ROWS).max(ROWS),
+            chunk: gpu_head_rows(vocabulary),
             // 0 is no cap.
             cap: Arg::Float(soft_cap.map_or(0.0, |cap| cap as f32)),
         })

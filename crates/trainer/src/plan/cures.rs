@@ -14,7 +14,7 @@ use super::{Knobs, Lengths, Program, Workload};
 pub struct Cure {
     /// All of them are needed.
     pub changes: Vec<Change>,
-    /// What all workers then need at most, together.
+    /// What all workers then need at most, together; on a GPU each of them.
     pub bytes: u64,
     /// Pairs that lose tokens by it.
     pub truncated_pairs: usize,
@@ -56,8 +56,8 @@ struct Search<'a> {
 }
 
 impl Workload {
-    /// Changes to `knobs` with which all workers together need at most `limit` bytes; empty where nothing helps. Arguments as
-    /// for [`Workload::memory`].
+    /// Changes to `knobs` with which all workers together need at most `limit` bytes, or on a GPU each of them; empty where nothing
+    /// helps. Arguments as for [`Workload::memory`].
     pub fn cures(&self, knobs: &Knobs, program: Program, saves: bool, limit: u64) -> Vec<Cure> {
         let search = Search {
             workload: self,
@@ -87,7 +87,7 @@ impl Workload {
     /// The least that one worker can make do with: one pair at a time, no larger than a few tokens.
     pub fn least_bytes(&self, knobs: &Knobs, program: Program, saves: bool) -> u64 {
         let least = Knobs {
-            workers: 1,
+            workers: if knobs.gpu { knobs.workers } else { 1 },
             micro_batch_tokens: 1,
             gradient_checkpointing: true,
             ..*knobs
@@ -99,7 +99,9 @@ impl Workload {
 impl Search<'_> {
     fn bytes(&self, knobs: &Knobs) -> u64 {
         let memory = self.workload.memory(knobs, self.program, self.saves);
-        memory.peak_bytes * knobs.workers as u64
+        // Workers share a machine's memory, but each has a GPU of its own.
+        let sharing = if knobs.gpu { 1 } else { knobs.workers };
+        memory.peak_bytes * sharing as u64
     }
 
     fn fits(&self, knobs: &Knobs) -> bool {
@@ -125,6 +127,9 @@ impl Search<'_> {
     }
 
     fn workers(&self, knobs: Knobs) -> Option<Knobs> {
+        if knobs.gpu {
+            return None;
+        }
         let with = |workers| Knobs { workers, ..knobs };
         (1..knobs.workers)
             .rev()
@@ -165,7 +170,12 @@ impl Search<'_> {
             gradient_checkpointing: true,
             ..self.knobs
         };
-        let candidates = (1..=self.knobs.workers).rev().map(|workers| Knobs {
+        let fewest = if self.knobs.gpu {
+            self.knobs.workers
+        } else {
+            1
+        };
+        let candidates = (fewest..=self.knobs.workers).rev().map(|workers| Knobs {
             workers,
             ..checkpointing
         });
@@ -178,7 +188,7 @@ impl Search<'_> {
             }
         }
         let smallest = Knobs {
-            workers: 1,
+            workers: fewest,
             micro_batch_tokens: TOKENS_STEP,
             ..checkpointing
         };

@@ -1,4 +1,4 @@
-//! Memory of one worker on the CPU, part by part, in the moments of a run of which the busiest decides.
+//! Memory of one worker on the CPU, part by part, in the moments of a run of which the busiest decides; `gpu.rs` has a GPU's.
 //!
 //! Every part is what its owner allocates: weights and gradients the layout's elements (`model`), moments and snapshot a
 //! rank's share of them (`shards`, `snapshot`), what a pack holds (`model::PackBytes`), the sums of a reduce-scatter
@@ -20,6 +20,8 @@ pub struct Knobs {
     pub workers: usize,
     /// Compute threads of each.
     pub threads: usize,
+    /// Whether each of them computes on a GPU, whose memory is then meant.
+    pub gpu: bool,
     /// `train.micro_batch_tokens`.
     pub micro_batch_tokens: usize,
     /// `model.gradient_checkpointing`.
@@ -77,6 +79,8 @@ pub struct Parts {
     pub gaps: u64,
     /// What reducing gradients over the ranks needs beside them.
     pub collective: u64,
+    /// On a GPU what its libraries take: a workspace of products, and kernels.
+    pub libraries: u64,
 }
 
 const FLOAT: u64 = size_of::<f32>() as u64;
@@ -92,6 +96,15 @@ const GAPS: u64 = 10;
 const RUNTIME: u64 = 5 << 20;
 
 impl WorkerMemory {
+    pub(super) fn of(moments: Vec<Moment>, step: &InFlight) -> Self {
+        Self {
+            peak_bytes: moments.iter().map(|moment| moment.bytes).max().unwrap_or(0),
+            moments,
+            largest_micro_batch_tokens: step.tokens,
+            head_chunk_bytes: step.bytes.head,
+        }
+    }
+
     /// The moment that decides.
     ///
     /// # Panics
@@ -132,7 +145,7 @@ pub(super) fn size(bytes: u64) -> String {
 
 impl Parts {
     /// Every part with its name, in the order of the struct.
-    pub fn named(&self) -> [(&'static str, u64); 11] {
+    pub fn named(&self) -> [(&'static str, u64); 12] {
         [
             ("program, tokenizer, pairs", self.program),
             ("reference log-probs", self.reference_values),
@@ -145,6 +158,7 @@ impl Parts {
             ("workspace", self.workspace),
             ("allocator's gaps", self.gaps),
             ("collective buffers", self.collective),
+            ("GPU libraries", self.libraries),
         ]
     }
 
@@ -165,8 +179,11 @@ impl Parts {
 
 impl Workload {
     /// Memory of each worker under `knobs`, beside the `program` that it is before its model. `saves`: whether a
-    /// checkpoint comes before the last step, so that the snapshot is there while training goes on.
+    /// checkpoint comes before the last step, so that the snapshot is there while training goes on. Neither matters to a GPU.
     pub fn memory(&self, knobs: &Knobs, program: Program, saves: bool) -> WorkerMemory {
+        if knobs.gpu {
+            return self.gpu_memory(knobs);
+        }
         let train = cut(&self.train, knobs.max_length);
         let held_out: Vec<Lengths> = cut(&self.held_out, knobs.max_length)
             .into_iter()
@@ -204,12 +221,7 @@ impl Workload {
             let pack = self.largest_scored(&self.config, &packs(&held_out, knobs), knobs);
             moments.push(moment("evaluation", trained.with(pack)));
         }
-        WorkerMemory {
-            peak_bytes: moments.iter().map(|moment| moment.bytes).max().unwrap_or(0),
-            moments,
-            largest_micro_batch_tokens: step.tokens,
-            head_chunk_bytes: step.bytes.head,
-        }
+        WorkerMemory::of(moments, &step)
     }
 
     /// The digest of the weights takes each parameter by itself.
@@ -327,7 +339,7 @@ impl Workload {
     }
 }
 
-fn moment(name: &'static str, parts: Parts) -> Moment {
+pub(super) fn moment(name: &'static str, parts: Parts) -> Moment {
     Moment {
         name,
         parts,
@@ -337,9 +349,9 @@ fn moment(name: &'static str, parts: Parts) -> Moment {
 
 /// Packs that go through the model side by side.
 #[derive(Default)]
-struct InFlight {
-    bytes: PackBytes,
-    tokens: usize,
+pub(super) struct InFlight {
+    pub bytes: PackBytes,
+    pub tokens: usize,
 }
 
 /// The most that lanes hold of these packs; each lane has its part of the threads.
@@ -367,22 +379,22 @@ fn in_flight(
     })
 }
 
-fn cut(lengths: &[Lengths], max_length: usize) -> Vec<Option<Lengths>> {
+pub(super) fn cut(lengths: &[Lengths], max_length: usize) -> Vec<Option<Lengths>> {
     lengths.iter().map(|pair| pair.cut(max_length)).collect()
 }
 
 /// The packs of pairs that are planned together.
-fn packs(lengths: &[Lengths], knobs: &Knobs) -> Vec<PackShape> {
+pub(super) fn packs(lengths: &[Lengths], knobs: &Knobs) -> Vec<PackShape> {
     let tokens: Vec<usize> = lengths.iter().map(Lengths::tokens).collect();
-    let plan = pack_plan(&tokens, pack_tokens(true, knobs.micro_batch_tokens));
+    let plan = pack_plan(&tokens, pack_tokens(!knobs.gpu, knobs.micro_batch_tokens));
     plan.iter()
         .map(|pack| shape(pack.iter().map(|&pair| &lengths[pair])))
         .collect()
 }
 
 /// Packs that are filled one after another, as the reference pass does it.
-fn in_order(lengths: &[Lengths], knobs: &Knobs) -> Vec<PackShape> {
-    let capacity = pack_tokens(true, knobs.micro_batch_tokens);
+pub(super) fn in_order(lengths: &[Lengths], knobs: &Knobs) -> Vec<PackShape> {
+    let capacity = pack_tokens(!knobs.gpu, knobs.micro_batch_tokens);
     let mut packs: Vec<PackShape> = Vec::new();
     for pair in lengths {
         let fits = |pack: &PackShape| pack.tokens + pair.tokens() <= capacity;

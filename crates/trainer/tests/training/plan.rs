@@ -253,7 +253,7 @@ fn a_probe_counts_the_reference_values_that_the_store_does_not_have() {
 fn a_loaded_run_says_its_memory_in_one_line() {
     let folder = Folder::new(40);
     let (spec, _) = draft(&folder, "");
-    let setup = Setup::load(&spec, &Device::flex(), &mut |_, _, _| Ok(())).unwrap();
+    let setup = Setup::load(&spec, &Device::flex(), 1, &mut |_, _, _| Ok(())).unwrap();
     let (workload, program) = setup.workload().unwrap();
     let memory = workload.memory(&workload.knobs(2, 1), program, true);
     let line = memory.to_string();

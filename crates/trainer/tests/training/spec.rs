@@ -12,7 +12,7 @@ fn a_tokenizer_with_more_words_than_the_model_is_refused_with_the_row() {
     std::fs::write(&tokenizer, text.replace("\"w3\":3", "\"w3\":64")).unwrap();
     let row = "{\"prompt\": \"w2\", \"chosen\": \" w3\", \"rejected\": \" w4\"}\n";
     folder.write("train.jsonl", row);
-    let error = Setup::load(&folder.spec(""), &Device::flex(), &mut |_, _, _| Ok(()))
+    let error = Setup::load(&folder.spec(""), &Device::flex(), 1, &mut |_, _, _| Ok(()))
         .err()
         .expect("refused");
     assert!(

@@ -144,7 +144,9 @@ fn run_rank(
     collective: Box<dyn Collective>,
     shared: Arc<Shared>,
 ) -> Result<Rank, TrainError> {
-    let setup = Setup::load(spec, &Device::flex(), &mut |_, _, _| Ok(()))?;
+    let setup = Setup::load(spec, &Device::flex(), collective.world(), &mut |_, _, _| {
+        Ok(())
+    })?;
     let facts = setup.facts();
     let membership = Membership {
         collective,
