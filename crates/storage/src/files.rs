@@ -7,6 +7,16 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use rustix::{
+    fs::{CWD, RenameFlags, renameat_with},
+    io::Errno,
+};
+
+use crate::{
+    lock,
+    steps::{Step, before},
+};
+
 /// A file operation that did not happen.
 #[derive(Debug, thiserror::Error)]
 #[error("{operation} {path}: {source}")]
@@ -61,7 +71,7 @@ impl DurableFile {
             let mut name = path.file_name().unwrap_or_default().to_owned();
             name.push(format!(".{}-{unique}.tmp", std::process::id()));
             let temporary = path.with_file_name(name);
-            match File::create_new(&temporary) {
+            match before(Step::CreateFile(&temporary)).and_then(|()| File::create_new(&temporary)) {
                 Ok(file) => {
                     return Ok(Self {
                         file,
@@ -85,8 +95,8 @@ impl DurableFile {
 
     /// Adds `bytes` at the end.
     pub fn append(&mut self, bytes: &[u8]) -> Result<(), FileError> {
-        self.file
-            .write_all(bytes)
+        before(Step::Append(&self.temporary, bytes))
+            .and_then(|()| self.file.write_all(bytes))
             .map_err(at("write", &self.temporary))
     }
 
@@ -96,16 +106,64 @@ impl DurableFile {
     /// Any step's failure; the old content is then untouched and the temporary file removed. Only a failed sync of the
     /// directory, the last step, leaves the new content in place without the promise that it outlives a power cut.
     pub fn commit(mut self) -> Result<(), FileError> {
-        self.file.sync_all().map_err(at("sync", &self.temporary))?;
-        fs::rename(&self.temporary, &self.path).map_err(at("rename into", &self.path))?;
-        self.committed = true;
+        self.sync()?;
+        self.put_in_place()?;
         sync_directory(directory_of(&self.path))
+    }
+
+    /// [`DurableFile::commit`] where nothing has the name yet; false, with nothing changed, where something has. Of two that
+    /// ask at once one gets it, except on a file system that has neither exclusive renames nor hard links.
+    pub(crate) fn commit_absent(mut self) -> Result<bool, FileError> {
+        self.sync()?;
+        if !rename_exclusively(&self.temporary, &self.path)
+            .map_err(at("rename into", &self.path))?
+        {
+            return Ok(false);
+        }
+        self.committed = true;
+        sync_directory(directory_of(&self.path))?;
+        Ok(true)
+    }
+
+    /// [`DurableFile::commit`] where `expected` holds of what has the name; false, with nothing changed, where it does not.
+    /// Those that ask at once take turns; [`DurableFile::commit`] waits for nobody.
+    pub(crate) fn commit_over(
+        mut self,
+        expected: &dyn Fn(&fs::Metadata) -> bool,
+    ) -> Result<bool, FileError> {
+        self.sync()?;
+        // A lock on the file that is to be replaced: who waits for it finds that the name leads to another one then.
+        let Some((_turn, metadata)) = lock::take_turn(&self.path)? else {
+            return Ok(false);
+        };
+        if !expected(&metadata) {
+            return Ok(false);
+        }
+        self.put_in_place()?;
+        sync_directory(directory_of(&self.path))?;
+        Ok(true)
+    }
+
+    fn sync(&self) -> Result<(), FileError> {
+        before(Step::SyncFile(&self.temporary))
+            .and_then(|()| self.file.sync_all())
+            .map_err(at("sync", &self.temporary))
+    }
+
+    fn put_in_place(&mut self) -> Result<(), FileError> {
+        before(Step::Rename(&self.temporary, &self.path))
+            .and_then(|()| fs::rename(&self.temporary, &self.path))
+            .map_err(at("rename into", &self.path))?;
+        self.committed = true;
+        Ok(())
     }
 }
 
 impl Write for DurableFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.file.write(bytes)
+        before(Step::Append(&self.temporary, bytes))?;
+        self.file.write_all(bytes)?;
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -117,14 +175,43 @@ impl Drop for DurableFile {
     fn drop(&mut self) {
         if !self.committed {
             // Whoever drops it already has an error to tell; a leftover temporary file is harmless.
-            drop(fs::remove_file(&self.temporary));
+            drop(
+                before(Step::RemoveFile(&self.temporary))
+                    .and_then(|()| fs::remove_file(&self.temporary)),
+            );
         }
     }
 }
 
+/// Renames `from` to `to` unless that is there; false if it is.
+fn rename_exclusively(from: &Path, to: &Path) -> io::Result<bool> {
+    if to.try_exists()? {
+        return Ok(false);
+    }
+    before(Step::Rename(from, to))?;
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Ok(()) => return Ok(true),
+        Err(Errno::EXIST) => return Ok(false),
+        // NFS and many file systems in user space do not know it.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+        Err(error) => return Err(error.into()),
+    }
+    match fs::hard_link(from, to) {
+        Ok(()) => return fs::remove_file(from).map(|()| true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
+        Err(_) => {}
+    }
+    // Neither is there: better this than no checkpoint at all on such a disk.
+    if to.try_exists()? {
+        return Ok(false);
+    }
+    fs::rename(from, to).map(|()| true)
+}
+
 /// Makes entries created, renamed or removed in `directory` durable.
 pub fn sync_directory(directory: &Path) -> Result<(), FileError> {
-    File::open(directory)
+    before(Step::SyncDirectory(directory))
+        .and_then(|()| File::open(directory))
         .and_then(|opened| opened.sync_all())
         .map_err(at("sync directory", directory))
 }

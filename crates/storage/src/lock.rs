@@ -119,6 +119,40 @@ impl Lock {
     }
 }
 
+/// How long [`take_turn`] waits: those before it only rename a file.
+const TURN: Duration = Duration::from_secs(10);
+
+/// The file at `path`, locked alone while it has that name, and what it is; none where there is no such file.
+///
+/// # Errors
+/// Somebody keeps it longer than a rename takes.
+pub(crate) fn take_turn(path: &Path) -> Result<Option<(Lock, fs::Metadata)>, FileError> {
+    let deadline = Instant::now() + TURN;
+    loop {
+        let file = match File::options().read(true).write(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.map_err(at("open", path))?,
+        };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {
+                let lock = Lock { file };
+                if names(path, &lock.file)? {
+                    let metadata = lock.file.metadata().map_err(at("inspect", path))?;
+                    return Ok(Some((lock, metadata)));
+                }
+                // Replaced while we waited.
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => thread::sleep(RETRY),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let reason = "another process has kept it locked for 10 s";
+                let late = io::Error::new(io::ErrorKind::TimedOut, reason);
+                return Err(at("lock", path)(late));
+            }
+            Err(error) => return Err(at("lock", path)(error.into())),
+        }
+    }
+}
+
 /// Locks `file` if that is possible without waiting, and otherwise gives it back.
 fn try_lock(
     file: File,
@@ -134,12 +168,12 @@ fn try_lock(
 
 /// Whether `path` still leads to `file`. A holder may have moved the lock away with the folder that it guards, and a lock on
 /// a file without that name keeps nobody out.
-fn names(path: &Path, file: &File) -> Result<bool, LockError> {
+fn names(path: &Path, file: &File) -> Result<bool, FileError> {
     let locked = file.metadata().map_err(at("look at lock", path))?;
     match fs::metadata(path) {
         Ok(named) => Ok((named.dev(), named.ino()) == (locked.dev(), locked.ino())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(at("look at lock", path)(error).into()),
+        Err(error) => Err(at("look at lock", path)(error)),
     }
 }
 
