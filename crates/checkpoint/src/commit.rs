@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use storage::FileError;
+use storage::{Condition, FileError, Folder, Put};
 
 use crate::{
     damage::{self, Damage, listed},
@@ -11,6 +11,10 @@ use crate::{
     rank_file::RankFile,
     read::{Checkpoint, CheckpointError},
 };
+
+/// How often the manifest is put in place when others do the same: every refusal is another one's success, and who is of an
+/// older generation than that gives up.
+const TRIES: usize = 8;
 
 /// A checkpoint that was read back and is visible.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +81,12 @@ pub enum CommitError {
         /// The one that was there.
         committed: u64,
     },
+    /// Others commit this step again and again.
+    #[error("{path} was committed by others {TRIES} times while this commit tried to be the next")]
+    Contended {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The manifest that was written is not the one that is read.
     #[error(transparent)]
     ReadBack(#[from] CheckpointError),
@@ -85,42 +95,71 @@ pub enum CommitError {
     File(#[from] FileError),
 }
 
-/// Makes one checkpoint of what the ranks wrote below `dir`, in any order. It is visible when this returns, and not before.
-/// Committing the same again changes nothing.
+/// Makes one checkpoint of what the ranks wrote below `dir`, a path or a URL as [`Folder::open`] takes them, in any order. It
+/// is visible when this returns, and not before. Committing the same again changes nothing.
 pub fn commit(
     dir: &Path,
     ranks: &[RankFile],
     info: &ManifestInfo,
 ) -> Result<CommittedCheckpoint, CommitError> {
+    commit_in(&Folder::open(dir)?, ranks, info)
+}
+
+/// [`commit`] below a folder of any store.
+pub fn commit_in(
+    dir: &Folder,
+    ranks: &[RankFile],
+    info: &ManifestInfo,
+) -> Result<CommittedCheckpoint, CommitError> {
     let manifest = join(ranks, info)?;
     manifest.check()?;
-    let path = folder::path(dir, manifest.state.step);
+    let folder = folder::of_step(dir, manifest.state.step);
     let mut damages = Vec::new();
     for entry in &manifest.files {
-        damages.extend(damage::examine(&path, entry, &|_| ())?);
+        damages.extend(damage::examine(&folder, entry, &|_| ())?);
     }
     if !damages.is_empty() {
+        let path = folder.path();
         return Err(CommitError::Damaged { path, damages });
     }
-    if let Ok(present) = Checkpoint::open(&path)
-        && present.manifest().generation > manifest.generation
-    {
-        return Err(CommitError::Stale {
-            path,
-            generation: manifest.generation,
-            committed: present.manifest().generation,
-        });
-    }
-
-    storage::atomic_write(&path.join(MANIFEST), &manifest.encode())?;
-    storage::sync_directory(dir)?;
-    let checkpoint = Checkpoint::open(&path)?;
-    remove_leftovers(&checkpoint);
+    publish(&folder, &manifest)?;
+    let checkpoint = Checkpoint::open_in(&folder)?;
+    remove_leftovers(&folder, &checkpoint);
     Ok(CommittedCheckpoint {
         step: manifest.state.step,
         bytes: checkpoint.bytes(),
-        path,
+        path: folder.path(),
     })
+}
+
+/// Puts the manifest in place, unless a later generation's is there. Who looks and who puts are apart in time, and in an
+/// object store no lock keeps the coordinator of a dead generation out: the put holds only for what was looked at.
+fn publish(folder: &Folder, manifest: &Manifest) -> Result<(), CommitError> {
+    let content = manifest.encode();
+    for _ in 0..TRIES {
+        let present = folder.read_versioned(MANIFEST)?;
+        let condition = match &present {
+            None => Condition::Absent,
+            Some((bytes, version)) => {
+                // One that does not hold is no commit.
+                if let Ok((committed, _)) = Manifest::decode(bytes)
+                    && committed.generation > manifest.generation
+                {
+                    return Err(CommitError::Stale {
+                        path: folder.path(),
+                        generation: manifest.generation,
+                        committed: committed.generation,
+                    });
+                }
+                Condition::Unchanged(version)
+            }
+        };
+        if folder.put(MANIFEST, &content, condition)? == Put::Done {
+            return Ok(());
+        }
+    }
+    let path = folder.path();
+    Err(CommitError::Contended { path })
 }
 
 /// One manifest from the ranks' entries, if they agree.
@@ -186,10 +225,10 @@ fn different(first: &RankFile, other: &RankFile) -> (String, String) {
 
 /// Removes what dead tries and replaced checkpoints of this step left. The new checkpoint stands without it: an error here
 /// costs disk space and nothing else.
-fn remove_leftovers(checkpoint: &Checkpoint) {
+fn remove_leftovers(folder: &Folder, checkpoint: &Checkpoint) {
     for name in checkpoint.unlisted().unwrap_or_default() {
-        if folder::is_ours(&name) {
-            drop(storage::remove_file(&checkpoint.path().join(name)));
+        if folder::is_remains(&name, checkpoint.manifest().generation) {
+            drop(folder.remove(&name));
         }
     }
 }

@@ -2,20 +2,15 @@
 
 use std::{
     fmt::{self, Write},
-    fs::File,
-    io,
     ops::Range,
-    os::unix::fs::FileExt,
-    path::Path,
 };
 
 use serde::Serialize;
-use storage::FileError;
+use storage::{FileError, Folder, Object};
 
 use crate::{
     CHUNK_BYTES,
     digest::{Digests, Watch},
-    folder::at,
     rank_file::{FileEntry, PieceEntry},
 };
 
@@ -67,15 +62,14 @@ pub(crate) fn listed(damages: &[Damage]) -> String {
 }
 
 /// Opens a file of the manifest if it is there and has its size.
-pub(crate) fn open(folder: &Path, entry: &FileEntry) -> Result<Result<File, Damage>, FileError> {
-    let path = folder.join(&entry.name);
-    let file = match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Ok(Err(whole(entry, "the file is missing".into())));
-        }
-        opened => opened.map_err(at("open", &path))?,
+pub(crate) fn open(
+    folder: &Folder,
+    entry: &FileEntry,
+) -> Result<Result<Box<dyn Object>, Damage>, FileError> {
+    let Some(file) = folder.object(&entry.name)? else {
+        return Ok(Err(whole(entry, "the file is missing".into())));
     };
-    let found = file.metadata().map_err(at("inspect", &path))?.len();
+    let found = file.bytes();
     if found == entry.bytes {
         return Ok(Ok(file));
     }
@@ -95,7 +89,7 @@ pub(crate) fn open(folder: &Path, entry: &FileEntry) -> Result<Result<File, Dama
 
 /// Reads all of a file and compares it with its entry.
 pub(crate) fn examine(
-    folder: &Path,
+    folder: &Folder,
     entry: &FileEntry,
     watch: Watch<'_>,
 ) -> Result<Vec<Damage>, FileError> {
@@ -103,15 +97,14 @@ pub(crate) fn examine(
         Ok(file) => file,
         Err(damage) => return Ok(vec![damage]),
     };
-    let path = folder.join(&entry.name);
-    let read_at = |bytes: &mut [u8], offset| file.read_exact_at(bytes, offset);
-    let found = Digests::of(entry.bytes, read_at, watch).map_err(at("read", &path))?;
+    let scan = |range, sink: &mut dyn FnMut(&[u8])| file.scan(range, sink);
+    let found = Digests::of(entry.bytes, scan, watch)?;
     let chunks = found.chunks.iter().zip(&entry.chunks).enumerate();
     let bad = chunks.filter(|(_, (found, expected))| found != expected);
     let bad: Vec<u64> = bad.map(|(chunk, _)| chunk as u64).collect();
     let mut damages = Vec::new();
     for chunk in bad {
-        damages.extend(locate(&file, entry, chunk).map_err(at("read", &path))?);
+        damages.extend(locate(&*file, entry, chunk)?);
     }
     if damages.is_empty() && found.blake3 != entry.blake3 {
         let reason = format!("BLAKE3 is {}, not {}", found.blake3, entry.blake3);
@@ -127,7 +120,11 @@ pub(crate) fn chunk_range(entry: &FileEntry, chunk: u64) -> Range<u64> {
 }
 
 /// What in a chunk does not hold: its pieces whose own checksum fails, or else the header.
-pub(crate) fn locate(file: &File, entry: &FileEntry, chunk: u64) -> io::Result<Vec<Damage>> {
+pub(crate) fn locate(
+    file: &dyn Object,
+    entry: &FileEntry,
+    chunk: u64,
+) -> Result<Vec<Damage>, FileError> {
     let range = chunk_range(entry, chunk);
     let damage = |tensor: Option<String>, part: Range<u64>, reason: &str| Damage {
         file: entry.name.clone(),
@@ -160,22 +157,12 @@ pub(crate) fn locate(file: &File, entry: &FileEntry, chunk: u64) -> io::Result<V
     Ok(damages)
 }
 
-fn checksum(file: &File, piece: &PieceEntry) -> io::Result<u32> {
-    let mut buffer = buffer(piece.end() - piece.offset);
+fn checksum(file: &dyn Object, piece: &PieceEntry) -> Result<u32, FileError> {
     let mut checksum = 0;
-    let mut offset = piece.offset;
-    while offset < piece.end() {
-        let count = buffer.len().min((piece.end() - offset) as usize);
-        file.read_exact_at(&mut buffer[..count], offset)?;
-        checksum = crc32c::crc32c_append(checksum, &buffer[..count]);
-        offset += count as u64;
-    }
+    file.scan(piece.offset..piece.end(), &mut |bytes| {
+        checksum = crc32c::crc32c_append(checksum, bytes);
+    })?;
     Ok(checksum)
-}
-
-/// Memory for reading `bytes` in turns.
-fn buffer(bytes: u64) -> Vec<u8> {
-    vec![0; bytes.clamp(1, 1 << 20) as usize]
 }
 
 fn whole(entry: &FileEntry, reason: String) -> Damage {

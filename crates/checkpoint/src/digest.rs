@@ -4,6 +4,7 @@
 
 use std::{
     num::NonZero,
+    ops::Range,
     panic,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     thread,
@@ -15,7 +16,7 @@ use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
 /// subtree of the file's hash.
 pub const CHUNK_BYTES: u64 = 8 << 20;
 
-/// Bytes read at once: few enough that they are still in the core's cache when they are hashed.
+/// Bytes hashed at once: few enough that they are still in the core's cache when they are hashed.
 pub(crate) const BLOCK_BYTES: usize = 256 << 10;
 
 /// Hears how many more bytes were read, from any thread.
@@ -31,11 +32,10 @@ pub(crate) struct Digests {
 }
 
 impl Digests {
-    /// The digests of a file of `bytes`, read a chunk per thread on all cores. `read_at` fills a slice with the file's bytes
-    /// from an offset on.
+    /// The digests of a file of `bytes`, read a chunk per thread on all cores. `scan` hands over the file's bytes of a range.
     pub fn of<E: Send>(
         bytes: u64,
-        read_at: impl Fn(&mut [u8], u64) -> Result<(), E> + Sync,
+        scan: impl Fn(Range<u64>, &mut dyn FnMut(&[u8])) -> Result<(), E> + Sync,
         watch: Watch<'_>,
     ) -> Result<Self, E> {
         let count = bytes.div_ceil(CHUNK_BYTES);
@@ -44,14 +44,13 @@ impl Digests {
         }
         let next = AtomicU64::new(0);
         let work = || -> Result<Vec<ChunkDigest>, E> {
-            let mut buffer = vec![0; bytes.min(BLOCK_BYTES as u64) as usize];
             let mut done = Vec::new();
             loop {
                 let index = next.fetch_add(1, Relaxed);
                 if index >= count {
                     return Ok(done);
                 }
-                done.push(ChunkDigest::of(index, bytes, &read_at, &mut buffer, watch)?);
+                done.push(ChunkDigest::of(index, bytes, &scan, watch)?);
             }
         };
         let mut chunks = on_all_cores(count, work)?;
@@ -77,24 +76,22 @@ impl ChunkDigest {
     fn of<E>(
         index: u64,
         bytes: u64,
-        read_at: &impl Fn(&mut [u8], u64) -> Result<(), E>,
-        buffer: &mut [u8],
+        scan: &impl Fn(Range<u64>, &mut dyn FnMut(&[u8])) -> Result<(), E>,
         watch: Watch<'_>,
     ) -> Result<Self, E> {
-        let mut offset = index * CHUNK_BYTES;
+        let offset = index * CHUNK_BYTES;
         let end = bytes.min(offset + CHUNK_BYTES);
         let mut hasher = blake3::Hasher::new();
         hasher.set_input_offset(offset);
         let mut crc32c = 0;
-        while offset < end {
-            let count = buffer.len().min((end - offset) as usize);
-            let block = &mut buffer[..count];
-            read_at(block, offset)?;
-            crc32c = crc32c::crc32c_append(crc32c, block);
-            hasher.update(block);
-            offset += count as u64;
-            watch(count as u64);
-        }
+        scan(offset..end, &mut |bytes| {
+            // While they are in the core's cache.
+            for block in bytes.chunks(BLOCK_BYTES) {
+                crc32c = crc32c::crc32c_append(crc32c, block);
+                hasher.update(block);
+            }
+            watch(bytes.len() as u64);
+        })?;
         let value = if bytes <= CHUNK_BYTES {
             *hasher.finalize().as_bytes()
         } else {
@@ -231,16 +228,16 @@ mod tests {
             chunk * 7 + 1,
         ] {
             let bytes = &bytes[..len];
-            let read_at = |out: &mut [u8], offset: u64| {
-                let offset = offset as usize;
-                out.copy_from_slice(&bytes[offset..offset + out.len()]);
+            let scan = |range: Range<u64>, sink: &mut dyn FnMut(&[u8])| {
+                let range = range.start as usize..range.end as usize;
+                bytes[range].chunks(1_000_003).for_each(sink);
                 Ok::<(), io::Error>(())
             };
             let seen = AtomicU64::new(0);
             let watch = |count| {
                 seen.fetch_add(count, Relaxed);
             };
-            let found = Digests::of(len as u64, read_at, &watch).expect("memory can be read");
+            let found = Digests::of(len as u64, scan, &watch).expect("memory can be read");
             let mut expected = Digester::default();
             expected.update(bytes);
             assert_eq!(found, expected.finish(), "{len} bytes");
@@ -251,11 +248,14 @@ mod tests {
     #[test]
     fn a_block_that_cannot_be_read_is_an_error_whoever_reads_it() {
         let bad = 5 * CHUNK_BYTES;
-        let read_at = |_: &mut [u8], offset: u64| match offset {
-            offset if offset == bad => Err(io::Error::other("bad sector")),
-            _ => Ok(()),
+        let scan = |range: Range<u64>, sink: &mut dyn FnMut(&[u8])| {
+            sink(&[0]);
+            match range.start {
+                start if start == bad => Err(io::Error::other("bad sector")),
+                _ => Ok(()),
+            }
         };
-        let error = Digests::of(8 * CHUNK_BYTES, read_at, &|_| ()).expect_err("refused");
+        let error = Digests::of(8 * CHUNK_BYTES, scan, &|_| ()).expect_err("refused");
         assert_eq!(error.to_string(), "bad sector");
     }
 }

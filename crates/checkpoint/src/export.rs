@@ -30,7 +30,7 @@ use std::{
 
 use safetensors::Dtype;
 use serde::Serialize;
-use storage::FileError;
+use storage::{Condition, FileError, Folder};
 
 use crate::{
     digest::Watch,
@@ -245,26 +245,45 @@ pub fn export_watched(
 /// # Errors
 /// `model_dir` is no model directory, or something cannot be written.
 pub fn keep_source(model_dir: &Path, checkpoints: &Path) -> Result<(), ExportError> {
-    let folder = checkpoints.join(SOURCE);
-    storage::create_directory(&folder)?;
-    let keep = |name: &str, content: &[u8]| {
-        let to = folder.join(name);
-        if fs::read(&to).is_ok_and(|there| there == content) {
-            return Ok(());
-        }
-        storage::atomic_write(&to, content)
-    };
+    let folder = Folder::open(checkpoints)?.below(SOURCE);
     let mut names = source::files(model_dir)?;
     names.push(source::CONFIG.into());
     for name in names {
         let from = model_dir.join(&name);
-        keep(&name, &fs::read(&from).map_err(at("read", &from))?)?;
+        keep(&folder, &name, &fs::read(&from).map_err(at("read", &from))?)?;
     }
     let tensors = source::tensors(model_dir)?;
     if !tensors.is_empty() {
         let content = serde_json::to_vec(&tensors).expect("names and numbers are always JSON");
-        keep(source::TENSORS, &content)?;
+        keep(&folder, source::TENSORS, &content)?;
     }
+    Ok(())
+}
+
+/// Copies what [`keep_source`] has kept below `checkpoints` to the directory `into`, where an export can use it: an export reads
+/// the model's files from a disk. False where nothing was kept.
+///
+/// # Errors
+/// Something cannot be read or written.
+pub fn fetch_source(checkpoints: &Path, into: &Path) -> Result<bool, ExportError> {
+    let kept = Folder::open(checkpoints)?.below(SOURCE);
+    let names = kept.list()?;
+    let copy = Folder::open(into)?;
+    for name in &names {
+        if let Some(content) = kept.read(name)? {
+            keep(&copy, name, &content)?;
+        }
+    }
+    Ok(!names.is_empty())
+}
+
+/// Puts a small file there, unless it is there already with that content.
+fn keep(folder: &Folder, name: &str, content: &[u8]) -> Result<(), FileError> {
+    if folder.read(name)?.is_some_and(|there| there == content) {
+        return Ok(());
+    }
+    // Others keep the same; which of them comes last does not matter.
+    let _ = folder.put(name, content, Condition::Always)?;
     Ok(())
 }
 

@@ -1,23 +1,19 @@
 //! Names in a directory of checkpoints. Nothing here judges what a file holds.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-};
+use std::{cmp::Reverse, io, path::Path};
 
-use storage::FileError;
+use storage::{FileError, Folder};
 
 /// The manifest's name in a checkpoint's folder.
 pub const MANIFEST: &str = "manifest.json";
 
 /// The folder of the checkpoint of `step` below `dir`.
-pub(crate) fn path(dir: &Path, step: u64) -> PathBuf {
-    dir.join(format!("step-{step:08}"))
+pub(crate) fn of_step(dir: &Folder, step: u64) -> Folder {
+    dir.below(&format!("step-{step:08}"))
 }
 
 /// The step that a folder's name stands for.
-pub(crate) fn step_of(folder: &Path) -> Option<u64> {
-    let name = folder.file_name()?.to_str()?;
+fn step_of(name: &str) -> Option<u64> {
     let step = name.strip_prefix("step-")?.parse().ok()?;
     // One name per step: `step-1` or `step-+0000001` are somebody else's.
     (name == format!("step-{step:08}")).then_some(step)
@@ -29,42 +25,28 @@ pub(crate) fn file_name(rank: u32, world: u32, generation: u64) -> String {
     format!("rank-{rank:05}-of-{world:05}.generation-{generation}.safetensors")
 }
 
-/// Whether a name is one of those that writing a checkpoint makes: a rank's file, the manifest, or a temporary of either.
-pub(crate) fn is_ours(name: &str) -> bool {
-    let rank_file = name.starts_with("rank-") && name.contains(".safetensors");
-    rank_file || name.starts_with(MANIFEST)
+/// Whether a file that its manifest does not list remains of a save by `generation` or an earlier one: a rank's file, or a
+/// temporary of one or of a manifest. A later generation's may be part of its commit at this very moment.
+pub(crate) fn is_remains(name: &str, generation: u64) -> bool {
+    if name.starts_with(MANIFEST) {
+        return true;
+    }
+    let rank_file = name
+        .strip_prefix("rank-")
+        .and_then(|rest| rest.split_once(".generation-"));
+    let of = rank_file
+        .and_then(|(_, rest)| rest.split_once(".safetensors"))
+        .map(|(of, _)| of.parse());
+    matches!(of, Some(Ok(of)) if generation >= of)
 }
 
 /// All checkpoint folders below `dir`, the newest step first, complete or not. None if there is no such directory.
-pub(crate) fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>, FileError> {
-    let mut folders: Vec<(u64, PathBuf)> = names(dir)?
-        .into_iter()
-        .filter_map(|name| {
-            let folder = dir.join(name);
-            Some((step_of(&folder)?, folder))
-        })
-        .collect();
-    folders.sort_by(|one, other| other.cmp(one));
+pub(crate) fn list(dir: &Folder) -> Result<Vec<(u64, Folder)>, FileError> {
+    let names = dir.list()?;
+    let steps = names.iter().filter_map(|name| step_of(name));
+    let mut folders: Vec<(u64, Folder)> = steps.map(|step| (step, of_step(dir, step))).collect();
+    folders.sort_by_key(|(step, _)| Reverse(*step));
     Ok(folders)
-}
-
-/// Names of the entries of `dir` that are text, sorted. None if there is no such directory.
-pub(crate) fn names(dir: &Path) -> Result<Vec<String>, FileError> {
-    let listed = fs::read_dir(dir).and_then(|entries| {
-        entries
-            .map(|entry| entry.map(|entry| entry.file_name()))
-            .collect::<io::Result<Vec<_>>>()
-    });
-    let listed = match listed {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        listed => listed.map_err(at("list", dir))?,
-    };
-    let mut names: Vec<String> = listed
-        .into_iter()
-        .filter_map(|name| name.into_string().ok())
-        .collect();
-    names.sort();
-    Ok(names)
 }
 
 /// Attaches operation and path to the system's answer.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use storage::FileError;
+use storage::{FileError, Folder};
 
 use crate::{
     digest::Watch,
@@ -19,8 +19,8 @@ pub struct Newest {
     pub refused: Vec<(PathBuf, String)>,
 }
 
-/// Looks below `dir` for the newest checkpoint that verifies. Folders without a manifest are saves that were not completed
-/// and do not count; neither does a `dir` that is not there.
+/// Looks below `dir`, a path or a URL as [`Folder::open`] takes them, for the newest checkpoint that verifies. Folders without
+/// a manifest are saves that were not completed and do not count; neither does a `dir` that is not there.
 ///
 /// # Errors
 /// Only if `dir` cannot be listed; a checkpoint that cannot be read is refused, with the reason.
@@ -30,15 +30,24 @@ pub fn newest(dir: &Path) -> Result<Newest, FileError> {
 
 /// [`newest`]; `watch` hears of every byte that is read.
 pub fn newest_watched(dir: &Path, watch: Watch<'_>) -> Result<Newest, FileError> {
+    look(&Folder::open(dir)?, watch)
+}
+
+/// [`newest`] below a folder of any store.
+pub fn newest_in(dir: &Folder) -> Result<Newest, FileError> {
+    look(dir, &|_| ())
+}
+
+fn look(dir: &Folder, watch: Watch<'_>) -> Result<Newest, FileError> {
     let mut newest = Newest::default();
-    for (step, path) in folder::list(dir)? {
-        match open_as(step, &path).and_then(|checkpoint| checkpoint.verify_watched(watch)) {
+    for (step, folder) in folder::list(dir)? {
+        match open_as(step, &folder).and_then(|checkpoint| checkpoint.verify_watched(watch)) {
             Ok(_) => {
-                newest.found = Some((step, path));
+                newest.found = Some((step, folder.path()));
                 break;
             }
             Err(CheckpointError::Incomplete { .. }) => {}
-            Err(error) => newest.refused.push((path, error.to_string())),
+            Err(error) => newest.refused.push((folder.path(), error.to_string())),
         }
     }
     Ok(newest)
@@ -46,17 +55,25 @@ pub fn newest_watched(dir: &Path, watch: Watch<'_>) -> Result<Newest, FileError>
 
 /// The folder of the checkpoint of `step` below `dir`, if it is visible. Its content is not verified.
 pub fn visible(dir: &Path, step: u64) -> Option<PathBuf> {
-    let path = folder::path(dir, step);
-    path.join(MANIFEST).is_file().then_some(path)
+    visible_in(&Folder::open(dir).ok()?, step).ok()?
+}
+
+/// [`visible`] below a folder of any store.
+///
+/// # Errors
+/// The store cannot be asked.
+pub fn visible_in(dir: &Folder, step: u64) -> Result<Option<PathBuf>, FileError> {
+    let folder = folder::of_step(dir, step);
+    Ok(folder.object(MANIFEST)?.map(|_| folder.path()))
 }
 
 /// Opens a folder found under the name of `step`.
-pub(crate) fn open_as(step: u64, path: &Path) -> Result<Checkpoint, CheckpointError> {
-    let checkpoint = Checkpoint::open(path)?;
+pub(crate) fn open_as(step: u64, folder: &Folder) -> Result<Checkpoint, CheckpointError> {
+    let checkpoint = Checkpoint::open_in(folder)?;
     let inside = checkpoint.manifest().state.step;
     if inside != step {
         return Err(CheckpointError::Step {
-            path: path.to_owned(),
+            path: folder.path(),
             step: inside,
         });
     }

@@ -11,7 +11,7 @@
 //! # What is promised
 //! - **C1** A checkpoint is visible only when its manifest is in place, and the manifest is put there only after every file
 //!   was read back. A crash anywhere leaves the previous checkpoint; so does saving a step a second time, because file names
-//!   carry the generation and the new manifest replaces the old one in one rename. [`retain`] removes older checkpoints only
+//!   carry the generation and the new manifest replaces the old one at once. [`retain`] removes older checkpoints only
 //!   after it has read the newest one whole, and spares the last so many, those of every so many steps, the best of those that
 //!   are there by an order that it is given, and pinned ones. It removes a manifest before the files.
 //! - **C2** Every byte is covered: of a rank file by crc32c of its chunk and of its piece and by BLAKE3 of the file, of the
@@ -29,7 +29,7 @@
 //!     pinned                                                where somebody pinned it: why, for people
 //! ```
 //! Other files in the folder are never read. `*.tmp` and rank files that the manifest does not list are remains of saves that
-//! were cut short; the next commit of the step, or [`retain`], removes them.
+//! were cut short; the next commit of the step by the same or a later generation, or [`retain`], removes them.
 //!
 //! # A rank file, byte by byte
 //! ```text
@@ -63,7 +63,14 @@
 //! ```
 //! The envelope never changes; `version` counts changes of the content and of the rank files.
 //!
-//! Deliberately absent: object stores, a thread that writes in the background (the trainer's), and any opinion on which run a
+//! # Where it lies
+//! Every path may be a URL (`s3://bucket/prefix`, `gs://`, `az://`; [`storage::open`]), where the program is built with the
+//! feature `object-store`; the functions whose names end in `_in` take a folder of any [`storage::Store`]. The manifest is put
+//! in place on the condition that nobody has put another one there since it was looked at, so that the coordinator of a dead
+//! generation cannot replace a later one's. In an object store rank files are sent in parts that become an object at once;
+//! an export still goes to a local directory.
+//!
+//! Deliberately absent: a thread that writes in the background (the trainer's), and any opinion on which run a
 //! checkpoint may resume (the digests are compared by whoever resumes).
 
 mod commit;
@@ -81,23 +88,25 @@ mod read;
 mod reshard;
 mod retention;
 
-pub use commit::{CommitError, CommittedCheckpoint, commit};
+pub use commit::{CommitError, CommittedCheckpoint, commit, commit_in};
 pub use coverage::CoverageError;
 pub use damage::Damage;
 pub use diff::{Compared, Diff, DiffError, Difference, Shapes, Side, Total, diff};
 pub use digest::{CHUNK_BYTES, Watch};
 pub use export::{
     ExportDtype, ExportError, ExportSummary, Exported, SHARD_BYTES_MAX, SOURCE, WeightDtype,
-    export, export_adapter, export_watched, exported, has_weights, is_adapter, keep_adapter,
-    keep_source,
+    export, export_adapter, export_watched, exported, fetch_source, has_weights, is_adapter,
+    keep_adapter, keep_source,
 };
 pub use folder::MANIFEST;
-pub use history::{Newest, newest, newest_watched, visible};
+pub use history::{Newest, newest, newest_in, newest_watched, visible, visible_in};
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestError, ManifestInfo};
 pub use parts::{Kind, MeanState, Piece, TensorSpec, TrainState};
-pub use rank_file::{FileEntry, PieceEntry, RankFile, WriteError, write_rank};
+pub use rank_file::{FileEntry, PieceEntry, RankFile, WriteError, write_rank, write_rank_in};
 pub use read::{Checkpoint, CheckpointError, Verified};
-pub use reshard::{ReshardError, reshard};
+pub use reshard::{ReshardError, reshard, reshard_in};
 pub use retention::{
-    Condition, Fate, PIN, Planned, Retention, apply, pin, pinned, plan, retain, unpin,
+    Condition, Fate, PIN, Planned, Retention, apply, pin, pinned, plan, plan_in, retain, retain_in,
+    unpin,
 };
+pub use storage::is_remote;

@@ -5,7 +5,7 @@ use std::{ops::Range, path::Path};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use storage::{DurableFile, FileError};
+use storage::{FileError, Folder};
 
 use crate::{
     digest::Digester,
@@ -107,13 +107,35 @@ pub enum WriteError {
     File(#[from] FileError),
 }
 
-/// Writes the pieces of rank `rank` below `dir` and makes them durable. They are part of no checkpoint until
-/// [`crate::commit`] has all ranks' entries. Empty pieces are left out. `tensors` are all tensors of the model.
+/// Writes the pieces of rank `rank` below `dir`, a path or a URL as [`Folder::open`] takes them, and makes them durable. They
+/// are part of no checkpoint until [`crate::commit`] has all ranks' entries. Empty pieces are left out. `tensors` are all
+/// tensors of the model.
 ///
 /// What an earlier, uncommitted try left under the same name is replaced; a committed checkpoint of the same step by another
 /// generation is not touched, because file names carry the generation.
 pub fn write_rank(
     dir: &Path,
+    generation: u64,
+    rank: u32,
+    world: u32,
+    state: TrainState,
+    tensors: &[TensorSpec],
+    pieces: &[Piece<'_>],
+) -> Result<RankFile, WriteError> {
+    write_rank_in(
+        &Folder::open(dir)?,
+        generation,
+        rank,
+        world,
+        state,
+        tensors,
+        pieces,
+    )
+}
+
+/// [`write_rank`] below a folder of any store.
+pub fn write_rank_in(
+    dir: &Folder,
     generation: u64,
     rank: u32,
     world: u32,
@@ -193,7 +215,7 @@ pub(crate) struct NewRankFile<'a> {
 
 impl NewRankFile<'_> {
     /// Writes it below `dir` and makes it durable.
-    pub fn write<V: Values>(self, dir: &Path, mut values: V) -> Result<RankFile, V::Error> {
+    pub fn write<V: Values>(self, dir: &Folder, mut values: V) -> Result<RankFile, V::Error> {
         let (rank, world) = (self.rank, self.world);
         if rank >= world {
             return Err(WriteError::Rank { rank, world }.into());
@@ -204,10 +226,10 @@ impl NewRankFile<'_> {
             entry.offset += header.len() as u64;
         }
 
-        let folder = folder::path(dir, self.state.step);
-        storage::create_directory(&folder).map_err(WriteError::from)?;
         let name = folder::file_name(rank, world, self.generation);
-        let mut writing = DurableFile::create(&folder.join(&name)).map_err(WriteError::from)?;
+        let bytes = entries.last().map_or(header.len() as u64, PieceEntry::end);
+        let folder = folder::of_step(dir, self.state.step);
+        let mut writing = folder.create(&name, bytes).map_err(WriteError::from)?;
         let mut digester = Digester::default();
         digester.update(&header);
         writing.append(&header).map_err(WriteError::from)?;

@@ -2,21 +2,18 @@
 //! size reads what any other wrote, because a read asks for elements of a tensor and not for a rank's file.
 
 use std::{
-    fs::{self, File},
-    io,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
-use storage::FileError;
+use storage::{FileError, Folder, Object};
 
 use crate::{
     CHUNK_BYTES,
     coverage::{Coverage, Located},
     damage::{self, Damage, listed},
     digest::{BLOCK_BYTES, Watch},
-    folder::{self, MANIFEST, at},
+    folder::MANIFEST,
     manifest::{Manifest, ManifestError},
     parts::Kind,
     rank_file::{FileEntry, PieceEntry},
@@ -26,9 +23,12 @@ use crate::{
 /// A checkpoint whose manifest holds. Its files are checked as they are read.
 #[derive(Debug)]
 pub struct Checkpoint {
+    folder: Folder,
     path: PathBuf,
     manifest: Manifest,
     coverage: Coverage,
+    /// Whether small reads cost little, as on a disk; else every request fetches a chunk.
+    direct: bool,
     /// The chunk read last: small tensors that lie side by side share one.
     chunk: Mutex<Option<Chunk>>,
 }
@@ -36,6 +36,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 struct Chunk {
     file: usize,
+    opened: Box<dyn Object>,
     index: u64,
     bytes: Vec<u8>,
 }
@@ -107,20 +108,26 @@ pub struct Verified {
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint in the folder `path` and checks its manifest.
+    /// Opens the checkpoint in the folder `path`, a path or a URL as [`Folder::open`] takes them, and checks its manifest.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let file = path.join(MANIFEST);
-        let bytes = match fs::read(&file) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let path = path.to_owned();
-                return Err(CheckpointError::Incomplete { path });
-            }
-            bytes => bytes.map_err(at("read", &file))?,
+        Self::open_in(&Folder::open(path)?)
+    }
+
+    /// [`Checkpoint::open`] of a folder of any store.
+    pub fn open_in(folder: &Folder) -> Result<Self, CheckpointError> {
+        let path = folder.path();
+        let Some(bytes) = folder.read(MANIFEST)? else {
+            return Err(CheckpointError::Incomplete { path });
         };
-        let (manifest, coverage) = Manifest::decode(&bytes)
-            .map_err(|source| CheckpointError::Manifest { path: file, source })?;
+        let (manifest, coverage) =
+            Manifest::decode(&bytes).map_err(|source| CheckpointError::Manifest {
+                path: path.join(MANIFEST),
+                source,
+            })?;
         Ok(Self {
-            path: path.to_owned(),
+            folder: folder.clone(),
+            direct: !storage::is_remote(&path),
+            path,
             manifest,
             coverage,
             chunk: Mutex::new(None),
@@ -149,7 +156,7 @@ impl Checkpoint {
     pub fn verify_watched(&self, watch: Watch<'_>) -> Result<Verified, CheckpointError> {
         let mut damages = Vec::new();
         for entry in &self.manifest.files {
-            damages.extend(damage::examine(&self.path, entry, watch)?);
+            damages.extend(damage::examine(&self.folder, entry, watch)?);
         }
         if !damages.is_empty() {
             return Err(self.damaged(damages));
@@ -161,8 +168,8 @@ impl Checkpoint {
         })
     }
 
-    /// Fills `out` with the elements of `tensor` from `start` on, whoever wrote them, and checks the bytes it uses. Whole pieces
-    /// and whole chunks go straight into `out`; several threads may read then.
+    /// Fills `out` with the elements of `tensor` from `start` on, whoever wrote them, and checks the bytes it uses. On disks
+    /// whole pieces and whole chunks go straight into `out`; several threads may read then.
     ///
     /// # Errors
     /// [`CheckpointError::Damaged`] or [`CheckpointError::Range`]; `out` may then be filled in part.
@@ -201,7 +208,7 @@ impl Checkpoint {
             }
             let offset = piece.offset + 4 * (from - piece.start) as u64;
             let out = &mut out[from - start..to - start];
-            if out.len() == piece.len {
+            if self.direct && out.len() == piece.len {
                 self.read_whole(piece, out)?;
             } else {
                 self.read_part(piece, offset, out)?;
@@ -224,7 +231,7 @@ impl Checkpoint {
     /// Whether all files are there with their sizes: what can be known without reading them.
     pub(crate) fn has_files(&self) -> Result<bool, FileError> {
         for entry in &self.manifest.files {
-            if damage::open(&self.path, entry)?.is_err() {
+            if damage::open(&self.folder, entry)?.is_err() {
                 return Ok(false);
             }
         }
@@ -233,7 +240,7 @@ impl Checkpoint {
 
     /// Names in the folder that the manifest does not list.
     pub(crate) fn unlisted(&self) -> Result<Vec<String>, FileError> {
-        let mut names = folder::names(&self.path)?;
+        let mut names = self.folder.list()?;
         let files = &self.manifest.files;
         names.retain(|name| {
             name != MANIFEST && name != PIN && !files.iter().any(|entry| entry.name == *name)
@@ -245,7 +252,7 @@ impl Checkpoint {
     fn read_whole(&self, piece: &Located, out: &mut [f32]) -> Result<(), CheckpointError> {
         let entry = &self.manifest.files[piece.file];
         let file = self.open_file(entry)?;
-        if self.read_checked(&file, entry, piece.offset, out, piece.crc32c)? {
+        if Self::read_checked(&*file, piece.offset, out, piece.crc32c)? {
             return Ok(());
         }
         let name = entry.pieces.iter().find(|it| it.offset == piece.offset);
@@ -272,12 +279,12 @@ impl Checkpoint {
             let index = offset / CHUNK_BYTES;
             let range = damage::chunk_range(entry, index);
             let count = (range.end - range.start) as usize / 4;
-            if offset == range.start && count <= out.len() {
+            if self.direct && offset == range.start && count <= out.len() {
                 let (now, later) = out.split_at_mut(count);
                 let file = self.open_file(entry)?;
                 let checksum = entry.chunks[index as usize];
-                if !self.read_checked(&file, entry, offset, now, checksum)? {
-                    return Err(self.located(&file, entry, index)?);
+                if !Self::read_checked(&*file, offset, now, checksum)? {
+                    return Err(self.located(&*file, entry, index)?);
                 }
                 (out, offset) = (later, range.end);
                 continue;
@@ -301,7 +308,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Reads and checks a chunk, into the memory of one that is no longer needed.
+    /// Reads and checks a chunk, through the file and into the memory of one that is no longer needed.
     fn load(
         &self,
         file: usize,
@@ -309,35 +316,40 @@ impl Checkpoint {
         reused: Option<Chunk>,
     ) -> Result<Chunk, CheckpointError> {
         let entry = &self.manifest.files[file];
-        let opened = self.open_file(entry)?;
-        let path = self.path.join(&entry.name);
+        let (opened, mut bytes) = match reused {
+            Some(chunk) if chunk.file == file => (Some(chunk.opened), chunk.bytes),
+            Some(chunk) => (None, chunk.bytes),
+            None => (None, Vec::new()),
+        };
+        let opened = match opened {
+            Some(opened) => opened,
+            None => self.open_file(entry)?,
+        };
         let range = damage::chunk_range(entry, index);
-        let mut bytes = reused.map(|chunk| chunk.bytes).unwrap_or_default();
         bytes.resize((range.end - range.start) as usize, 0);
-        opened
-            .read_exact_at(&mut bytes, range.start)
-            .map_err(at("read", &path))?;
+        opened.read_at(range.start, &mut bytes)?;
         if crc32c::crc32c(&bytes) != entry.chunks[index as usize] {
-            return Err(self.located(&opened, entry, index)?);
+            return Err(self.located(&*opened, entry, index)?);
         }
-        Ok(Chunk { file, index, bytes })
+        Ok(Chunk {
+            file,
+            opened,
+            index,
+            bytes,
+        })
     }
 
     /// Fills `out` with what lies at byte `offset`; whether these bytes have that checksum.
     fn read_checked(
-        &self,
-        file: &File,
-        entry: &FileEntry,
+        file: &dyn Object,
         mut offset: u64,
         out: &mut [f32],
         checksum: u32,
     ) -> Result<bool, CheckpointError> {
-        let path = self.path.join(&entry.name);
         let mut found = 0;
         for values in out.chunks_mut(BLOCK_BYTES / 4) {
             let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
-            file.read_exact_at(bytes, offset)
-                .map_err(at("read", &path))?;
+            file.read_at(offset, bytes)?;
             found = crc32c::crc32c_append(found, bytes);
             offset += bytes.len() as u64;
             if cfg!(target_endian = "big") {
@@ -352,17 +364,16 @@ impl Checkpoint {
     /// What does not hold in a chunk whose checksum does not.
     fn located(
         &self,
-        file: &File,
+        file: &dyn Object,
         entry: &FileEntry,
         chunk: u64,
     ) -> Result<CheckpointError, CheckpointError> {
-        let path = self.path.join(&entry.name);
-        let damages = damage::locate(file, entry, chunk).map_err(at("read", &path))?;
+        let damages = damage::locate(file, entry, chunk)?;
         Ok(self.damaged(damages))
     }
 
-    fn open_file(&self, entry: &FileEntry) -> Result<File, CheckpointError> {
-        damage::open(&self.path, entry)?.map_err(|damage| self.damaged(vec![damage]))
+    fn open_file(&self, entry: &FileEntry) -> Result<Box<dyn Object>, CheckpointError> {
+        damage::open(&self.folder, entry)?.map_err(|damage| self.damaged(vec![damage]))
     }
 
     fn damaged(&self, damages: Vec<Damage>) -> CheckpointError {

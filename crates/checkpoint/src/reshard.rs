@@ -7,14 +7,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use storage::FileError;
+use storage::{Condition, FileError, Folder, is_remote};
 
 use crate::{
-    commit::{CommitError, CommittedCheckpoint, commit},
+    commit::{CommitError, CommittedCheckpoint, commit_in},
     digest::Watch,
     export::SOURCE,
-    folder::{self, at},
-    history::visible,
+    folder::at,
+    history::visible_in,
     parts::{Kind, TensorSpec},
     rank_file::{Extent, NewRankFile, PieceEntry, RankFile, Values, WriteError},
     read::{Checkpoint, CheckpointError},
@@ -59,13 +59,23 @@ pub fn reshard(
     world: u32,
     watch: Watch<'_>,
 ) -> Result<CommittedCheckpoint, ReshardError> {
+    reshard_in(checkpoint, &Folder::open(out)?, world, watch)
+}
+
+/// [`reshard`] to a folder of any store.
+pub fn reshard_in(
+    checkpoint: &Checkpoint,
+    out: &Folder,
+    world: u32,
+    watch: Watch<'_>,
+) -> Result<CommittedCheckpoint, ReshardError> {
     if world == 0 {
         return Err(ReshardError::World);
     }
     let manifest = checkpoint.manifest();
     let step = manifest.state.step;
     let mut generation = manifest.generation;
-    if let Some(path) = visible(out, step) {
+    if let Some(path) = visible_in(out, step)? {
         if !same(&path, checkpoint.path())? {
             return Err(ReshardError::Occupied { path });
         }
@@ -96,7 +106,7 @@ pub fn reshard(
         };
         ranks.push(file.write(out, values)?);
     }
-    Ok(commit(out, &ranks, &manifest.info)?)
+    Ok(commit_in(out, &ranks, &manifest.info)?)
 }
 
 /// What rank `rank` of `world` holds: of all tensors one behind the other, an equal share, in each of its kinds.
@@ -155,22 +165,26 @@ impl Values for Streamed<'_> {
 
 /// Whether two paths are one folder.
 fn same(one: &Path, other: &Path) -> Result<bool, FileError> {
-    let real = |path: &Path| fs::canonicalize(path).map_err(at("resolve", path));
+    let real = |path: &Path| {
+        if is_remote(path) {
+            return Ok(path.to_owned());
+        }
+        fs::canonicalize(path).map_err(at("resolve", path))
+    };
     Ok(real(one)? == real(other)?)
 }
 
 /// Copies what exports need beside the checkpoints, where it is; files of that name stay as they are.
-fn copy_source(checkpoint: &Path, out: &Path) -> Result<(), FileError> {
+fn copy_source(checkpoint: &Path, out: &Folder) -> Result<(), FileError> {
     let beside = checkpoint.parent().unwrap_or(Path::new("."));
-    let (from, to) = (beside.join(SOURCE), out.join(SOURCE));
-    for name in folder::names(&from)? {
-        let (from, to) = (from.join(&name), to.join(&name));
-        if to.exists() || !from.is_file() {
+    let (from, to) = (Folder::open(&beside.join(SOURCE))?, out.below(SOURCE));
+    for name in from.list()? {
+        if to.object(&name)?.is_some() {
             continue;
         }
-        storage::create_directory(&out.join(SOURCE))?;
-        let content = fs::read(&from).map_err(at("read", &from))?;
-        storage::atomic_write(&to, &content)?;
+        if let Some(content) = from.read(&name)? {
+            let _ = to.put(&name, &content, Condition::Always)?;
+        }
     }
     Ok(())
 }

@@ -1,17 +1,14 @@
 //! Which checkpoints stay and which go: the rule as a pure function, what it finds on disk, and the removal. Pins are here,
 //! because nothing else asks for them.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use storage::FileError;
+use storage::{Condition as On, FileError, Folder};
 
 use crate::{
     digest::Watch,
-    folder::{self, MANIFEST, at},
+    folder::{self, MANIFEST},
     history::open_as,
     read::CheckpointError,
 };
@@ -83,7 +80,7 @@ pub struct Planned {
     pub step: u64,
     /// The folder.
     pub path: PathBuf,
-    /// Size of its files.
+    /// Size of its rank files, or of what is there where it is not whole.
     pub bytes: u64,
     /// What is known of it.
     pub condition: Condition,
@@ -105,9 +102,18 @@ pub fn plan(
     retention: Retention<'_>,
     watch: Watch<'_>,
 ) -> Result<Vec<Planned>, FileError> {
+    plan_in(&Folder::open(dir)?, retention, watch)
+}
+
+/// [`plan`] below a folder of any store.
+pub fn plan_in(
+    dir: &Folder,
+    retention: Retention<'_>,
+    watch: Watch<'_>,
+) -> Result<Vec<Planned>, FileError> {
     let mut plan = Vec::new();
-    for (step, path) in folder::list(dir)? {
-        plan.push(look(step, path)?);
+    for (step, folder) in folder::list(dir)? {
+        plan.push(look(step, &folder)?);
     }
     let mut verified = None;
     loop {
@@ -119,27 +125,31 @@ pub fn plan(
         let Some(newest) = newest.filter(|it| removes && verified != Some(*it)) else {
             return Ok(plan);
         };
-        let Planned { step, path, .. } = &plan[newest];
-        match open_as(*step, path).and_then(|it| it.verify_watched(watch)) {
+        let step = plan[newest].step;
+        match open_as(step, &folder::of_step(dir, step)).and_then(|it| it.verify_watched(watch)) {
             Ok(_) => verified = Some(newest),
             Err(_) => plan[newest].condition = Condition::Damaged,
         }
     }
 }
 
-/// Removes what `plan` says; returns the removed folders, in its order. One that was pinned meanwhile stays.
-pub fn apply(plan: &[Planned]) -> Result<Vec<PathBuf>, FileError> {
+/// Removes what `plan` says of the checkpoints below `dir`; returns the removed folders, in its order. One that was pinned meanwhile stays.
+pub fn apply(dir: &Path, plan: &[Planned]) -> Result<Vec<PathBuf>, FileError> {
+    apply_in(&Folder::open(dir)?, plan)
+}
+
+fn apply_in(dir: &Folder, plan: &[Planned]) -> Result<Vec<PathBuf>, FileError> {
     let mut removed = Vec::new();
     for planned in plan {
-        let path = &planned.path;
-        if planned.fate.goes() && pinned(path).is_none() {
+        let folder = folder::of_step(dir, planned.step);
+        if planned.fate.goes() && pinned_in(&folder)?.is_none() {
             // Its manifest first: a crash on the way leaves no checkpoint with files missing.
-            storage::remove_file(&path.join(MANIFEST))?;
-            storage::remove_directory(path)?;
-            removed.push(path.clone());
+            folder.remove(MANIFEST)?;
+            folder.remove_all()?;
+            removed.push(planned.path.clone());
         }
         for name in &planned.leftovers {
-            storage::remove_file(&path.join(name))?;
+            folder.remove(name)?;
         }
     }
     Ok(removed)
@@ -150,7 +160,12 @@ pub fn apply(plan: &[Planned]) -> Result<Vec<PathBuf>, FileError> {
 ///
 /// Nothing is removed before the newest has been read back whole; ones that do not hold neither count nor go.
 pub fn retain(dir: &Path, retention: Retention<'_>) -> Result<Vec<PathBuf>, FileError> {
-    apply(&plan(dir, retention, &|_| ())?)
+    retain_in(&Folder::open(dir)?, retention)
+}
+
+/// [`retain`] below a folder of any store.
+pub fn retain_in(dir: &Folder, retention: Retention<'_>) -> Result<Vec<PathBuf>, FileError> {
+    apply_in(dir, &plan_in(dir, retention, &|_| ())?)
 }
 
 /// Keeps the checkpoint at `path` until [`unpin`], whatever the retention says. A pin that is there gets the new note.
@@ -159,23 +174,26 @@ pub fn retain(dir: &Path, retention: Retention<'_>) -> Result<Vec<PathBuf>, File
 /// There is no complete checkpoint.
 pub fn pin(path: &Path, note: &str) -> Result<(), CheckpointError> {
     crate::Checkpoint::open(path)?;
-    Ok(storage::atomic_write(&path.join(PIN), note.as_bytes())?)
+    let _ = Folder::open(path)?.put(PIN, note.as_bytes(), On::Always)?;
+    Ok(())
 }
 
 /// Lets the retention decide about the checkpoint at `path` again; whether it was pinned.
 pub fn unpin(path: &Path) -> Result<bool, FileError> {
-    let was = pinned(path).is_some();
-    storage::remove_file(&path.join(PIN))?;
+    let folder = Folder::open(path)?;
+    let was = pinned_in(&folder)?.is_some();
+    folder.remove(PIN)?;
     Ok(was)
 }
 
-/// The note of the pin, if the checkpoint at `path` is pinned. A pin whose note cannot be read is one.
-pub fn pinned(path: &Path) -> Option<String> {
-    match fs::read(path.join(PIN)) {
-        Ok(note) => Some(String::from_utf8_lossy(&note).into_owned()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(_) => Some(String::new()),
-    }
+/// The note of the pin, if the checkpoint at `path` is pinned.
+pub fn pinned(path: &Path) -> Result<Option<String>, FileError> {
+    pinned_in(&Folder::open(path)?)
+}
+
+fn pinned_in(folder: &Folder) -> Result<Option<String>, FileError> {
+    let note = folder.read(PIN)?;
+    Ok(note.map(|note| String::from_utf8_lossy(&note).into_owned()))
 }
 
 /// The rule.
@@ -212,41 +230,34 @@ fn decide(folders: &mut [Planned], retention: Retention<'_>) {
 }
 
 /// What is on disk of the checkpoint of `step`; its fate is not decided yet.
-fn look(step: u64, path: PathBuf) -> Result<Planned, FileError> {
+fn look(step: u64, folder: &Folder) -> Result<Planned, FileError> {
     let mut leftovers = Vec::new();
-    let condition = match open_as(step, &path) {
+    let mut bytes = 0;
+    let condition = match open_as(step, folder) {
         Ok(checkpoint) if checkpoint.has_files()? => {
+            bytes = checkpoint.bytes();
             leftovers = checkpoint.unlisted()?;
-            leftovers.retain(|name| folder::is_ours(name));
+            leftovers.retain(|name| folder::is_remains(name, u64::MAX));
             Condition::Whole
         }
         Err(CheckpointError::Incomplete { .. }) => Condition::Unfinished,
         Ok(_) | Err(_) => Condition::Damaged,
     };
-    Ok(Planned {
-        step,
-        bytes: bytes(&path)?,
-        condition,
-        pinned: pinned(&path).is_some(),
-        fate: Fate::Unfinished,
-        leftovers,
-        path,
-    })
-}
-
-/// Size of the files in a folder.
-fn bytes(folder: &Path) -> Result<u64, FileError> {
-    let mut bytes = 0;
-    for name in folder::names(folder)? {
-        let path = folder.join(name);
-        match fs::symlink_metadata(&path) {
-            Ok(metadata) => bytes += metadata.len(),
-            // A temporary file of a save in progress has got its name meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(at("inspect", &path)(error)),
+    if condition != Condition::Whole {
+        for name in folder.list()? {
+            // A temporary file of a save in progress may have got its name meanwhile.
+            bytes += folder.object(&name)?.map_or(0, |object| object.bytes());
         }
     }
-    Ok(bytes)
+    Ok(Planned {
+        step,
+        bytes,
+        condition,
+        pinned: pinned_in(folder)?.is_some(),
+        fate: Fate::Unfinished,
+        leftovers,
+        path: folder.path(),
+    })
 }
 
 #[cfg(test)]

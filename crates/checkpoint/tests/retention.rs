@@ -95,12 +95,15 @@ fn a_pinned_checkpoint_stays_until_it_is_unpinned() {
     let dir = directory.path();
     let [first, second, _] = [10, 20, 30].map(|step| save(dir, step, 2).path);
     pin(&first, "the paper's table 2").unwrap();
-    assert_eq!(pinned(&first).as_deref(), Some("the paper's table 2"));
+    assert_eq!(
+        pinned(&first).unwrap().as_deref(),
+        Some("the paper's table 2")
+    );
     // The pin is nothing that was left behind, and saving the step again keeps it.
     let verified = Checkpoint::open(&first).unwrap().verify().unwrap();
     assert_eq!(verified.unlisted, Vec::<String>::new());
     save(dir, 10, 2);
-    assert!(pinned(&first).is_some());
+    assert!(pinned(&first).unwrap().is_some());
     assert_eq!(retain(dir, LAST).unwrap(), [second]);
     assert!(unpin(&first).unwrap());
     assert!(!unpin(&first).unwrap());
@@ -145,7 +148,7 @@ fn a_plan_changes_nothing_and_is_what_happens() {
     assert_eq!(planned, plan(dir, two, &|_| ()).unwrap());
     // Pinned between plan and deed.
     pin(&dir.join("step-00000010"), "").unwrap();
-    assert_eq!(apply(&planned).unwrap(), [dir.join("step-00000015")]);
+    assert_eq!(apply(dir, &planned).unwrap(), [dir.join("step-00000015")]);
     assert!(!dir.join("step-00000020").join(leftover).exists());
     assert!(dir.join("step-00000030").join(&newest).exists());
     let idle = Retention { idle: true, ..two };
@@ -184,7 +187,7 @@ fn the_newest_is_read_whole_before_anything_goes_and_not_otherwise() {
     assert!(read.into_inner() > newest.bytes());
     assert_eq!(planned[0].condition, Condition::Damaged);
     assert_eq!(planned[1].fate, Fate::Newest);
-    assert_eq!(apply(&planned).unwrap(), [dir.join("step-00000010")]);
+    assert_eq!(apply(dir, &planned).unwrap(), [dir.join("step-00000010")]);
 }
 
 #[test]

@@ -6,15 +6,18 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use storage::Folder;
 
 use super::base::Base;
 use super::dtype::WeightDtype;
 use super::shards::{Shard, Tensor};
-use super::{ExportError, ExportSummary, SOURCE, beside, check_target, put_in_place, weights};
+use super::{
+    ExportError, ExportSummary, SOURCE, beside, check_target, keep, put_in_place, weights,
+};
 use crate::folder::at;
 use crate::parts::{Kind, TensorSpec};
 use crate::read::Checkpoint;
@@ -46,13 +49,8 @@ pub(super) fn holds_adapter(checkpoint: &Checkpoint) -> bool {
 /// # Errors
 /// It cannot be written.
 pub fn keep_adapter(config: &str, checkpoints: &Path) -> Result<(), ExportError> {
-    let folder = checkpoints.join(SOURCE);
-    storage::create_directory(&folder)?;
-    let path = folder.join(CONFIG);
-    if fs::read(&path).is_ok_and(|there| there == config.as_bytes()) {
-        return Ok(());
-    }
-    Ok(storage::atomic_write(&path, config.as_bytes())?)
+    let folder = Folder::open(checkpoints)?.below(SOURCE);
+    Ok(keep(&folder, CONFIG, config.as_bytes())?)
 }
 
 /// Writes the adapter in `checkpoint` as the folder `out` in PEFT's format. `out` appears whole, and an earlier export of the
@@ -61,14 +59,14 @@ pub fn keep_adapter(config: &str, checkpoints: &Path) -> Result<(), ExportError>
 /// # Errors
 /// A checkpoint that is not of an adapter, or beside which its adapter_config.json is missing. Nothing is left behind then.
 pub fn export_adapter(checkpoint: &Path, out: &Path) -> Result<ExportSummary, ExportError> {
-    let config = config_path(checkpoint);
+    let location = checkpoint;
     let checkpoint = Checkpoint::open(checkpoint)?;
     if !holds_adapter(&checkpoint) {
         return Err(ExportError::NoAdapter {
             path: checkpoint.path().to_owned(),
         });
     }
-    let config = fs::read(&config).map_err(at("read", &config))?;
+    let (_, config) = kept_config(location)?;
     let manifest = checkpoint.manifest();
     check_target(out, &manifest.info.run_digest)?;
     let tensors: Vec<Tensor<'_>> = manifest
@@ -112,9 +110,14 @@ pub fn export_adapter(checkpoint: &Path, out: &Path) -> Result<ExportSummary, Ex
     })
 }
 
-fn config_path(checkpoint: &Path) -> std::path::PathBuf {
+/// Path and content of the adapter_config.json that was kept beside `checkpoint`.
+fn kept_config(checkpoint: &Path) -> Result<(PathBuf, Vec<u8>), ExportError> {
     let beside = checkpoint.parent().unwrap_or(Path::new("."));
-    beside.join(SOURCE).join(CONFIG)
+    let folder = Folder::open(&beside.join(SOURCE))?;
+    let path = folder.below(CONFIG).path();
+    let missing = || at("read", &path)(io::ErrorKind::NotFound.into());
+    let content = folder.read(CONFIG)?.ok_or_else(missing)?;
+    Ok((path, content))
 }
 
 /// The model's weights with the adapter's product added: W + s·B A.
@@ -172,7 +175,7 @@ impl<'a> Merged<'a> {
             }
         }
         Ok(Self {
-            scale: scale(&config_path(path))?,
+            scale: scale(path)?,
             checkpoint,
             base,
             adapted,
@@ -237,8 +240,8 @@ impl Loaded {
     }
 }
 
-/// s of the adapter that `path`, an adapter_config.json, describes.
-fn scale(path: &Path) -> Result<f32, ExportError> {
+/// s of the adapter in `checkpoint`, as its adapter_config.json says.
+fn scale(checkpoint: &Path) -> Result<f32, ExportError> {
     #[derive(Deserialize)]
     struct Config {
         r: f64,
@@ -246,9 +249,9 @@ fn scale(path: &Path) -> Result<f32, ExportError> {
         #[serde(default)]
         use_rslora: bool,
     }
-    let bytes = fs::read(path).map_err(at("read", path))?;
+    let (path, bytes) = kept_config(checkpoint)?;
     let config: Config = serde_json::from_slice(&bytes).map_err(|error| ExportError::Source {
-        path: path.to_owned(),
+        path,
         reason: error.to_string(),
     })?;
     let divisor = if config.use_rslora {

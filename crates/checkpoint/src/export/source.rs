@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, fs, io, path::Path};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use storage::{LocalStore, Store};
 
 use super::{
     ExportError,
@@ -12,10 +13,7 @@ use super::{
     dtype::{ExportDtype, WeightDtype},
     shards::Tensor,
 };
-use crate::{
-    folder::{self, at},
-    parts::TensorSpec,
-};
+use crate::{folder::at, parts::TensorSpec};
 
 pub(super) const CONFIG: &str = "config.json";
 
@@ -92,7 +90,7 @@ fn set_dtype(config: &mut Value, name: &str) -> bool {
 
 /// Names of the files to copy, sorted.
 pub(super) fn files(source: &Path) -> Result<Vec<String>, ExportError> {
-    let mut names = folder::names(source)?;
+    let mut names = LocalStore::new(source).list("")?;
     names.retain(|name| {
         let wanted = name.starts_with("tokenizer")
             || name.starts_with("chat_template")

@@ -4,8 +4,9 @@ use std::path::Path;
 
 use checkpoint::{
     CommittedCheckpoint, Kind, ManifestInfo, MeanState, Piece, RankFile, TensorSpec, TrainState,
-    commit, write_rank,
+    WriteError, commit, write_rank_in,
 };
+use storage::Folder;
 
 pub const GENERATION: u64 = 4;
 
@@ -64,6 +65,16 @@ pub fn elements(spec: &TensorSpec) -> usize {
 
 /// Writes rank `rank`'s contiguous share of every tensor.
 pub fn write(dir: &Path, generation: u64, step: u64, world: u32, rank: u32) -> RankFile {
+    write_in(&Folder::open(dir).unwrap(), generation, step, world, rank).unwrap()
+}
+
+pub fn write_in(
+    dir: &Folder,
+    generation: u64,
+    step: u64,
+    world: u32,
+    rank: u32,
+) -> Result<RankFile, WriteError> {
     let tensors = tensors();
     let mut owned = Vec::new();
     for kind in Kind::ALL {
@@ -84,7 +95,7 @@ pub fn write(dir: &Path, generation: u64, step: u64, world: u32, rank: u32) -> R
             values,
         })
         .collect();
-    write_rank(dir, generation, rank, world, state(step), &tensors, &pieces).unwrap()
+    write_rank_in(dir, generation, rank, world, state(step), &tensors, &pieces)
 }
 
 /// A whole checkpoint.

@@ -50,7 +50,7 @@ pub struct GcArgs {
 
 pub fn gc(args: &GcArgs) -> Result<u8> {
     let dir = &args.dir;
-    if is_one(dir) || !dir.is_dir() {
+    if is_one(dir) || !(storage::is_remote(dir) || dir.is_dir()) {
         let reason =
             "is not a directory of checkpoints; name the one that holds the step-… folders";
         return Err(Usage(format!("{} {reason}", dir.display())).into());
@@ -77,7 +77,8 @@ pub fn gc(args: &GcArgs) -> Result<u8> {
     let removed = if args.dry_run {
         Vec::new()
     } else {
-        checkpoint::apply(&plan).with_context(|| format!("clear away below {}", dir.display()))?
+        checkpoint::apply(dir, &plan)
+            .with_context(|| format!("clear away below {}", dir.display()))?
     };
     if args.json {
         let all = json!({ "dry_run": args.dry_run, "folders": plan, "removed": removed });

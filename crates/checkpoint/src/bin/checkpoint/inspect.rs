@@ -14,7 +14,7 @@ pub fn inspect(path: &Path, tensors: bool, json: bool) -> Result<u8> {
     let elements = |spec: &checkpoint::TensorSpec| spec.elements().unwrap_or(0);
     let parameters: usize = manifest.tensors.iter().map(elements).sum();
     let bytes: u64 = manifest.files.iter().map(|file| file.bytes).sum();
-    let pin = pinned(path);
+    let pin = pinned(path)?;
     if json {
         let all = json!({
             "path": path,
