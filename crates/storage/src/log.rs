@@ -11,7 +11,8 @@
 //! ```
 //! The chain covers the payload and makes a frame that was removed, repeated, reordered or brought from another log
 //! visible. The checksum vouches for the length before it is believed, so that a flipped length in the middle cannot pass
-//! for a torn tail and take the records behind it along. Only a frame that the end of the file cuts short is a torn tail.
+//! for a torn tail and take the records behind it along. Only a frame that the end of the file cuts short is a torn tail, and
+//! zeros up to the end, which some file systems leave of an append that a power cut interrupted.
 
 use std::{
     fs::{self, File},
@@ -19,7 +20,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::files::{FileError, at, atomic_write};
+use crate::{
+    files::{FileError, at, atomic_write},
+    steps::{Step, before},
+};
 
 /// Largest payload of one record, so that a damaged length is caught before anything is allocated.
 pub const RECORD_BYTES_MAX: usize = 16 << 20;
@@ -163,7 +167,9 @@ impl Log {
     }
 
     fn write(&mut self, frame: &[u8]) -> io::Result<()> {
+        before(Step::Append(&self.path, frame))?;
         self.file.write_all(frame)?;
+        before(Step::SyncFile(&self.path))?;
         self.file.sync_data()
     }
 }
@@ -215,6 +221,10 @@ fn scan(path: &Path, bytes: &[u8]) -> Result<Scan, LogError> {
         let length = [head[0], head[1], head[2], head[3]];
         let checksum = [head[4], head[5], head[6], head[7]];
         if u32::from_le_bytes(checksum) != head_checksum(length, &head[8..]) {
+            // A power cut may keep the length of an append and lose its bytes. No frame begins with zeros.
+            if bytes[offset..].iter().all(|byte| *byte == 0) {
+                break;
+            }
             return Err(damaged(
                 offset,
                 "the checksum of a record's head does not hold",

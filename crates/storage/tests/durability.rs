@@ -51,6 +51,29 @@ fn a_crash_at_every_byte_of_the_last_record_loses_only_that_record() {
 }
 
 #[test]
+fn zeros_that_a_power_cut_left_of_the_last_record_are_a_torn_tail_and_zeros_before_a_record_are_not()
+ {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal.log");
+    let whole = written(&path);
+    let last = whole.len() - 44;
+    for count in [1, 8, 39, 40, 44, 5000] {
+        fs::write(&path, [&whole[..last], &vec![0; count]].concat()).unwrap();
+        let opened = Log::open(&path).unwrap();
+        assert_eq!(opened.records, records()[..3], "{count} zeros");
+        assert_eq!(opened.torn_bytes, count as u64);
+        assert_eq!(fs::read(&path).unwrap(), whole[..last]);
+    }
+    let buried = [&whole[..last], &[0; 40], &whole[last..]].concat();
+    fs::write(&path, buried).unwrap();
+    let error = Log::open(&path).unwrap_err();
+    assert!(
+        matches!(error, LogError::Damaged { offset, .. } if offset == last as u64),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_log_that_is_only_read_gives_the_same_records_and_stays_as_it_is() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("journal.log");

@@ -262,6 +262,12 @@ impl Model {
                     "renames within a directory are all that is modelled"
                 );
                 let node = self.node(&below(from)).expect("renamed, so it is there");
+                // A directory takes along what is in it, under either name: a crash may keep the old one.
+                for (path, directory) in self.directories.clone() {
+                    if let Ok(inside) = path.strip_prefix(below(from)) {
+                        self.directories.insert(below(to).join(inside), directory);
+                    }
+                }
                 let gone = from.file_name().map(ToOwned::to_owned);
                 self.change(&below(to), |name| (gone, Some((name, node))));
             }
@@ -370,18 +376,17 @@ impl Fate {
         if content.durable == content.written {
             return content.durable.clone();
         }
-        let written = content.written.len();
-        let fate = match self.choice {
-            0 | 1 => self.choice,
-            _ => self.next() % 4,
-        };
-        match fate {
-            0 => content.durable.clone(),
-            1 => content.written.clone(),
-            2 => content.written[..self.next() as usize % (written + 1)].to_vec(),
+        // Nothing changes bytes in place, so what was synced is a part of it.
+        let synced = content.durable.len();
+        let added = content.written.len() - synced;
+        let left = match (self.choice, self.next() % 4) {
+            (0, _) | (2.., 0) => synced,
+            (1, _) | (2.., 1) => synced + added,
+            (_, 2) => synced + self.next() as usize % (added + 1),
             // The length was kept, and the blocks were not.
-            _ => vec![0; written],
-        }
+            (_, _) => return [&content.durable[..], &vec![0; added]].concat(),
+        };
+        content.written[..left].to_vec()
     }
 
     /// SplitMix64 (Steele, Lea and Flood 2014).
