@@ -190,13 +190,21 @@ impl<'a> Attempt<'a> {
 
 /// A file in the checkpoint folder that workers must see there; taken away when dropped.
 struct Probe {
+    /// Empty where there is none.
     name: String,
-    path: PathBuf,
+    path: Option<PathBuf>,
 }
 
 impl Probe {
-    /// Leaves a new probe, and takes those away that a crash left.
+    /// Leaves a new probe, and takes those away that a crash left. None in an object store, which is one place for all: whether
+    /// a worker may write there shows when it does.
     fn leave(folder: &std::path::Path) -> anyhow::Result<Self> {
+        if storage::is_remote(folder) {
+            return Ok(Self {
+                name: String::new(),
+                path: None,
+            });
+        }
         storage::create_directory(folder)?;
         let entries = std::fs::read_dir(folder);
         let entries = entries.with_context(|| format!("list {}", folder.display()))?;
@@ -210,6 +218,7 @@ impl Probe {
         let name = format!("{PROBE}{:016x}", u64::from_le_bytes(number));
         let path = folder.join(&name);
         storage::atomic_write(&path, b"workers look for this file\n")?;
+        let path = Some(path);
         Ok(Self { name, path })
     }
 }
@@ -217,6 +226,8 @@ impl Probe {
 impl Drop for Probe {
     fn drop(&mut self) {
         // The next attempt takes away what stays.
-        drop(storage::remove_file(&self.path));
+        if let Some(path) = &self.path {
+            drop(storage::remove_file(path));
+        }
     }
 }

@@ -308,6 +308,10 @@ fn job_section(
     if output.as_os_str().is_empty() {
         return Err(refuse(merged, "job.output", "is empty; name a directory"));
     }
+    if storage::is_remote(&output) {
+        let reason = "is a URL, and a run directory has a journal, which no object store can hold; name a directory, and give the URL as checkpoint.path";
+        return Err(refuse(merged, "job.output", reason));
+    }
     Ok(JobSection {
         name,
         seed,
@@ -337,6 +341,13 @@ fn checkpoint_section(
         keep_best: false,
     };
     section.finish()?;
+    if let Err(error) = storage::check_location(&parsed.path) {
+        let reason = format!(
+            "{}; give a folder, or a URL such as s3://bucket/prefix",
+            error.source
+        );
+        return Err(refuse(merged, "checkpoint.path", &reason));
+    }
     if parsed.keep_last == 0 {
         let reason = "must be at least 1: a run without a checkpoint cannot go on";
         return Err(refuse(merged, "checkpoint.keep_last", reason));

@@ -25,10 +25,17 @@ pub(crate) fn export(
         .and_then(toml::Value::as_str)
         .context("model.path is missing")?;
     // Workers on other machines may see a model that this one does not; rank 0 left a copy of what an export needs.
-    let kept = config.checkpoint.path.join(checkpoint::SOURCE);
-    let model = match Path::new(model) {
-        here if here.join("config.json").exists() || !kept.exists() => here,
-        _ => &kept,
+    let here = Path::new(model);
+    let mut kept = config.checkpoint.path.join(checkpoint::SOURCE);
+    let is_here = here.join("config.json").exists();
+    if !is_here && storage::is_remote(&config.checkpoint.path) {
+        kept = out.with_file_name(checkpoint::SOURCE);
+        checkpoint::fetch_source(&config.checkpoint.path, &kept)?;
+    }
+    let model = if is_here || !kept.exists() {
+        here
+    } else {
+        &kept
     };
     let write = |checkpoint: &Path| -> anyhow::Result<PathBuf> {
         if checkpoint::is_adapter(checkpoint)? {

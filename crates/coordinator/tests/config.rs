@@ -341,6 +341,21 @@ fn impossible_values_are_refused() {
         &["checkpoint.keep_last", "at least 1"],
     );
     refused(
+        "checkpoint.path=\"ftp://host/x\"",
+        &["checkpoint.path", "`ftp`", "s3://bucket/prefix"],
+    );
+    refused(
+        "checkpoint.path=\"s3://KEY:SECRET@bucket/x\"",
+        &[
+            "checkpoint.path",
+            "credentials and options come from the environment",
+        ],
+    );
+    refused(
+        "job.output=\"s3://bucket/x\"",
+        &["job.output", "a URL", "checkpoint.path"],
+    );
+    refused(
         "train.skipped_steps_max=0",
         &["train.skipped_steps_max", "at least 1"],
     );

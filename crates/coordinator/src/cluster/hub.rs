@@ -608,6 +608,9 @@ fn read(config_toml: &str) -> Result<Config, String> {
     };
     let mut config = Config::load_job(&sources).map_err(|error| error.to_string())?;
     for path in [&mut config.job.output, &mut config.checkpoint.path] {
+        if storage::is_remote(path) {
+            continue;
+        }
         *path = absolute(&*path).map_err(|error| format!("{}: {error}", path.display()))?;
     }
     Ok(config)

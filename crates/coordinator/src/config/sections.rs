@@ -36,7 +36,10 @@ pub struct JobSection {
 /// `[checkpoint]`: saved state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct CheckpointSection {
-    /// Where checkpoints go. Default `<output>/checkpoints`.
+    /// Where checkpoints go: a folder that the coordinator and all workers see, or the URL of an object store,
+    /// `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`, in programs that are built with the feature
+    /// `object-store`; credentials and options come from their environment (`AWS_*`, `GOOGLE_*`, `AZURE_*`). Default
+    /// `<output>/checkpoints`.
     pub path: PathBuf,
     /// Steps between checkpoints; 0 saves only at the end and when stopped.
     pub every_steps: u64,

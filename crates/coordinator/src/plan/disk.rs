@@ -72,7 +72,9 @@ pub(super) fn disks(config: &Config, run: &Amount, cadence: &Cadence) -> Vec<Dis
         what,
         path,
     });
-    by_file_system(items.into_iter().filter(|item| item.bytes > 0))
+    // What goes to an object store needs no room here.
+    let here = |item: &DiskItem| item.bytes > 0 && !storage::is_remote(&item.path);
+    by_file_system(items.into_iter().filter(here))
 }
 
 fn by_file_system(items: impl Iterator<Item = DiskItem>) -> Vec<Disk> {

@@ -296,6 +296,10 @@ fn share(learner: &mut Learner, value: f64) -> Result<f64, CollectiveError> {
 /// Bytes by second of writing and of verifying a checkpoint on the disk of `checkpoints`. What can be measured there is
 /// measured; a disk that refuses will say so to training.
 fn time_checkpoint(checkpoints: &Path) -> Option<(f64, f64)> {
+    // A plan does not write to what others may be using and is paid for by the request.
+    if checkpoint::is_remote(checkpoints) {
+        return None;
+    }
     let there = checkpoints.ancestors().find(|folder| folder.is_dir());
     // A relative path has the empty one above it, which is the working directory.
     let folder = there.unwrap_or(Path::new("."));
