@@ -272,7 +272,7 @@ mod tests {
         assert!(error.contains("did you mean `beta`"), "{error}");
         let error = refused(&SMALL.replace("steps = 3", "stebs = 3"));
         assert!(error.contains("train.stebs"), "{error}");
-        assert!(error.ends_with("micro_batch_tokens)"), "{error}");
+        assert!(error.ends_with("compare_every_steps)"), "{error}");
         assert!(error.contains("did you mean `steps`"), "{error}");
         let error = refused(&format!("{SMALL}\n[optimiser]\nlearning_rate = 1e-4"));
         assert!(error.contains("did you mean `optimizer`"), "{error}");
