@@ -93,8 +93,8 @@ mod tests {
     #[test]
     fn a_peak_is_known_by_the_whole_name_alone() {
         let h100 = "NVIDIA H100 80GB HBM3";
-        assert_eq!(peak(h100, Precision::Bf16), Some(989.4e12));
-        assert_eq!(peak(h100, Precision::F32), Some(66.9e12));
+        assert_eq!(peak(h100, Precision::Bf16), Some(989.4 * 1e12));
+        assert_eq!(peak(h100, Precision::F32), Some(66.9 * 1e12));
         for unknown in [
             "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
             "NVIDIA H100",
