@@ -56,7 +56,7 @@ impl Share<'_> {
             .workload
             .knobs(self.world, rayon::current_num_threads());
         let saving = self.workload.memory(&knobs, self.program, true);
-        tracing::info!("memory: {saving}");
+        tracing::info!("memory with a checkpoint on the way: {saving}");
         let Some(machine) = machine else {
             return Ok(None);
         };
