@@ -108,9 +108,13 @@ pub fn resolve(sections: &Table) -> Result<Resolved, JobError> {
         // A section that is optional and absent is no difference to runs from before it was known.
         let section = resolved.get(name).map(serde_json::to_value);
         if let Some(mut section) = section.and_then(Result::ok) {
-            if let (Some(keys), "data") = (section.as_object_mut(), name) {
-                // Where tokens are kept has no part in what is computed.
-                keys.remove("cache");
+            if let Some(keys) = section.as_object_mut() {
+                // Where tokens are kept, and how often ranks are compared, has no part in what is computed.
+                match name {
+                    "data" => drop(keys.remove("cache")),
+                    "train" => drop(keys.remove("compare_every_steps")),
+                    _ => {}
+                }
             }
             identity.insert(name.into(), section);
         }
@@ -262,6 +266,17 @@ mod tests {
         assert_eq!(first.resolved, again.resolved);
         assert_eq!(first.identity, again.identity);
         assert_eq!(first.spec.seed, 7);
+    }
+
+    #[test]
+    fn what_only_watches_makes_no_other_run() {
+        let first = resolve(&table(SMALL)).unwrap();
+        let watched = SMALL.replace("steps = 3", "steps = 3\ncompare_every_steps = 1");
+        let watched = resolve(&table(&watched)).unwrap();
+        assert_eq!(watched.spec.train.compare_every_steps, 1);
+        assert_eq!(watched.identity, first.identity);
+        let other = resolve(&table(&SMALL.replace("steps = 3", "steps = 4"))).unwrap();
+        assert_ne!(other.identity, first.identity);
     }
 
     #[test]
