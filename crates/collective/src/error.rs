@@ -148,6 +148,27 @@ pub enum CollectiveError {
     },
 }
 
+impl CollectiveError {
+    /// The peer that broke it, as far as this rank can tell.
+    pub fn suspect(&self) -> Option<&Peer> {
+        match self {
+            Self::Lost { peer, .. }
+            | Self::Deadline { peer, .. }
+            | Self::Unreachable { peer, .. }
+            | Self::Refused { peer, .. }
+            | Self::Disagreement { peer, .. } => Some(peer),
+            Self::Missing { missing, .. } => missing.first(),
+            Self::Stale { .. }
+            | Self::Unsupported { .. }
+            | Self::UnknownTicket { .. }
+            | Self::Aborted { .. }
+            | Self::Device { .. }
+            | Self::Stalled { .. }
+            | Self::Local { .. } => None,
+        }
+    }
+}
+
 fn list(peers: &[Peer]) -> String {
     let names: Vec<String> = peers.iter().map(Peer::to_string).collect();
     names.join(", ")

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use checkpoint::newest;
-use protocol::{Job, JobId, JobSpec, Outcome, Recovery, Step, recover};
+use protocol::{Job, JobId, JobSpec, Outcome, Recovery, Step, recover, recover_living};
 use tokio::sync::mpsc;
 use wire::proto;
 
@@ -36,11 +36,11 @@ pub struct Attempt<'a> {
 }
 
 impl<'a> Attempt<'a> {
-    /// Opens the run directory and looks for what to go on from.
+    /// Opens the run directory and looks for what to go on from: the newest checkpoint, or also what its workers may be `holding`.
     ///
     /// # Errors
     /// A directory that is another run's or held by another coordinator; damage.
-    pub fn open(config: &'a Config) -> anyhow::Result<Self> {
+    pub fn open(config: &'a Config, holding: bool) -> anyhow::Result<Self> {
         let Opened {
             directory,
             records,
@@ -57,6 +57,7 @@ impl<'a> Attempt<'a> {
             tracing::warn!("{} cannot be used: {reason}", path.display());
         }
         let newest = checkpoints.found.as_ref().map(|it| Step(it.0));
+        let recover = if holding { recover_living } else { recover };
         Ok(Self {
             recovery: recover(&records, newest)?,
             resume: checkpoints.found.map(|(_, path)| path),

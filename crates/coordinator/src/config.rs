@@ -14,7 +14,7 @@ mod telemetry;
 
 use std::path::Path;
 
-use protocol::{JobPolicy, Selection};
+use protocol::{Elastic, JobPolicy, Selection};
 use serde::Serialize;
 use spec::{JobError, ObjectiveConfig, OptimizerSection, Targets};
 use toml::{Table, Value};
@@ -234,7 +234,17 @@ impl Config {
             step_timeout_ms: ms(self.cluster.step_timeout_seconds),
             save_timeout_ms: ms(self.cluster.save_timeout_seconds),
             skipped_steps_max: self.skipped_steps_max,
-            elastic: None,
+            elastic: Some(Elastic {
+                workers_min: self.cluster.min_workers,
+                workers_max: self.cluster.max_workers,
+                mirror: self.cluster.mirror,
+                failures_max: self.cluster.failures_max,
+                abort_timeout_ms: ms(self.cluster.abort_timeout_seconds),
+                collective_timeout_ms: ms(self.cluster.collective_timeout_seconds),
+                job_timeout_ms: ms(self.cluster.job_timeout_seconds),
+                hang_factor: self.cluster.hang_factor,
+                slow_factor: self.cluster.slow_factor,
+            }),
         }
     }
 

@@ -22,7 +22,7 @@ use crate::launcher::ChildExit;
 use crate::monitor::{Monitor, Warning, of_data_report};
 use crate::observer::Observer;
 use crate::run_directory::{RunDirectory, RunDirectoryError};
-use crate::server::{Connected, ToSession};
+use crate::server::{Connected, SessionId};
 use crate::summary::ReferenceCounts;
 use crate::ui::Console;
 
@@ -34,13 +34,15 @@ pub enum Input {
     /// A worker's message.
     Message(FromWorker),
     /// A session ended.
-    Disconnected(Incarnation),
+    Disconnected(Incarnation, SessionId),
     /// Somebody asks how the job is.
     Job(oneshot::Sender<proto::Job>),
     /// A checkpoint became visible, and where, or did not.
     Checkpoint(Step, Result<String, String>),
     /// A worker process of this machine is gone.
     ChildExited(ChildExit),
+    /// Somebody wants a worker to leave.
+    Drain(Incarnation, String),
     /// A signal, or somebody, wants the job to stop.
     StopRequested(String),
 }
@@ -71,8 +73,10 @@ pub struct Driver<'a> {
     monitor: Monitor,
     /// For the results of work that is done beside the loop.
     inputs: mpsc::Sender<Input>,
-    sessions: BTreeMap<Incarnation, ToSession>,
+    sessions: BTreeMap<Incarnation, Connected>,
     references: BTreeMap<Incarnation, ReferenceCounts>,
+    /// Worker processes of this machine that ended since the step that was committed then.
+    exits: (Step, u32),
     /// The last checkpoint that is being published.
     publishing: Option<JoinHandle<()>>,
     start: Instant,
@@ -117,6 +121,7 @@ impl<'a> Driver<'a> {
             inputs,
             sessions: BTreeMap::new(),
             references: BTreeMap::new(),
+            exits: (Step(0), 0),
             publishing: None,
             start,
             outcome: None,
@@ -202,7 +207,7 @@ impl<'a> Driver<'a> {
     fn event(&mut self, input: Input) -> Option<Event> {
         match input {
             Input::Connected(it) => {
-                self.sessions.insert(it.incarnation, it.answers);
+                self.sessions.insert(it.incarnation, it);
                 None
             }
             Input::Message(message) => {
@@ -220,10 +225,19 @@ impl<'a> Driver<'a> {
                 }
                 Some(Event::Message(message))
             }
-            Input::Disconnected(incarnation) => {
+            Input::Disconnected(incarnation, session) => {
+                // A worker that connected again has another session, and the end of the old one says nothing.
+                let known = self.sessions.get(&incarnation);
+                if known.is_some_and(|it| it.session != session) {
+                    return None;
+                }
                 self.sessions.remove(&incarnation);
                 Some(Event::Disconnected { incarnation })
             }
+            Input::Drain(incarnation, reason) => Some(Event::DrainRequested {
+                incarnation,
+                reason,
+            }),
             Input::Job(answer) => {
                 // Whoever asked may have gone.
                 drop(answer.send(self.view()));
@@ -232,22 +246,42 @@ impl<'a> Driver<'a> {
             Input::Checkpoint(step, Ok(path)) => Some(Event::CheckpointCommitted { step, path }),
             Input::Checkpoint(step, Err(reason)) => Some(Event::CheckpointFailed { step, reason }),
             Input::ChildExited(exit) => {
-                self.child_exited(&exit);
+                self.child_exited(exit);
                 None
             }
             Input::StopRequested(reason) => Some(Event::StopRequested { reason }),
         }
     }
 
-    /// A process that dies in its session is the job's to judge, by that session's end; one that dies before it joined is
-    /// unknown to the job, and waiting for it would be waiting in vain.
-    fn child_exited(&mut self, exit: &ChildExit) {
+    /// A process that dies in its session is the job's to judge, by that session's end, and is started again; one that dies
+    /// before anybody has a generation is unknown to the job, and waiting for it would be waiting in vain.
+    fn child_exited(&mut self, exit: ChildExit) {
         tracing::debug!(worker = exit.number, status = %exit.status, "worker process ended");
-        if exit.code == Some(0) || !matches!(self.job.waiting(), Waiting::Join { .. }) {
+        if exit.code == Some(0) {
             return;
         }
+        let committed = self.job.committed();
+        if self.exits.0 != committed {
+            self.exits = (committed, 0);
+        }
+        self.exits.1 += 1;
+        let most = self.job.spec().policy.elastic.as_ref();
+        let again =
+            most.is_some_and(|it| self.exits.1 < it.failures_max.max(self.job.spec().policy.world));
+        let begins = matches!(self.job.waiting(), Waiting::Join { .. });
+        // One that cannot even begin says why; one that was killed does not.
+        if again && !(begins && exit.code.is_some()) {
+            tracing::info!(worker = exit.number, status = %exit.status, "a worker process ended and is started again");
+            // Its watcher may be gone with the program.
+            let _gone = exit.again.send(());
+            return;
+        }
+        if !begins && !self.sessions.is_empty() {
+            return; // the others go on
+        }
+        let before = if begins { " before it joined" } else { "" };
         let mut reason = format!(
-            "worker process {} ended before it joined ({}); its log is {}",
+            "worker process {} ended{before} ({}); its log is {}",
             exit.number,
             exit.status,
             exit.log.display()
@@ -351,6 +385,8 @@ impl<'a> Driver<'a> {
         tracing::info!(kind = note.kind, "{}", note.text);
         let shown = [
             "lost",
+            "slow",
+            "spare",
             "skip",
             "unsaved",
             "rewind",
@@ -430,9 +466,13 @@ impl<'a> Driver<'a> {
         let Some(session) = self.sessions.get(&incarnation) else {
             return;
         };
-        // A worker that does not read is lost; dropping its session tells the job so.
-        if session.try_send(Ok(message.into())).is_err() {
+        let last = matches!(message.message, CoordinatorMessage::Stop { .. });
+        let sent = session.answers.try_send(Ok(message.into()));
+        if sent.is_err() {
             tracing::warn!(%incarnation, "a worker does not read its messages");
+        }
+        // Nothing follows a Stop; and a worker that does not read is lost: its session's end tells the job so.
+        if last || sent.is_err() {
             self.sessions.remove(&incarnation);
         }
     }

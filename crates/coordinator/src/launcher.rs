@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tokio::process::{Child, Command};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use crate::driver::Input;
@@ -46,7 +46,7 @@ pub struct Workers {
 }
 
 /// A worker process that is gone.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct ChildExit {
     /// Its number, from 0 (not its rank).
     pub number: u32,
@@ -58,68 +58,102 @@ pub struct ChildExit {
     pub log_tail: String,
     /// Its log.
     pub log: PathBuf,
+    /// To be answered: whether it is started again. Unanswered it is not.
+    pub again: oneshot::Sender<()>,
 }
 
-/// Starts the workers; each exit becomes an [`Input::ChildExited`].
+/// Starts the workers; each exit becomes an [`Input::ChildExited`], whose answer says whether the worker is started again.
 ///
 /// # Errors
 /// If a process or its log file cannot be made.
 pub fn launch(launch: &Launch, inputs: &mpsc::Sender<Input>) -> anyhow::Result<Workers> {
-    let program = std::env::current_exe().context("find this program's own file")?;
     std::fs::create_dir_all(&launch.logs)
         .with_context(|| format!("create {}", launch.logs.display()))?;
     let mut watchers = Vec::new();
     for number in 0..launch.workers {
-        let log = launch.logs.join(format!("worker-{number}.log"));
-        let child = start(launch, &program, number, &log)?;
-        watchers.push(tokio::spawn(watch(child, number, log, inputs.clone())));
+        let worker = Worker {
+            program: std::env::current_exe().context("find this program's own file")?,
+            log: launch.logs.join(format!("worker-{number}.log")),
+            launch: launch.clone(),
+            number,
+        };
+        File::create(&worker.log).with_context(|| format!("create {}", worker.log.display()))?;
+        let child = worker.start()?;
+        watchers.push(tokio::spawn(worker.watch(child, inputs.clone())));
     }
     Ok(Workers { watchers })
 }
 
-fn start(launch: &Launch, program: &Path, number: u32, log: &Path) -> anyhow::Result<Child> {
-    let file = File::create(log).with_context(|| format!("create {}", log.display()))?;
-    let same = file.try_clone().context("share a log file")?;
-    let mut command = Command::new(program);
-    command
-        .arg("worker")
-        .args(["--coordinator", &launch.url, "--once", "--child"])
-        .args(["--name", &format!("worker-{number}")])
-        .args(["--threads", &launch.threads.to_string()])
-        .args(["--backend", &launch.backend])
-        .args(["--log", if launch.json_logs { "json" } else { "text" }])
-        .args(
-            launch
-                .token_file
-                .iter()
-                .flat_map(|file| ["--token-file".as_ref(), file.as_os_str()]),
-        )
-        .stdin(Stdio::piped())
-        .stdout(same)
-        .stderr(file)
-        .kill_on_drop(true);
-    command
-        .spawn()
-        .with_context(|| format!("start {}", program.display()))
+/// One of them, in all its lives.
+struct Worker {
+    launch: Launch,
+    program: PathBuf,
+    number: u32,
+    log: PathBuf,
 }
 
-async fn watch(mut child: Child, number: u32, log: PathBuf, inputs: mpsc::Sender<Input>) {
-    // `wait` closes standard input first, which is the sign to leave: hold it until the process is gone.
-    let stdin = child.stdin.take();
-    let status = child.wait().await;
-    drop(stdin);
-    let exit = ChildExit {
-        number,
-        code: status.as_ref().ok().and_then(ExitStatus::code),
-        status: match &status {
-            Ok(status) => status.to_string(),
-            Err(error) => format!("cannot be waited for: {error}"),
-        },
-        log_tail: tail(&log),
-        log,
-    };
-    // A driver that is gone has ended its job.
-    drop(inputs.send(Input::ChildExited(exit)).await);
+impl Worker {
+    fn start(&self) -> anyhow::Result<Child> {
+        let Self {
+            launch,
+            program,
+            number,
+            log,
+        } = self;
+        let file = File::options().append(true).create(true).open(log);
+        let file = file.with_context(|| format!("open {}", log.display()))?;
+        let same = file.try_clone().context("share a log file")?;
+        let mut command = Command::new(program);
+        command
+            .arg("worker")
+            .args(["--coordinator", &launch.url, "--once", "--child"])
+            .args(["--name", &format!("worker-{number}")])
+            .args(["--threads", &launch.threads.to_string()])
+            .args(["--backend", &launch.backend])
+            .args(["--log", if launch.json_logs { "json" } else { "text" }])
+            .args(
+                launch
+                    .token_file
+                    .iter()
+                    .flat_map(|file| ["--token-file".as_ref(), file.as_os_str()]),
+            )
+            .stdin(Stdio::piped())
+            .stdout(same)
+            .stderr(file)
+            .kill_on_drop(true);
+        command
+            .spawn()
+            .with_context(|| format!("start {}", program.display()))
+    }
+
+    async fn watch(self, mut child: Child, inputs: mpsc::Sender<Input>) {
+        loop {
+            // `wait` closes standard input first, which is the sign to leave: hold it until the process is gone.
+            let stdin = child.stdin.take();
+            let status = child.wait().await;
+            drop(stdin);
+            let (again, answer) = oneshot::channel();
+            let exit = ChildExit {
+                number: self.number,
+                code: status.as_ref().ok().and_then(ExitStatus::code),
+                status: match &status {
+                    Ok(status) => status.to_string(),
+                    Err(error) => format!("cannot be waited for: {error}"),
+                },
+                log_tail: tail(&self.log),
+                log: self.log.clone(),
+                again,
+            };
+            // A driver that is gone has ended its job.
+            if inputs.send(Input::ChildExited(exit)).await.is_err() || answer.await.is_err() {
+                return;
+            }
+            match self.start() {
+                Ok(started) => child = started,
+                Err(error) => return tracing::error!("worker {}: {error:#}", self.number),
+            }
+        }
+    }
 }
 
 impl Workers {

@@ -54,7 +54,7 @@ pub(crate) const EXIT_TEMPORARY: u8 = 75;
 /// What kept it from starting or from being recorded.
 pub fn run(config: &Config, show: &Show) -> anyhow::Result<u8> {
     let token = token(&config.security)?;
-    let mut attempt = Attempt::open(config)?;
+    let mut attempt = Attempt::open(config, false)?;
     let mut console = if show.json {
         Console::lines(Box::new(std::io::sink()))
     } else {

@@ -5,11 +5,13 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use protocol::{FromWorker, Incarnation};
 use tokio::net::TcpListener;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::time::timeout;
 use tokio_stream::wrappers::{BroadcastStream, ReceiverStream, TcpListenerStream};
 use tokio_stream::{Stream, StreamExt, wrappers::errors::BroadcastStreamRecvError};
 use tonic::service::interceptor::InterceptedService;
@@ -27,6 +29,9 @@ const OUTGOING_MESSAGES_MAX: usize = 64;
 
 /// A peer whose machine is gone is noticed by this: a ping so often, and so long for its answer.
 const KEEPALIVE: Duration = Duration::from_secs(10);
+
+/// How long a worker that was let go may take to end its side, so that what it was told last arrives.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Where a session's messages go.
 pub type ToSession = mpsc::Sender<Result<proto::ToWorker, Status>>;
@@ -138,6 +143,7 @@ impl Workers for Doors {
         let (answers, outgoing) = mpsc::channel(OUTGOING_MESSAGES_MAX);
         let (route, routed) = watch::channel(self.sessions.clone());
         let session = Session {
+            id: SessionId::new(),
             home: self.sessions.inputs.clone(),
             routed,
             told: answers.downgrade(),
@@ -267,6 +273,7 @@ impl Cluster for Doors {
 
 /// One worker's stream.
 struct Session {
+    id: SessionId,
     /// Who listened first, and hears of the end.
     home: mpsc::Sender<Input>,
     routed: watch::Receiver<Route>,
@@ -280,7 +287,11 @@ impl Session {
     async fn run(mut self, mut incoming: Streaming<proto::FromWorker>) {
         let mut speaker = None;
         let end = loop {
-            match incoming.message().await {
+            let message = tokio::select! {
+                message = incoming.message() => message,
+                () = let_go(&mut self.routed) => break None,
+            };
+            match message {
                 Ok(Some(message)) => {
                     if let Err(status) = self.pass_on(message, &mut speaker).await {
                         break Some(status);
@@ -297,11 +308,14 @@ impl Session {
         }
         let Some(incarnation) = speaker else { return };
         let now = self.routed.borrow().inputs.clone();
+        let over = || Input::Disconnected(incarnation, self.id);
         // Whoever is gone has ended the job.
-        drop(now.send(Input::Disconnected(incarnation)).await);
+        drop(now.send(over()).await);
         if !now.same_channel(&self.home) {
-            drop(self.home.send(Input::Disconnected(incarnation)).await);
+            drop(self.home.send(over()).await);
         }
+        let rest = async { while let Ok(Some(_)) = incoming.message().await {} };
+        drop(timeout(LAST_WORDS, rest).await);
     }
 
     async fn pass_on(
@@ -320,6 +334,7 @@ impl Session {
                 if let Some((answers, route_to)) = self.first.take() {
                     let connected = Connected {
                         incarnation: message.incarnation,
+                        session: self.id,
                         answers,
                         route: route_to,
                     };
@@ -338,15 +353,33 @@ impl Session {
     }
 }
 
-/// A session that spoke for the first time.
+/// A session that spoke for the first time. It ends when nobody holds this.
 #[derive(Debug)]
 pub struct Connected {
     /// Whose.
     pub incarnation: Incarnation,
-    /// Where answers go. The session ends when nobody holds this.
+    /// Which: a worker that connects again has another one.
+    pub session: SessionId,
+    /// Where answers go.
     pub answers: ToSession,
     /// To hand it on.
     pub route: watch::Sender<Route>,
+}
+
+/// A number that no other session of this process has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SessionId(u64);
+
+impl SessionId {
+    fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Waits until nobody owns the session any more.
+async fn let_go(routed: &mut watch::Receiver<Route>) {
+    while routed.changed().await.is_ok() {}
 }
 
 async fn tell(route: &Route, input: Input) -> Result<(), Status> {

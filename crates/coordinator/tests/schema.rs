@@ -356,6 +356,24 @@ fn context(path: &str) -> Vec<&'static str> {
             &["evaluate.metric=loss", "evaluate.early_stopping_patience=1"]
         }
         "evaluate.higher_is_better" => &["evaluate.metric=logps/rejected"],
+        "cluster.max_workers" => return vec!["cluster.workers=1"],
+        // A sample is half a second, which has its place on a ladder of short timeouts.
+        "cluster.abort_timeout_seconds" | "cluster.collective_timeout_seconds" => {
+            return vec!["cluster.heartbeat_timeout_seconds=0.1"];
+        }
+        "cluster.join_timeout_seconds" => {
+            return vec![
+                "cluster.heartbeat_timeout_seconds=0.1",
+                "cluster.step_timeout_seconds=0.4",
+            ];
+        }
+        "cluster.job_timeout_seconds" => {
+            return vec![
+                "cluster.heartbeat_timeout_seconds=0.1",
+                "cluster.step_timeout_seconds=0.3",
+                "cluster.join_timeout_seconds=0.4",
+            ];
+        }
         "objective.alpha" => return vec!["objective.divergence=alpha_divergence"],
         "optimizer.alpha" => return vec!["optimizer.kind=rmsprop"],
         _ => return Vec::new(),

@@ -33,7 +33,7 @@ use crate::{
     Afterwards, CoordinatorMessage, EarlyStop, Elastic, EvaluationRow, Generation, Incarnation,
     Layout, Note, Outcome, Record, RunFacts, Step, ToWorker,
 };
-use phase::{Member, Newest, Phase, Save};
+use phase::{Failing, Member, Newest, Phase, Save};
 
 pub use event::{Action, Event, JobSpec};
 pub use view::{Waiting, WorkerView};
@@ -88,6 +88,8 @@ pub struct Job {
     suspected: BTreeMap<Incarnation, Incarnation>,
     /// In how many generations in a row without a commit a member was suspected.
     strikes: BTreeMap<Incarnation, u32>,
+    /// Why members were lost since the last commit, one generation after the other.
+    failing: Option<Failing>,
     /// How long steps take.
     pace: Pace,
     /// When the job last got anywhere.
@@ -140,6 +142,7 @@ impl Job {
             highest: recovery.highest_committed.max(recovery.committed),
             suspected: BTreeMap::new(),
             strikes: BTreeMap::new(),
+            failing: None,
             pace: Pace::default(),
             moved_ms: now_ms,
             spec,
@@ -181,6 +184,10 @@ impl Job {
             Event::CheckpointFailed { step, reason } => {
                 self.save_failed(now_ms, step, &reason, &mut actions);
             }
+            Event::DrainRequested {
+                incarnation,
+                reason,
+            } => self.drain(now_ms, incarnation, reason, &mut actions),
             Event::StopRequested { reason } => self.stop_requested(now_ms, reason, &mut actions),
             Event::Tick => self.tick(now_ms, &mut actions),
         }

@@ -60,6 +60,7 @@ pub fn mirror_of(owner: Rank, world: u32) -> Option<Rank> {
 pub(crate) fn newest_layout<'a>(
     committed: Step,
     since: Generation,
+    mirror: bool,
     holders: impl Iterator<Item = (Rank, &'a [Held])>,
 ) -> Option<Layout> {
     let usable = |it: &Held| {
@@ -82,7 +83,7 @@ pub(crate) fn newest_layout<'a>(
         let mut shards = vec![Copies::default(); world as usize];
         for (rank, it) in of().filter(|(_, it)| it.world == world) {
             shards[it.rank.0 as usize].owner.get_or_insert(*rank);
-            if world > 1 {
+            if mirror && world > 1 {
                 let mirrored = (it.rank.0 + world - 1) % world;
                 shards[mirrored as usize].mirror.get_or_insert(*rank);
             }
@@ -112,9 +113,13 @@ mod tests {
 
     /// Owner and mirror by shard, of the newest layout at commit 7 of generation 3.
     fn check(holders: &[Vec<Held>]) -> Option<(u64, Vec<Ranks>)> {
+        check_with(true, holders)
+    }
+
+    fn check_with(mirror: bool, holders: &[Vec<Held>]) -> Option<(u64, Vec<Ranks>)> {
         let ranked = holders.iter().enumerate();
         let ranked = ranked.map(|(rank, held)| (Rank(rank as u32), held.as_slice()));
-        let layout = newest_layout(Step(7), Generation(3), ranked)?;
+        let layout = newest_layout(Step(7), Generation(3), mirror, ranked)?;
         let rank = |it: Option<Rank>| it.map(|rank| rank.0);
         let shards = layout.shards.iter();
         let shards = shards.map(|it| (rank(it.owner), rank(it.mirror)));
@@ -134,6 +139,15 @@ mod tests {
         assert_eq!(check(&three), Some((3, shards)));
         assert!(check(&[member(0), member(2)]).is_some(), "not neighbours");
         assert_eq!(check(&[member(0), member(3)]), None);
+    }
+
+    #[test]
+    fn without_mirrors_every_owner_is_needed() {
+        let member = |rank| held(3, rank, 2, 7, false);
+        let both = (3, vec![(Some(0), None), (Some(1), None)]);
+        assert_eq!(check_with(false, &[member(0), member(1)]), Some(both));
+        assert_eq!(check_with(false, &[member(0)]), None);
+        assert!(check(&[member(0)]).is_some());
     }
 
     #[test]

@@ -41,8 +41,8 @@ pub use job::{Action, Event, Job, JobSpec, Waiting, WorkerView};
 pub use layout::{Copies, Held, Layout, mirror_of};
 pub use liveness::{Liveness, Pulse};
 pub use message::{
-    Activity, Afterwards, Awaits, Cause, CoordinatorMessage, FromWorker, Note, RunFacts, ToWorker,
-    WIRE_VERSION, Work, WorkerMessage, WorkerProfile,
+    Activity, Afterwards, Awaits, Cause, CoordinatorMessage, FromWorker, Note, RunFacts, Terms,
+    ToWorker, WIRE_VERSION, Work, WorkerMessage, WorkerProfile,
 };
 pub use phases::Phases;
 pub use policy::{Elastic, JobPolicy, PolicyError};

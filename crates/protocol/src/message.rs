@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Version of these messages. A worker that speaks another one is refused. A field that may be absent makes no new one.
-pub const WIRE_VERSION: u32 = 3;
+pub const WIRE_VERSION: u32 = 4;
 
 /// A worker's message with its fences.
 #[derive(Clone, Debug, PartialEq)]
@@ -287,6 +287,10 @@ pub enum CoordinatorMessage {
         probe: String,
         /// A generation runs already. Load, say Loaded, and be admitted at a step boundary.
         spare: bool,
+        /// The job, as the worker is to name it from now on.
+        job: JobId,
+        /// What holds for a worker of an elastic job; `None`: its session ends with its stream.
+        terms: Option<Terms>,
     },
     /// A generation: load, connect, score your part of the reference, then say Ready.
     Form {
@@ -359,12 +363,25 @@ pub enum CoordinatorMessage {
     },
 }
 
+/// What the workers of an elastic job keep. Times are in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// Each holds the optimizer shard of the one before it, too.
+    pub mirror: bool,
+    /// How long it waits for its peers in a collective before it says CollectiveFailed.
+    pub collective_timeout_ms: u64,
+    /// Silence after which it connects again. Every beat is answered.
+    pub silence_ms: u64,
+}
+
 /// What a stopped worker does next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Afterwards {
     /// Ask for the next job, if it serves more than one.
     #[default]
     Rejoin,
+    /// Join this job again, with what it holds: it was taken for lost, and lives.
+    Return,
     /// Leave in good order: it was drained.
     Leave,
     /// Leave, and do not try again as it is.

@@ -36,6 +36,11 @@ pub struct Elastic {
     pub workers_min: u32,
     /// Most members. More wait as spares.
     pub workers_max: u32,
+    /// Whether each member holds the optimizer shard of the one before it, too: then no state is lost with any one of them.
+    /// Otherwise the run goes back to its last checkpoint.
+    pub mirror: bool,
+    /// So many generations in a row that lose a member for the same reason before the same step commits end the attempt.
+    pub failures_max: u32,
     /// How long a member may take to leave its generation once told to.
     pub abort_timeout_ms: u64,
     /// How long a member waits for its peers in a collective before it gives the generation up; workers keep it.

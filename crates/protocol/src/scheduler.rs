@@ -7,10 +7,10 @@
 //! ```text
 //! submitted ─► Queued ─ enough idle workers, its turn ─► Running ─ ended ─► Ended
 //!                ▲                                          │
-//!                └── workers lost or leaving, coordinator restarted: from the last checkpoint, after a pause
+//!                └── too many workers lost, coordinator restarted: from what workers hold, or from the last checkpoint
 //! ```
-//! The queue is first in, first out: only its head may take workers, so that a large job is not starved by small ones, and a
-//! job that lost workers goes on before the ones behind it.
+//! The queue is first in, first out: only its head may take workers, so that a large job is not starved by small ones. A
+//! running job that lost workers gets others before the ones that wait, and more than it began with after them.
 //!
 //! State is bounded: [`JOBS_MAX`] jobs that have not ended, [`ENDED_MAX`] that have; workers live as long as their sessions.
 
@@ -48,6 +48,8 @@ pub struct SchedulerPolicy {
     pub retry_pause_ms: u64,
     /// Attempts that end at the same step with a loss before the job counts as failed.
     pub attempts_max: u32,
+    /// How long a job that was started before this coordinator waits for workers that hold its state.
+    pub return_ms: u64,
     /// How long the head of the queue waits in silence; then what it waits for is noted, again and again.
     pub remind_ms: u64,
 }
@@ -68,7 +70,8 @@ enum State {
     Queued { not_before_ms: u64 },
     /// An attempt runs.
     Running {
-        members: Vec<Incarnation>,
+        /// Whether it has workers, or wants some.
+        works: bool,
         /// What becomes of it when it stops as asked.
         stopping: Option<Stopping>,
     },
@@ -126,6 +129,9 @@ impl Scheduler {
         let entry = |(number, it): (usize, journal::RecoveredJob)| {
             let state = match it.ending {
                 Some(ending) => State::Ended(ending),
+                None if it.attempts > 0 => State::Queued {
+                    not_before_ms: now_ms + policy.return_ms,
+                },
                 None => State::Queued {
                     not_before_ms: now_ms,
                 },
@@ -211,13 +217,15 @@ impl Scheduler {
             SchedulerEvent::Joined {
                 incarnation,
                 profile,
-            } => self.joined(now_ms, incarnation, profile, &mut actions),
+                job,
+            } => self.joined(now_ms, incarnation, profile, job, &mut actions),
             SchedulerEvent::Heard { incarnation } => self.pool.heard(now_ms, incarnation),
             SchedulerEvent::Leaving {
                 incarnation,
                 reason,
             } => self.leaving(incarnation, &reason, &mut actions),
             SchedulerEvent::Gone { incarnation } => self.gone(incarnation, &mut actions),
+            SchedulerEvent::Released { id } => self.released(&id),
             SchedulerEvent::Ended {
                 id,
                 outcome,
@@ -259,10 +267,15 @@ impl Scheduler {
         now_ms: u64,
         incarnation: Incarnation,
         profile: WorkerProfile,
+        job: Option<JobId>,
         actions: &mut Vec<SchedulerAction>,
     ) {
-        if self.pool.contains(incarnation) {
-            return self.pool.heard(now_ms, incarnation); // said again
+        if let Some(known) = self.pool.get(incarnation) {
+            // Said again, or in a new session while the old one's end is not noticed yet.
+            if let Some(id) = known.job.clone() {
+                actions.push(SchedulerAction::Lend { id, incarnation });
+            }
+            return self.pool.heard(now_ms, incarnation);
         }
         let name = profile.name.clone();
         if let Some(reason) = profile.mismatch(&self.policy.build) {
@@ -272,10 +285,6 @@ impl Scheduler {
             ));
             return dismiss(incarnation, reason, Afterwards::Refused, actions);
         }
-        if let Some(reason) = self.pool.take_draining(&name) {
-            actions.push(note("drain", format!("worker {name} leaves: {reason}")));
-            return dismiss(incarnation, reason, Afterwards::Leave, actions);
-        }
         if let Some(address) = self.pool.address_of(&name) {
             let reason = format!(
                 "a worker of the name {name} is here already, from {address}; give every worker a --name of its own"
@@ -284,14 +293,29 @@ impl Scheduler {
             // The other may be this one's earlier life, whose end is not noticed yet.
             return dismiss(incarnation, reason, Afterwards::Rejoin, actions);
         }
-        actions.push(note(
-            "join",
-            format!(
-                "worker {name} joined from {} ({})",
-                profile.address, profile.device
-            ),
-        ));
-        self.pool.join(now_ms, incarnation, profile);
+        let found = job.as_ref().and_then(|id| self.unended(id));
+        let found = found.map(|(_, entry)| &entry.state);
+        let runs = matches!(found, Some(State::Running { works: true, .. }));
+        let queued = matches!(found, Some(State::Queued { .. }));
+        if let Some(id) = &job
+            && !runs
+            && !queued
+        {
+            let reason = format!("job {id} needs no worker any more");
+            return dismiss(incarnation, reason, Afterwards::Rejoin, actions);
+        }
+        let (address, device) = (&profile.address, &profile.device);
+        let mut text = format!("worker {name} joined from {address} ({device})");
+        if let Some(id) = &job {
+            text = format!("worker {name} came back from {address} with the state of job {id}");
+        }
+        actions.push(note("join", text));
+        let holds = job.clone().filter(|_| queued);
+        self.pool.join(now_ms, incarnation, profile, holds);
+        if let Some(id) = job.filter(|_| runs) {
+            self.pool.assign(&[incarnation], &id);
+            actions.push(SchedulerAction::Lend { id, incarnation });
+        }
     }
 
     fn leaving(
@@ -312,7 +336,16 @@ impl Scheduler {
             }
             Some(id) => {
                 if self.pool.drain(incarnation) {
-                    self.pause(&id, format!("worker {name} leaves: {reason}"), actions);
+                    let reason = reason.to_owned();
+                    actions.push(note(
+                        "drain",
+                        format!("worker {name} is to leave: {reason}"),
+                    ));
+                    actions.push(SchedulerAction::Release {
+                        id,
+                        incarnation,
+                        reason,
+                    });
                 }
             }
         }
@@ -334,12 +367,7 @@ impl Scheduler {
         let Some(incarnation) = self.pool.of_name(name) else {
             return;
         };
-        // It comes back between two jobs under another incarnation, and is told to leave then.
-        self.pool.remember_draining(name);
         self.leaving(incarnation, "drained", actions);
-        if !self.pool.contains(incarnation) {
-            self.pool.take_draining(name);
-        }
     }
 
     fn cancel(&mut self, id: &JobId, reason: String, actions: &mut Vec<SchedulerAction>) {
@@ -405,6 +433,20 @@ impl Scheduler {
             .collect();
         for id in running {
             self.pause(&id, format!("the coordinator leaves ({reason})"), actions);
+        }
+    }
+
+    /// An attempt needs no workers any more.
+    fn released(&mut self, id: &JobId) {
+        self.pool.forget_job(id);
+        let number = self.unended(id).map(|(number, _)| number);
+        if let Some(number) = number
+            && let Some(Entry {
+                state: State::Running { works, .. },
+                ..
+            }) = self.jobs.get_mut(&number)
+        {
+            *works = false;
         }
     }
 
@@ -508,41 +550,91 @@ impl Scheduler {
         }
     }
 
-    /// Gives idle workers to the head of the queue, as long as there are enough of them.
+    /// Gives workers to jobs: those that hold a queued job's state to it; idle ones to running jobs that lost some, then to the
+    /// head of the queue, as long as there are enough of them, then to running jobs that take more.
     fn start_jobs(&mut self, now_ms: u64, actions: &mut Vec<SchedulerAction>) {
         self.now_ms = now_ms;
         if self.shutting_down {
             return;
         }
+        let queued = self.jobs.iter();
+        let queued = queued.filter(|(_, it)| matches!(it.state, State::Queued { .. }));
+        let queued: Vec<u64> = queued.map(|(number, _)| *number).collect();
+        for number in queued {
+            let holders = self.pool.holders_of(&self.jobs[&number].job.id);
+            if !holders.is_empty() {
+                self.start(number, holders, true, actions);
+            }
+        }
+        self.lend(|job| job.workers, actions);
         loop {
             let head = self.ready_head(now_ms);
-            let head = head.map(|(number, it)| (number, it.job.id.clone(), it.job.workers));
-            let Some((number, id, wanted)) = head else {
+            let Some((number, wanted)) = head.map(|(number, it)| (number, it.job.workers)) else {
                 self.reminded_ms = None;
-                return;
+                return self.lend(|job| job.workers_max.max(job.workers), actions);
             };
             let Some(workers) = self.pool.idle(wanted as usize) else {
                 self.reminded_ms.get_or_insert(now_ms);
                 return;
             };
             self.reminded_ms = None;
-            let entry = self.jobs.get_mut(&number).expect("the head is a job");
-            entry.attempts.started();
-            entry.state = State::Running {
-                members: workers.clone(),
+            self.start(number, workers, false, actions);
+        }
+    }
+
+    fn start(
+        &mut self,
+        number: u64,
+        workers: Vec<Incarnation>,
+        holding: bool,
+        actions: &mut Vec<SchedulerAction>,
+    ) {
+        let entry = self.jobs.get_mut(&number).expect("a job of the queue");
+        let id = entry.job.id.clone();
+        entry.attempts.started();
+        entry.state = State::Running {
+            works: true,
+            stopping: None,
+        };
+        self.pool.assign(&workers, &id);
+        let names = self.pool.names(&workers).join(", ");
+        actions.push(SchedulerAction::Journal(JobRecord::Started {
+            id: id.clone(),
+        }));
+        actions.push(note("start", format!("job {id} starts on {names}")));
+        actions.push(SchedulerAction::Start {
+            id: id.clone(),
+            workers,
+            holding,
+        });
+        actions.push(SchedulerAction::Changed(id));
+    }
+
+    /// Lends idle workers to running jobs that have fewer than `wanted`.
+    fn lend(&mut self, wanted: impl Fn(&NewJob) -> u32, actions: &mut Vec<SchedulerAction>) {
+        for entry in self.jobs.values() {
+            let State::Running {
+                works: true,
                 stopping: None,
+            } = entry.state
+            else {
+                continue;
             };
-            self.pool.assign(&workers, &id);
-            let names = self.pool.names(&workers).join(", ");
-            actions.push(SchedulerAction::Journal(JobRecord::Started {
-                id: id.clone(),
-            }));
-            actions.push(note("start", format!("job {id} starts on {names}")));
-            actions.push(SchedulerAction::Start {
-                id: id.clone(),
-                workers,
-            });
-            actions.push(SchedulerAction::Changed(id));
+            let id = &entry.job.id;
+            let missing = wanted(&entry.job) as usize;
+            let missing = missing.saturating_sub(self.pool.count_of(id));
+            for _ in 0..missing {
+                let Some(worker) = self.pool.idle(1) else {
+                    return;
+                };
+                self.pool.assign(&worker, id);
+                let names = self.pool.names(&worker).join(", ");
+                actions.push(note("lend", format!("worker {names} is lent to job {id}")));
+                actions.push(SchedulerAction::Lend {
+                    id: id.clone(),
+                    incarnation: worker[0],
+                });
+            }
         }
     }
 

@@ -17,6 +17,7 @@ fn policy() -> SchedulerPolicy {
         heartbeat_timeout_ms: 5_000,
         retry_pause_ms: 1_000,
         attempts_max: 3,
+        return_ms: 0,
         remind_ms: 60_000,
     }
 }
@@ -27,6 +28,7 @@ fn new_job(name: &str, workers: u32) -> NewJob {
         key: String::new(),
         config_toml: format!("name = \"{name}\""),
         workers,
+        workers_max: 0,
         submitted_unix_ms: 7,
     }
 }
@@ -57,10 +59,16 @@ impl Play {
         for action in &actions {
             match action {
                 SchedulerAction::Journal(record) => self.journal.push(record.clone()),
-                SchedulerAction::Start { id, workers } => {
+                SchedulerAction::Start { id, workers, .. } => {
                     let workers = workers.iter().map(|it| it.0).collect();
                     let other = self.running.insert(id.clone(), workers);
                     assert!(other.is_none(), "{id} runs twice");
+                }
+                SchedulerAction::Lend { id, incarnation } => {
+                    let running = self.running.get_mut(id).expect("a job that runs");
+                    if !running.contains(&incarnation.0) {
+                        running.push(incarnation.0);
+                    }
                 }
                 _ => {}
             }
@@ -97,7 +105,26 @@ impl Play {
         self.event(SchedulerEvent::Joined {
             incarnation: Incarnation(incarnation),
             profile: profile(&format!("w{incarnation}"), "build", WIRE_VERSION),
+            job: None,
         })
+    }
+
+    /// A worker comes back with a job's state.
+    fn come_back(&mut self, incarnation: u64, job: &str) -> Vec<SchedulerAction> {
+        self.event(SchedulerEvent::Joined {
+            incarnation: Incarnation(incarnation),
+            profile: profile(&format!("w{incarnation}"), "build", WIRE_VERSION),
+            job: Some(JobId(job.into())),
+        })
+    }
+
+    /// A worker's session ends.
+    fn gone(&mut self, incarnation: u64) -> Vec<SchedulerAction> {
+        for workers in self.running.values_mut() {
+            workers.retain(|it| *it != incarnation);
+        }
+        let incarnation = Incarnation(incarnation);
+        self.event(SchedulerEvent::Gone { incarnation })
     }
 
     fn end(&mut self, name: &str, outcome: Outcome, committed: u64) -> Vec<SchedulerAction> {
@@ -295,31 +322,91 @@ fn a_cancelled_job_ends_at_once_in_the_queue_and_after_saving_when_it_runs() {
 }
 
 #[test]
-fn a_worker_that_leaves_lets_its_job_save_and_the_job_goes_on_with_others() {
+fn a_worker_that_is_drained_is_asked_of_its_job_and_replaced() {
     let mut play = Play::new();
     play.submit(new_job("a", 1)).expect("taken");
     play.join(1);
+    let released = |actions: &[SchedulerAction]| {
+        let asked = actions.iter().filter_map(|it| match it {
+            SchedulerAction::Release {
+                id, incarnation, ..
+            } => Some((id.0.clone(), incarnation.0)),
+            _ => None,
+        });
+        asked.collect::<Vec<_>>()
+    };
     let actions = play.event(SchedulerEvent::DrainRequested { name: "w1".into() });
-    assert_eq!(stopped(&actions), ["a"]);
+    assert_eq!(released(&actions), [("a".to_owned(), 1)]);
+    assert!(stopped(&actions).is_empty());
     // Asked again, nothing new happens.
     let again = play.event(SchedulerEvent::DrainRequested { name: "w1".into() });
-    assert!(stopped(&again).is_empty());
-    play.event(SchedulerEvent::Gone {
-        incarnation: Incarnation(1),
-    });
-    play.end("a", interrupted(3), 3);
-    assert_eq!(play.state("a"), JobSummaryState::Queued);
-    // It comes back under another incarnation, and is let go; the job does not get it.
-    let back = play.event(SchedulerEvent::Joined {
-        incarnation: Incarnation(2),
-        profile: profile("w1", "build", WIRE_VERSION),
-    });
-    assert_eq!(dismissed(&back), [(2, Afterwards::Leave, "drained")]);
+    assert!(released(&again).is_empty());
+    play.gone(1);
     play.join(3);
     assert_eq!(play.running[&JobId("a".into())], [3]);
-    // An interruption that was asked for is no failed attempt.
-    play.end("a", Outcome::Completed, 9);
-    assert_eq!(play.scheduler.jobs()[0].attempts, 2);
+    // Who waits leaves at once.
+    play.join(4);
+    let actions = play.event(SchedulerEvent::DrainRequested { name: "w4".into() });
+    assert_eq!(dismissed(&actions), [(4, Afterwards::Leave, "drained")]);
+}
+
+#[test]
+fn idle_workers_go_to_jobs_that_lost_some_then_to_the_queue_then_to_jobs_that_take_more() {
+    let mut play = Play::new();
+    let wide = NewJob {
+        workers_max: 3,
+        ..new_job("wide", 2)
+    };
+    play.submit(wide).expect("taken");
+    play.join(1);
+    play.join(2);
+    play.submit(new_job("next", 1)).expect("taken");
+    play.gone(1);
+    play.join(3);
+    assert_eq!(play.running[&JobId("wide".into())], [2, 3], "it lost one");
+    play.join(4);
+    assert_eq!(play.running[&JobId("next".into())], [4]);
+    play.join(5);
+    assert_eq!(play.running[&JobId("wide".into())], [2, 3, 5]);
+    play.join(6);
+    assert_eq!(play.running[&JobId("wide".into())], [2, 3, 5], "its most");
+    // While it writes its export it takes nobody.
+    play.event(SchedulerEvent::Released {
+        id: JobId("wide".into()),
+    });
+    play.running.insert(JobId("wide".into()), Vec::new());
+    let back = play.come_back(2, "wide");
+    assert_eq!(dismissed(&back)[0].1, Afterwards::Rejoin);
+}
+
+#[test]
+fn workers_that_hold_a_jobs_state_go_to_that_job_alone() {
+    let mut before = Play::new();
+    before.submit(new_job("first", 3)).expect("taken");
+    before.submit(new_job("second", 2)).expect("taken");
+    // The coordinator starts again; two workers of the second job are still there.
+    let mut play = Play::with(&before.journal);
+    play.come_back(1, "second");
+    assert_eq!(
+        play.running[&JobId("second".into())],
+        [1],
+        "it begins with those who hold it"
+    );
+    play.come_back(2, "second");
+    assert_eq!(play.running[&JobId("second".into())], [1, 2]);
+    // A new session of one that is known is handed on, too.
+    let again = play.come_back(2, "second");
+    assert!(matches!(
+        again[..],
+        [SchedulerAction::Lend {
+            incarnation: Incarnation(2),
+            ..
+        }]
+    ));
+    let strange = play.come_back(3, "unheard-of");
+    let (incarnation, afterwards, reason) = dismissed(&strange)[0];
+    assert_eq!((incarnation, afterwards), (3, Afterwards::Rejoin));
+    assert!(reason.contains("unheard-of"), "{reason}");
 }
 
 #[test]
@@ -329,6 +416,7 @@ fn strangers_are_told_to_stay_away_and_twins_to_come_again() {
         play.event(SchedulerEvent::Joined {
             incarnation: Incarnation(incarnation),
             profile,
+            job: None,
         })
     };
     let other_build = join(&mut play, 1, profile("a", "other", WIRE_VERSION));
@@ -436,8 +524,7 @@ fn whatever_happens_every_job_ends_once_workers_stay() {
                     play.join(worker);
                 }
                 3 => {
-                    let incarnation = Incarnation(draw(worker + 1));
-                    play.event(SchedulerEvent::Gone { incarnation });
+                    play.gone(draw(worker + 1));
                 }
                 4 => drop(play.pass(draw(9_000))),
                 5 => {
@@ -461,8 +548,7 @@ fn whatever_happens_every_job_ends_once_workers_stay() {
                             _ => Outcome::Completed,
                         };
                         for member in play.running[id].clone() {
-                            let incarnation = Incarnation(member);
-                            play.event(SchedulerEvent::Gone { incarnation });
+                            play.gone(member);
                         }
                         play.end(&id.0, outcome, at);
                     }

@@ -3,7 +3,8 @@
 use std::fmt;
 
 use protocol::{
-    Afterwards, CoordinatorMessage, Copies, Generation, Incarnation, Layout, Rank, Step, ToWorker,
+    Afterwards, CoordinatorMessage, Copies, Generation, Incarnation, JobId, Layout, Rank, Step,
+    Terms, ToWorker,
 };
 
 use crate::error::{address, from_one, required, text};
@@ -40,11 +41,19 @@ impl From<CoordinatorMessage> for Message {
                 checkpoint_dir,
                 probe,
                 spare,
+                job,
+                terms,
             } => Self::Welcome(proto::Welcome {
                 config_toml,
                 checkpoint_dir,
                 probe,
                 spare,
+                job: job.0,
+                terms: terms.map(|it| proto::Terms {
+                    mirror: it.mirror,
+                    collective_timeout_ms: it.collective_timeout_ms,
+                    silence_ms: it.silence_ms,
+                }),
             }),
             CoordinatorMessage::Form {
                 rank,
@@ -113,6 +122,8 @@ impl TryFrom<Message> for CoordinatorMessage {
                 checkpoint_dir: text("Welcome.checkpoint_dir", it.checkpoint_dir)?,
                 probe: it.probe,
                 spare: it.spare,
+                job: JobId(it.job),
+                terms: it.terms.map(terms).transpose()?,
             },
             Message::Form(it) => form(it)?,
             Message::Go(it) => Self::Go {
@@ -142,6 +153,14 @@ impl TryFrom<Message> for CoordinatorMessage {
             },
         })
     }
+}
+
+fn terms(it: proto::Terms) -> Result<Terms, WireError> {
+    Ok(Terms {
+        mirror: it.mirror,
+        collective_timeout_ms: from_one("Terms.collective_timeout_ms", it.collective_timeout_ms)?,
+        silence_ms: from_one("Terms.silence_ms", it.silence_ms)?,
+    })
 }
 
 impl From<Layout> for proto::Layout {
@@ -199,6 +218,7 @@ impl From<Afterwards> for proto::Afterwards {
     fn from(it: Afterwards) -> Self {
         match it {
             Afterwards::Rejoin => Self::Unspecified,
+            Afterwards::Return => Self::Return,
             Afterwards::Leave => Self::Leave,
             Afterwards::Refused => Self::Refused,
         }
@@ -208,6 +228,7 @@ impl From<Afterwards> for proto::Afterwards {
 fn afterwards(value: i32) -> Result<Afterwards, WireError> {
     match proto::Afterwards::try_from(value) {
         Ok(proto::Afterwards::Unspecified) => Ok(Afterwards::Rejoin),
+        Ok(proto::Afterwards::Return) => Ok(Afterwards::Return),
         Ok(proto::Afterwards::Leave) => Ok(Afterwards::Leave),
         Ok(proto::Afterwards::Refused) => Ok(Afterwards::Refused),
         Err(_) => Err(WireError::invalid("Stop.afterwards", value, "0 to 2")),

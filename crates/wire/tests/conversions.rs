@@ -6,7 +6,7 @@ use prost::Message as _;
 use protocol::{
     Activity, Afterwards, Awaits, Cause, CoordinatorMessage, Copies, EvaluationRow, FromWorker,
     Generation, Held, Incarnation, JobId, Layout, MetricsRow, Phases, Rank, RunFacts, Sample,
-    Statistics, Step, StepReport, ToWorker, Work, WorkerMessage, WorkerProfile,
+    Statistics, Step, StepReport, Terms, ToWorker, Work, WorkerMessage, WorkerProfile,
 };
 use wire::{WireError, proto};
 
@@ -207,6 +207,8 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             checkpoint_dir: "c".into(),
             probe: ".probe-1".into(),
             spare: false,
+            job: JobId("run".into()),
+            terms: None,
         },
         form(0, None),
         form(40, Some("checkpoints/step-00000040".into())),
@@ -234,10 +236,21 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             checkpoint_dir: "c".into(),
             probe: String::new(),
             spare: true,
+            job: JobId("run".into()),
+            terms: Some(Terms {
+                mirror: true,
+                collective_timeout_ms: 5_000,
+                silence_ms: 10_000,
+            }),
         },
     ];
     all.extend((0..4).map(commit));
-    let afterwards = [Afterwards::Rejoin, Afterwards::Leave, Afterwards::Refused];
+    let afterwards = [
+        Afterwards::Rejoin,
+        Afterwards::Return,
+        Afterwards::Leave,
+        Afterwards::Refused,
+    ];
     all.extend(afterwards.map(|afterwards| CoordinatorMessage::Stop {
         reason: "because".into(),
         afterwards,

@@ -2,20 +2,20 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use collective::CollectiveError;
 use collective::tcp::Rendezvous;
-use collective::{Collective, CollectiveError, single};
 use model::Device;
 use protocol::{
-    Afterwards, Awaits, Cause, CoordinatorMessage, Generation, Incarnation, RunFacts, Step,
-    ToWorker, WIRE_VERSION, WorkerMessage, WorkerProfile,
+    Afterwards, Awaits, Cause, CoordinatorMessage, Generation, Incarnation, RunFacts, ToWorker,
+    WIRE_VERSION, WorkerMessage, WorkerProfile,
 };
 use spec::{JobError, Spec};
 use tokio::runtime::Handle;
-use trainer::{End, Facts, Membership, Setup, TrainError, Trainer};
+use trainer::{End, Facts, GateClosed, Membership, Setup, TrainError, Trainer};
 
+use crate::entrance::{Entrance, Formed};
 use crate::gate::{Gate, ProgressTeller};
 use crate::memory::{self, MemoryError};
 use crate::presence::Presence;
@@ -23,13 +23,6 @@ use crate::session::{Door, Session, SessionError};
 
 /// Version that all members of a job must share.
 pub(crate) const BUILD: &str = env!("CARGO_PKG_VERSION");
-
-/// How long ranks wait for each other's connections; all of them were just formed.
-const RENDEZVOUS_PATIENCE: Duration = Duration::from_mins(1);
-
-/// How long one collective operation may take. The coordinator notices a dead or silent rank much sooner and stops the
-/// others, which aborts their collectives; this bound only keeps a fault in that machinery from waiting for ever.
-const COLLECTIVE_PATIENCE: Duration = Duration::from_hours(1);
 
 /// How much later than an error the GPU's own word about it may come.
 #[cfg(feature = "cuda")]
@@ -98,6 +91,8 @@ enum AgentError {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+    #[error(transparent)]
+    Closed(#[from] GateClosed),
     #[error("the training thread panicked: {0}")]
     Panicked(String),
     #[error(
@@ -155,56 +150,41 @@ pub(crate) fn serve(options: &Options, presence: &Presence, runtime: &Handle) ->
 fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError> {
     let rendezvous = Rendezvous::bind(options.listen)?;
     let voice = session.voice().clone();
-    voice.say(WorkerMessage::Join(WorkerProfile {
+    let profile = WorkerProfile {
         build: BUILD.into(),
         wire_version: WIRE_VERSION,
         address: rendezvous.address(),
         name: options.name.clone(),
         device: options.device_text.clone(),
-    }))?;
-    let (config_toml, checkpoint_dir, probe) = wait(session, |heard| match heard.message {
+    };
+    voice.say(WorkerMessage::Join(profile.clone()))?;
+    let welcome = wait(session, |heard| match heard.message {
         CoordinatorMessage::Welcome {
             config_toml,
             checkpoint_dir,
             probe,
+            terms,
             ..
-        } => Some((config_toml, checkpoint_dir, probe)),
+        } => Some((config_toml, checkpoint_dir, probe, terms)),
         _ => None,
     })?;
+    let (config_toml, checkpoint_dir, probe, terms) = welcome;
+    if let Some(terms) = terms {
+        voice.outlive(profile, terms);
+    }
     let spec = spec::parse(&config_toml)?;
-    let checkpoint_dir = PathBuf::from(checkpoint_dir);
-    same_disk(&checkpoint_dir, &probe, &options.name)?;
-    voice.await_next(Awaits::Form);
-    let form = wait(session, |heard| match heard.message {
-        CoordinatorMessage::Form {
-            rank,
-            addresses,
-            secret,
-            committed,
-            resume,
-            ..
-        } => Some(Formed {
-            rank: rank.0,
-            generation: heard.generation,
-            addresses,
-            secret,
-            committed,
-            resume: resume.map(PathBuf::from),
-        }),
-        _ => None,
-    })?;
-    voice.await_next(Awaits::Nothing);
-
-    let collective = form.connect(&rendezvous)?;
-    voice.enter(form.generation, Some(collective.aborter()));
-    voice.know(form.committed);
+    let checkpoints = PathBuf::from(checkpoint_dir);
+    same_disk(&checkpoints, &probe, &options.name)?;
+    let entrance = Entrance {
+        rendezvous: &rendezvous,
+        checkpoints,
+        terms,
+    };
     // A thread of its own: a panic in it is told to the coordinator instead of a silent death.
     std::thread::scope(|scope| {
         let training = std::thread::Builder::new().name("training".into());
         let training = training
-            .spawn_scoped(scope, || {
-                train(options, session, &spec, &form, collective, checkpoint_dir)
-            })
+            .spawn_scoped(scope, || train(options, session, &spec, &entrance))
             .map_err(|source| TrainError::Thread {
                 thread: "training",
                 source,
@@ -235,92 +215,137 @@ fn same_disk(folder: &Path, probe: &str, worker: &str) -> Result<(), AgentError>
         .map_err(|error| other(format!("write {}: {error}", own.display())))
 }
 
-struct Formed {
-    rank: u32,
-    generation: Generation,
-    addresses: Vec<String>,
-    secret: [u8; 32],
-    committed: Step,
-    resume: Option<PathBuf>,
-}
-
-impl Formed {
-    /// Workers on this one's machine, itself included: those with its IP address. Containers have one each, and memory of
-    /// their own.
-    fn neighbors(&self) -> usize {
-        let host = |address: &str| address.rsplit_once(':').map(|(host, _)| host.to_owned());
-        let own = host(&self.addresses[self.rank as usize]);
-        let all = self.addresses.iter();
-        all.filter(|address| host(address) == own).count()
-    }
-
-    fn connect(&self, rendezvous: &Rendezvous) -> Result<Box<dyn Collective>, CollectiveError> {
-        if self.addresses.len() == 1 {
-            return Ok(Box::new(single(self.generation.0)));
-        }
-        let deadline = Instant::now() + RENDEZVOUS_PATIENCE;
-        let tcp = rendezvous.connect(
-            self.rank as usize,
-            &self.addresses,
-            self.generation.0,
-            self.secret,
-            deadline,
-        )?;
-        Ok(Box::new(tcp))
-    }
-}
-
+/// Trains through one generation after another, from the first one that begins with this worker in it.
 fn train(
     options: &Options,
     session: &mut Session,
     spec: &Spec,
-    form: &Formed,
-    collective: Box<dyn Collective>,
-    checkpoints: PathBuf,
+    entrance: &Entrance<'_>,
 ) -> Result<(), AgentError> {
-    let voice = session.voice().clone();
+    let mut loaded = None;
+    if session.voice().is_spare() {
+        // It loads before it is admitted, so that the others need not wait for that.
+        session.voice().await_next(Awaits::Form);
+        let held = Vec::new();
+        session.voice().say(WorkerMessage::Held { held })?;
+        // It may become one of two or more.
+        loaded = Some(load(options, session, spec, 2, Generation(0))?);
+    }
+    let mut place: Option<(Formed, Membership)> = None;
+    loop {
+        let (form, membership) = if let Some(place) = place.take() {
+            place
+        } else {
+            let found = loaded.as_ref();
+            let found = found.map(|it: &Setup| to_protocol(it.facts(), 0));
+            let (form, collective) = entrance.enter(session, &[], found.as_ref())?;
+            let membership = entrance.membership(session, &form, collective);
+            (form, membership)
+        };
+        let (generation, rank) = (form.generation, form.rank);
+        let trainer = prepare(
+            options,
+            session,
+            spec,
+            entrance,
+            form,
+            membership,
+            loaded.take(),
+        );
+        let result = trainer.and_then(|(trainer, ready)| {
+            session.voice().say(ready.clone())?;
+            let mut gate = Gate::new(session, entrance, generation, rank, ready);
+            // Until it begins nothing is lost with a trainer, and the next generation may want another part of the reference.
+            gate.begin()?;
+            let end = trainer.run(&mut gate);
+            place = gate.anew();
+            Ok(end?)
+        });
+        match result {
+            Ok(End::Finished) => return Ok(()),
+            Ok(End::Stopped) => {
+                return Err(SessionError::Stopped {
+                    reason: "the job stops here".into(),
+                    afterwards: Afterwards::Rejoin,
+                }
+                .into());
+            }
+            Err(error) => {
+                let interrupted = match &error {
+                    AgentError::Train(TrainError::Collective(broken)) => {
+                        if place.is_none() {
+                            entrance.accuse(session, broken);
+                        }
+                        true
+                    }
+                    AgentError::Closed(_) | AgentError::Train(TrainError::Closed(_)) => true,
+                    _ => false,
+                };
+                if !interrupted || !entrance.is_elastic() || session.over().is_some() {
+                    return Err(error);
+                }
+                tracing::info!("generation {generation} is over: {error}");
+            }
+        }
+    }
+}
+
+/// Reads model and data.
+fn load(
+    options: &Options,
+    session: &Session,
+    spec: &Spec,
+    world: usize,
+    generation: Generation,
+) -> Result<Setup, AgentError> {
+    let voice = session.voice();
     let mut teller = ProgressTeller::new(voice.clone());
-    let mut progress = |phase: &str, done, total| {
+    let setup = Setup::load(spec, &options.device, world, &mut |phase, done, total| {
         teller.tell(phase, done, total);
-        Ok(())
+        voice.check(generation)
+    });
+    Ok(setup?)
+}
+
+/// Loads what is not loaded, and gets a trainer to where the generation begins; what it then says.
+fn prepare(
+    options: &Options,
+    session: &Session,
+    spec: &Spec,
+    entrance: &Entrance<'_>,
+    form: Formed,
+    membership: Membership,
+    loaded: Option<Setup>,
+) -> Result<(Trainer, WorkerMessage), AgentError> {
+    let voice = session.voice();
+    let generation = form.generation;
+    let setup = match loaded {
+        Some(setup) => setup,
+        None => load(options, session, spec, form.addresses.len(), generation)?,
     };
-    let world = form.addresses.len();
-    let setup = Setup::load(spec, &options.device, world, &mut progress)?;
     if form.rank == 0 {
         let notes = setup.notes().iter().map(|note| format!("{note}\n"));
         let text = notes.collect::<String>() + &setup.reports().to_string();
         voice.say(WorkerMessage::DataReport { text })?;
         // The export is made where the coordinator runs, which may not see the model's folder.
-        setup.keep_source(&checkpoints)?;
+        setup.keep_source(&entrance.checkpoints)?;
     }
     if options.device == Device::flex() {
         memory::check(&setup, form.addresses.len(), form.neighbors())?;
     }
     let facts = setup.facts();
-    let membership = Membership {
-        collective,
-        step_deadline: COLLECTIVE_PATIENCE,
-        checkpoints,
-        resume: form.resume.clone(),
-        mirror: false,
-        pulse: Arc::default(),
-        generation: form.generation.0,
-    };
-    let (trainer, counts) = Trainer::new(setup, membership, &mut progress)?;
-    voice.say(WorkerMessage::Ready {
+    let mut teller = ProgressTeller::new(voice.clone());
+    let reformation = form.reformation(membership);
+    let (trainer, counts) = Trainer::join(setup, reformation, &mut |phase, done, total| {
+        teller.tell(phase, done, total);
+        voice.check(generation)
+    })?;
+    let ready = WorkerMessage::Ready {
         facts: to_protocol(facts, trainer.committed()),
         reference_reused: counts.reused,
         reference_computed: counts.computed,
-    })?;
-    let mut gate = Gate::new(session, form.rank);
-    match trainer.run(&mut gate)? {
-        End::Finished => Ok(()),
-        End::Stopped => Err(SessionError::Stopped {
-            reason: "the job stops here".into(),
-            afterwards: Afterwards::Rejoin,
-        }
-        .into()),
-    }
+    };
+    Ok((trainer, ready))
 }
 
 /// The first message that `wanted` takes.
@@ -358,7 +383,7 @@ impl AgentError {
     fn cause(&self) -> Cause {
         match self {
             Self::Job(_) | Self::OtherDisk { .. } | Self::Memory(_) => Cause::Config,
-            Self::Session(_) | Self::Collective(_) => Cause::Temporary,
+            Self::Session(_) | Self::Collective(_) | Self::Closed(_) => Cause::Temporary,
             Self::Panicked(_) => Cause::Fatal,
             Self::Train(error) => match error.cause() {
                 trainer::Cause::Config => Cause::Config,

@@ -292,7 +292,7 @@ impl Next {
         match ending {
             Ending::Finished => Self::AtOnce,
             Ending::Left(SessionError::Stopped { afterwards, .. }) => match afterwards {
-                Afterwards::Rejoin => Self::Later,
+                Afterwards::Rejoin | Afterwards::Return => Self::Later,
                 Afterwards::Leave => Self::Leave,
                 Afterwards::Refused => Self::Refused,
             },

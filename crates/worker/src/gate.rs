@@ -3,16 +3,19 @@
 use std::time::{Duration, Instant};
 
 use objective::RewardStatistics;
-use protocol::{Awaits, CoordinatorMessage, Generation, Statistics, Step, WorkerMessage};
+use protocol::{
+    Awaits, CoordinatorMessage, Generation, Held, Rank, RunFacts, Statistics, Step, WorkerMessage,
+};
 use trainer::{
-    EvaluationRow, GateClosed, Next, Sample, SavedReporter, SavedShard, StepGate, StepReport,
-    Verdict,
+    EvaluationRow, GateClosed, Membership, Next, Reformation, Sample, SavedReporter, SavedShard,
+    StepGate, StepReport, TrainError, Verdict,
 };
 
+use crate::entrance::{Entrance, Formed};
 use crate::session::{Session, SessionError, Voice};
 
 /// A vote without an answer is cast again after this time; voting twice changes nothing.
-const REPEAT: Duration = Duration::from_secs(2);
+pub(crate) const REPEAT: Duration = Duration::from_secs(2);
 
 /// Progress is told at most this often.
 const PROGRESS: Duration = Duration::from_millis(250);
@@ -20,11 +23,17 @@ const PROGRESS: Duration = Duration::from_millis(250);
 /// Utilization is logged at most this often.
 const SAY: Duration = Duration::from_mins(1);
 
-/// A rank's door to the coordinator, from Ready to the end.
+/// A rank's door to the coordinator, from Ready to the end, through one generation after another.
 pub(crate) struct Gate<'a> {
     session: &'a mut Session,
+    entrance: &'a Entrance<'a>,
+    generation: Generation,
     rank: u32,
     place: Place,
+    /// Said until the generation begins.
+    ready: WorkerMessage,
+    /// A generation that begins with weights which training has no more.
+    anew: Option<(Formed, Membership)>,
     progress: ProgressTeller,
     /// When utilization was last logged.
     said: Option<Instant>,
@@ -34,19 +43,101 @@ enum Place {
     /// Ready, and nobody has said Go.
     Waiting,
     /// In the middle of the run.
-    Running { next: u64, evaluate: bool },
+    Running {
+        next: u64,
+        save: bool,
+        evaluate: bool,
+        /// No step follows.
+        last: bool,
+    },
     /// The last step is committed.
     Ended,
+    /// All is done.
+    Finished,
 }
 
 impl<'a> Gate<'a> {
-    pub(crate) fn new(session: &'a mut Session, rank: u32) -> Self {
+    /// A gate for a member of `generation` that is `ready`.
+    pub(crate) fn new(
+        session: &'a mut Session,
+        entrance: &'a Entrance<'a>,
+        generation: Generation,
+        rank: u32,
+        ready: WorkerMessage,
+    ) -> Self {
         Self {
             progress: ProgressTeller::new(session.voice().clone()),
             session,
+            entrance,
+            generation,
             rank,
             place: Place::Waiting,
+            ready,
+            anew: None,
             said: None,
+        }
+    }
+
+    /// Waits until all members are ready.
+    ///
+    /// # Errors
+    /// The generation is over before it began.
+    pub(crate) fn begin(&mut self) -> Result<(), GateClosed> {
+        let first = self.wait(Awaits::Go, Some(&self.ready), |message| match message {
+            CoordinatorMessage::Go {
+                step,
+                evaluate,
+                save,
+                last,
+            } => Some(Place::Running {
+                next: step.0,
+                save: *save,
+                evaluate: *evaluate,
+                last: *last,
+            }),
+            CoordinatorMessage::Finish => Some(Place::Finished),
+            _ => None,
+        });
+        self.place = first?;
+        Ok(())
+    }
+
+    /// The generation for which training is to be made anew, if that is why it ended.
+    pub(crate) fn anew(&mut self) -> Option<(Formed, Membership)> {
+        self.anew.take()
+    }
+
+    fn facts(&self) -> Option<&RunFacts> {
+        match &self.ready {
+            WorkerMessage::Ready { facts, .. } => Some(facts),
+            _ => None,
+        }
+    }
+
+    /// What the coordinator says to this generation, or nothing for [`REPEAT`].
+    fn hear(&self) -> Result<Option<CoordinatorMessage>, GateClosed> {
+        let heard = self.session.hear(REPEAT).map_err(|error| closed(&error))?;
+        let Some(heard) = heard else {
+            self.session.voice().check(self.generation)?;
+            return Ok(None);
+        };
+        match heard.message {
+            // Others join: the next generation is formed where the present one has nothing left to do.
+            CoordinatorMessage::Form { .. } if heard.generation > self.generation => {
+                self.session.put_back(heard);
+                Err(GateClosed {
+                    reason: "the next generation is formed".into(),
+                })
+            }
+            // These end the present generation, whichever they speak of.
+            CoordinatorMessage::Abort { reason } if heard.generation >= self.generation => {
+                Err(GateClosed { reason })
+            }
+            CoordinatorMessage::Welcome { .. } => Err(GateClosed {
+                reason: "the coordinator gathers its workers again".into(),
+            }),
+            message if heard.generation == self.generation => Ok(Some(message)),
+            _ => Ok(None),
         }
     }
 
@@ -60,19 +151,25 @@ impl<'a> Gate<'a> {
         }
     }
 
-    /// Waits for the first message that `wanted` understands.
+    /// Waits for the first message that `wanted` understands, and says `again` what may have been lost.
     fn wait<T>(
         &self,
         awaits: Awaits,
+        again: Option<&WorkerMessage>,
         wanted: impl Fn(&CoordinatorMessage) -> Option<T>,
     ) -> Result<T, GateClosed> {
         let voice = self.session.voice();
         voice.await_next(awaits);
         loop {
-            let heard = self.session.hear(REPEAT).map_err(|error| closed(&error))?;
-            if let Some(answer) = heard.and_then(|heard| wanted(&heard.message)) {
-                voice.await_next(Awaits::Nothing);
-                return Ok(answer);
+            match (self.hear()?, again) {
+                (Some(message), _) => {
+                    if let Some(answer) = wanted(&message) {
+                        voice.await_next(Awaits::Nothing);
+                        return Ok(answer);
+                    }
+                }
+                (None, Some(again)) => voice.say(again.clone()).map_err(|error| closed(&error))?,
+                (None, None) => {}
             }
         }
     }
@@ -80,35 +177,27 @@ impl<'a> Gate<'a> {
 
 impl StepGate for Gate<'_> {
     fn next(&mut self) -> Result<Next, GateClosed> {
-        match self.place {
-            Place::Waiting => {
-                let first = self.wait(Awaits::Go, |message| match message {
-                    CoordinatorMessage::Go { step, evaluate, .. } => {
-                        Some(Some((step.0, *evaluate)))
-                    }
-                    CoordinatorMessage::Finish => Some(None),
-                    _ => None,
-                })?;
-                let Some((next, evaluate)) = first else {
-                    return Ok(Next::Finish);
-                };
-                self.place = Place::Running { next, evaluate };
-                self.next()
+        loop {
+            match &mut self.place {
+                Place::Waiting => self.begin()?,
+                Place::Running { save, last, .. } if *save => {
+                    *save = false;
+                    return Ok(Next::Save { last: *last });
+                }
+                Place::Running { evaluate, .. } if *evaluate => {
+                    *evaluate = false;
+                    return Ok(Next::Evaluate);
+                }
+                Place::Running { last: true, .. } => self.place = Place::Ended,
+                Place::Running { next, .. } => return Ok(Next::Step(*next)),
+                Place::Ended => {
+                    let finished = |message: &CoordinatorMessage| {
+                        matches!(message, CoordinatorMessage::Finish).then_some(Place::Finished)
+                    };
+                    self.place = self.wait(Awaits::End, None, finished)?;
+                }
+                Place::Finished => return Ok(Next::Finish),
             }
-            Place::Running {
-                next,
-                evaluate: true,
-            } => {
-                self.place = Place::Running {
-                    next,
-                    evaluate: false,
-                };
-                Ok(Next::Evaluate)
-            }
-            Place::Running { next, .. } => Ok(Next::Step(next)),
-            Place::Ended => self.wait(Awaits::End, |message| {
-                matches!(message, CoordinatorMessage::Finish).then_some(Next::Finish)
-            }),
         }
     }
 
@@ -118,12 +207,11 @@ impl StepGate for Gate<'_> {
             report: to_protocol(report),
             phases: phases(&report.phases),
         };
-        let voice = self.session.voice();
+        let voice = self.session.voice().clone();
         voice.say(vote.clone()).map_err(|error| closed(&error))?;
         voice.await_next(Awaits::Commit);
         loop {
-            let heard = self.session.hear(REPEAT).map_err(|error| closed(&error))?;
-            match heard.map(|heard| heard.message) {
+            match self.hear()? {
                 None => voice.say(vote.clone()).map_err(|error| closed(&error))?,
                 Some(CoordinatorMessage::Commit {
                     step,
@@ -139,7 +227,9 @@ impl StepGate for Gate<'_> {
                     } else {
                         Place::Running {
                             next: report.step + 1,
+                            save: false,
                             evaluate: false,
+                            last: false,
                         }
                     };
                     return Ok(Verdict {
@@ -161,6 +251,49 @@ impl StepGate for Gate<'_> {
                 Some(_) => {}
             }
         }
+    }
+
+    fn reform(
+        &mut self,
+        why: &TrainError,
+        held: &[trainer::Held],
+    ) -> Result<Option<Reformation>, GateClosed> {
+        if !self.entrance.is_elastic() {
+            return Ok(None);
+        }
+        let held = held.iter().map(|it| Held {
+            generation: Generation(it.generation),
+            rank: Rank(it.rank as u32),
+            world: it.world as u32,
+            applied: Step(it.applied),
+            gradient: it.gradient,
+        });
+        let held: Vec<Held> = held.collect();
+        if let TrainError::Collective(error) = why {
+            self.entrance.accuse(self.session, error);
+        }
+        let entered = self.entrance.enter(self.session, &held, self.facts());
+        let (form, collective) = entered?;
+        let membership = self.entrance.membership(self.session, &form, collective);
+        self.generation = form.generation;
+        self.rank = form.rank;
+        self.place = Place::Waiting;
+        if form.starts_over() {
+            self.anew = Some((form, membership));
+            return Ok(None);
+        }
+        Ok(Some(form.reformation(membership)))
+    }
+
+    fn reformed(&mut self, committed: u64) -> Result<(), GateClosed> {
+        if let WorkerMessage::Ready { facts, .. } = &mut self.ready {
+            facts.committed = committed;
+        }
+        let voice = self.session.voice();
+        voice.know(Step(committed));
+        voice
+            .say(self.ready.clone())
+            .map_err(|error| closed(&error))
     }
 
     fn evaluated(&mut self, row: &EvaluationRow, samples: &[Sample]) -> Result<(), GateClosed> {
@@ -189,11 +322,9 @@ impl StepGate for Gate<'_> {
     }
 
     fn saved_reporter(&mut self) -> SavedReporter {
-        let voice = self.session.voice().clone();
+        let (voice, asked) = (self.session.voice().clone(), self.generation);
         Box::new(move |SavedShard { step, file }| {
             let step = Step(step);
-            // There is one generation in a session.
-            let asked = Generation(0);
             let message = match file {
                 Ok(shard) => WorkerMessage::Saved { step, asked, shard },
                 Err(reason) => WorkerMessage::SaveFailed {
@@ -241,7 +372,7 @@ impl ProgressTeller {
     }
 }
 
-fn closed(error: &SessionError) -> GateClosed {
+pub(crate) fn closed(error: &SessionError) -> GateClosed {
     GateClosed {
         reason: error.to_string(),
     }

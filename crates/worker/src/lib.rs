@@ -14,6 +14,7 @@
 mod agent;
 pub mod backend;
 pub mod cli;
+mod entrance;
 mod gate;
 pub mod log;
 pub mod machine;

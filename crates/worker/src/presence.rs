@@ -5,7 +5,6 @@ use std::process::exit;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Context;
-use protocol::WorkerMessage;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -43,7 +42,7 @@ impl Presence {
             state.leaving
         };
         if let Some(reason) = leaving {
-            leave(voice, reason);
+            voice.leave(reason);
         }
         self.report(ServingStatus::Serving);
         Present(self)
@@ -75,7 +74,7 @@ impl Presence {
                         Some(voice) if !again => {
                             tracing::info!("{name}: leaving as soon as the job has saved; once more leaves at once");
                             // Speaking may wait for the network.
-                            tokio::task::spawn_blocking(move || leave(&voice, name));
+                            tokio::task::spawn_blocking(move || voice.leave(name));
                         }
                         _ => exit(i32::from(EXIT_DRAINED)),
                     }
@@ -97,7 +96,7 @@ impl Presence {
         let telling = std::thread::spawn(move || {
             let cause = protocol::Cause::Temporary;
             // A session that is over has nobody to tell.
-            drop(voice.say(WorkerMessage::Failed { cause, reason }));
+            drop(voice.say(protocol::WorkerMessage::Failed { cause, reason }));
             let _ = told.send(());
         });
         if is_told.recv_timeout(patience).is_ok() {
@@ -142,10 +141,4 @@ impl Drop for Present<'_> {
         self.0.state().voice = None;
         self.0.report(ServingStatus::NotServing);
     }
-}
-
-fn leave(voice: &Voice, reason: &str) {
-    let reason = reason.to_owned();
-    // Without a session there is nobody to tell, and nothing to leave.
-    drop(voice.say(WorkerMessage::Leave { reason }));
 }

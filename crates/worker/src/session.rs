@@ -1,24 +1,30 @@
 //! The stream to the coordinator: a tokio task that beats and listens, and a blocking handle for the training thread.
 //!
-//! When the coordinator says Stop, or the stream ends, the task first aborts the collective, so that a training thread that
-//! waits for a peer wakes up, then passes the word on. A thread that has not left after [`LEAVE_SECONDS_MAX`] is in a long
-//! computation whose result nobody wants: a process that serves one job exits under it, one that serves more lets it end.
+//! When the coordinator says Stop or Abort, the task first aborts the collective, so that a training thread that waits for a
+//! peer wakes up, then passes the word on. A thread that has not left [`LEAVE_SECONDS_MAX`] after a Stop is in a long computation
+//! whose result nobody wants: a process that serves one job exits under it, one that serves more lets it end.
+//!
+//! A stream that breaks ends the session, except in an elastic job, whose workers outlive their coordinator: then the task
+//! connects again, for [`RECONNECT_PATIENCE`], and joins under the same incarnation. What was said into the gap is lost; whoever
+//! waits for an answer says it again.
 
+use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as blocking};
 use std::time::{Duration, Instant};
 
 use collective::Aborter;
 use protocol::{
     Activity, Afterwards, Awaits, CoordinatorMessage, FromWorker, Generation, Incarnation, JobId,
-    Step, ToWorker, WorkerMessage,
+    Step, Terms, ToWorker, Work, WorkerMessage, WorkerProfile,
 };
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Streaming};
+use trainer::{GateClosed, Pulse};
 use wire::proto::workers_client::WorkersClient;
 use wire::{Pass, proto};
 
@@ -30,6 +36,12 @@ const OUTGOING_MESSAGES_MAX: usize = 64;
 
 /// A coordinator whose machine is gone is noticed by this: a ping so often, and so long for its answer.
 const KEEPALIVE: Duration = Duration::from_secs(10);
+
+/// How long a worker of an elastic job tries to reach its coordinator again.
+const RECONNECT_PATIENCE: Duration = Duration::from_mins(10);
+
+/// Longest pause between two attempts to reach a coordinator.
+const DIAL_PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// How long the training thread may take to leave after the session ended.
 const LEAVE_SECONDS_MAX: u64 = 10;
@@ -77,6 +89,8 @@ pub(crate) struct Door {
 pub(crate) struct Session {
     voice: Voice,
     heard: blocking::Receiver<Result<ToWorker, SessionError>>,
+    /// Heard where it could not be answered, to be heard again.
+    again: RefCell<Option<ToWorker>>,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -84,21 +98,34 @@ pub(crate) struct Session {
 #[derive(Clone)]
 pub(crate) struct Voice {
     shared: Arc<Shared>,
-    outgoing: mpsc::Sender<FromWorker>,
 }
 
 struct Shared {
     incarnation: Incarnation,
+    /// Where training's work shows.
+    pulse: Arc<Pulse>,
     state: Mutex<State>,
 }
 
-#[derive(Default)]
 struct State {
+    /// To the present stream.
+    outgoing: mpsc::Sender<FromWorker>,
+    /// The job that it was welcomed to.
+    job: JobId,
+    /// What it says of itself whenever it connects again, and what holds for it; set in an elastic job.
+    elastic: Option<(WorkerProfile, Terms)>,
+    /// Whether it waits to be admitted.
+    spare: bool,
+    /// The newest that it has heard of. Never goes back.
     generation: Generation,
+    /// Up to which generation it shall take part in none, and why.
+    over: Option<(Generation, String)>,
     committed: Step,
     awaits: Awaits,
-    /// The present generation's collective.
-    aborter: Option<Aborter>,
+    /// What ends the rendezvous or collective of a generation.
+    aborter: Option<(Generation, Aborter)>,
+    /// Why it is to leave, said again to a coordinator that may not have heard.
+    leaving: Option<String>,
     /// Why the session is over.
     ended: Option<SessionError>,
 }
@@ -111,21 +138,36 @@ impl Session {
         incarnation: Incarnation,
         patience: Duration,
     ) -> Result<Self, SessionError> {
+        let (outgoing, queue) = mpsc::channel(OUTGOING_MESSAGES_MAX);
         let shared = Arc::new(Shared {
             incarnation,
-            state: Mutex::default(),
+            pulse: Arc::default(),
+            state: Mutex::new(State {
+                outgoing,
+                job: JobId::default(),
+                elastic: None,
+                spare: false,
+                generation: Generation::default(),
+                over: None,
+                committed: Step::default(),
+                awaits: Awaits::default(),
+                aborter: None,
+                leaving: None,
+                ended: None,
+            }),
         });
-        let (outgoing, queue) = mpsc::channel(OUTGOING_MESSAGES_MAX);
-        let voice = Voice { shared, outgoing };
+        let voice = Voice { shared };
         let incoming = runtime.block_on(connect(door, queue, patience))?;
         let (tell, heard) = blocking::channel();
+        let listening = listen(incoming, Arc::clone(&voice.shared), tell, door.clone());
         let tasks = [
-            runtime.spawn(beat(voice.clone())),
-            runtime.spawn(listen(incoming, Arc::clone(&voice.shared), tell, door.once)),
+            runtime.spawn(beat(Arc::clone(&voice.shared))),
+            runtime.spawn(listening),
         ];
         Ok(Self {
             voice,
             heard,
+            again: RefCell::default(),
             tasks,
         })
     }
@@ -136,11 +178,24 @@ impl Session {
 
     /// The next message, or `None` after `patience`.
     pub(crate) fn hear(&self, patience: Duration) -> Result<Option<ToWorker>, SessionError> {
+        if let Some(message) = self.again.take() {
+            return Ok(Some(message));
+        }
         match self.heard.recv_timeout(patience) {
             Ok(message) => message.map(Some),
             Err(blocking::RecvTimeoutError::Timeout) => Ok(None),
             Err(blocking::RecvTimeoutError::Disconnected) => Err(self.voice.ended()),
         }
+    }
+
+    /// Has `message` heard next.
+    pub(crate) fn put_back(&self, message: ToWorker) {
+        *self.again.borrow_mut() = Some(message);
+    }
+
+    /// Whether something is to be heard that was put back.
+    pub(crate) fn has_put_back(&self) -> bool {
+        self.again.borrow().is_some()
     }
 
     /// Why the session is over, if it is.
@@ -151,7 +206,7 @@ impl Session {
     /// Waits until what was said is on its way, at most a second.
     pub(crate) fn flush(&self) {
         let start = Instant::now();
-        while self.voice.outgoing.capacity() < OUTGOING_MESSAGES_MAX
+        while self.voice.shared.state().outgoing.capacity() < OUTGOING_MESSAGES_MAX
             && self.over().is_none()
             && start.elapsed() < Duration::from_secs(1)
         {
@@ -173,23 +228,71 @@ impl Drop for Session {
 impl Voice {
     /// Says `message` with this worker's fences.
     pub(crate) fn say(&self, message: WorkerMessage) -> Result<(), SessionError> {
-        let message = self.shared.sign(message);
-        self.outgoing
-            .blocking_send(message)
-            .map_err(|_| self.ended())
+        let (outgoing, signed) = {
+            let state = self.shared.state();
+            (state.outgoing.clone(), self.shared.sign(&state, message))
+        };
+        let sent = outgoing.blocking_send(signed);
+        let state = self.shared.state();
+        match (sent, &state.ended) {
+            (Ok(()), _) => Ok(()),
+            // It is being connected again.
+            (Err(_), None) if state.elastic.is_some() => Ok(()),
+            (Err(_), ended) => Err(ended
+                .clone()
+                .unwrap_or_else(|| SessionError::Closed("the stream is gone".into()))),
+        }
     }
 
-    /// Enters a generation whose collective `aborter` ends.
-    pub(crate) fn enter(&self, generation: Generation, aborter: Option<Aborter>) {
-        let ended = {
+    /// Asks the coordinator to let this worker go, and again whenever it connects anew.
+    pub(crate) fn leave(&self, reason: &str) {
+        let reason = reason.to_owned();
+        self.shared.state().leaving = Some(reason.clone());
+        // Without a session there is nobody to tell, and nothing to leave.
+        drop(self.say(WorkerMessage::Leave { reason }));
+    }
+
+    /// From now on the session outlives its stream, and joins again as `profile`.
+    pub(crate) fn outlive(&self, profile: WorkerProfile, terms: Terms) {
+        self.shared.state().elastic = Some((profile, terms));
+    }
+
+    /// Where training shows its work.
+    pub(crate) fn pulse(&self) -> Arc<Pulse> {
+        Arc::clone(&self.shared.pulse)
+    }
+
+    /// Enters a generation whose rendezvous or collective `aborter` ends.
+    pub(crate) fn enter(&self, generation: Generation, aborter: &Aborter) {
+        let over = {
             let mut state = self.shared.state();
-            state.generation = generation;
-            state.aborter.clone_from(&aborter);
-            state.ended.clone()
+            state.generation = state.generation.max(generation);
+            state.spare = false;
+            let over = state.closed(generation);
+            if over.is_none() {
+                state.aborter = Some((generation, aborter.clone()));
+            }
+            over
         };
-        if let (Some(error), Some(aborter)) = (ended, aborter) {
-            aborter.abort(generation.0, &error.to_string());
+        if let Some(reason) = over {
+            aborter.abort(generation.0, &reason);
         }
+    }
+
+    /// Whether `generation` still stands, for phases that ask nobody else.
+    pub(crate) fn check(&self, generation: Generation) -> Result<(), GateClosed> {
+        let reason = self.shared.state().closed(generation);
+        reason.map_or(Ok(()), |reason| Err(GateClosed { reason }))
+    }
+
+    /// The newest generation that it has heard of.
+    pub(crate) fn generation(&self) -> Generation {
+        self.shared.state().generation
+    }
+
+    /// Whether it waits to be admitted to a generation that runs already.
+    pub(crate) fn is_spare(&self) -> bool {
+        self.shared.state().spare
     }
 
     pub(crate) fn await_next(&self, awaits: Awaits) {
@@ -206,29 +309,50 @@ impl Voice {
     }
 }
 
+impl State {
+    /// Why `generation` is over for this worker, if it is.
+    fn closed(&self, generation: Generation) -> Option<String> {
+        let ended = self.ended.as_ref().map(ToString::to_string);
+        let over = self.over.as_ref().filter(|(last, _)| generation <= *last);
+        ended.or_else(|| over.map(|(_, reason)| reason.clone()))
+    }
+}
+
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         // Plain values: a thread that panicked while it held them leaves them usable.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn sign(&self, message: WorkerMessage) -> FromWorker {
+    fn sign(&self, state: &State, message: WorkerMessage) -> FromWorker {
         FromWorker {
-            // The coordinator fills in the job that the session was given to.
-            job: JobId::default(),
+            job: state.job.clone(),
             incarnation: self.incarnation,
-            generation: self.state().generation,
+            generation: state.generation,
             message,
         }
     }
 
+    /// Ends what this worker does in generations up to `generation`.
+    fn abort(&self, generation: Generation, reason: &str) {
+        let aborter = {
+            let mut state = self.state();
+            state.generation = state.generation.max(generation);
+            state.over = Some((generation, reason.to_owned()));
+            state.aborter.take_if(|(entered, _)| *entered <= generation)
+        };
+        if let Some((entered, aborter)) = aborter {
+            aborter.abort(entered.0, reason);
+        }
+    }
+
     fn end(&self, error: SessionError) -> SessionError {
-        let (generation, aborter) = {
+        let aborter = {
             let mut state = self.state();
             state.ended.get_or_insert_with(|| error.clone());
-            (state.generation, state.aborter.take())
+            state.aborter.take()
         };
-        if let Some(aborter) = aborter {
+        if let Some((generation, aborter)) = aborter {
             aborter.abort(generation.0, &error.to_string());
         }
         error
@@ -285,27 +409,40 @@ async fn dial(endpoint: &Endpoint, url: &str, patience: Duration) -> Result<Chan
             });
         }
         sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_secs(2));
+        pause = (pause * 2).min(DIAL_PAUSE_MAX);
     }
 }
 
-/// Says that this worker lives, what it knows and what it waits for.
-async fn beat(voice: Voice) {
+/// Says that this worker lives, what it knows, does and waits for.
+async fn beat(shared: Arc<Shared>) {
     let mut ticks = interval(Duration::from_millis(BEAT_MS));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     loop {
         ticks.tick().await;
-        let message = {
-            let state = voice.shared.state();
-            WorkerMessage::Beat {
+        let (step, work, progress) = shared.pulse.read();
+        let (outgoing, beat, outlives) = {
+            let state = shared.state();
+            let beat = WorkerMessage::Beat {
                 committed: state.committed,
                 awaits: state.awaits,
-                activity: Activity::default(),
-            }
+                activity: Activity {
+                    step: Step(step),
+                    work: match work {
+                        trainer::Work::Untold => Work::Untold,
+                        trainer::Work::Computes => Work::Computes,
+                        trainer::Work::Exchanges => Work::Exchanges,
+                        trainer::Work::Waits => Work::Waits,
+                    },
+                    progress,
+                },
+            };
+            let beat = shared.sign(&state, beat);
+            (state.outgoing.clone(), beat, state.elastic.is_some())
         };
-        let message = voice.shared.sign(message);
         // A full queue means that the network is behind: what waits in it proves life as well.
-        if let Err(mpsc::error::TrySendError::Closed(_)) = voice.outgoing.try_send(message) {
+        if let Err(mpsc::error::TrySendError::Closed(_)) = outgoing.try_send(beat)
+            && !outlives
+        {
             return;
         }
     }
@@ -315,35 +452,130 @@ async fn listen(
     mut incoming: Streaming<proto::ToWorker>,
     shared: Arc<Shared>,
     tell: blocking::Sender<Result<ToWorker, SessionError>>,
-    once: bool,
+    door: Door,
 ) {
     let error = loop {
-        let message = match incoming.message().await {
-            Ok(Some(message)) => message,
-            Ok(None) => break SessionError::Closed("the coordinator closed it".into()),
-            Err(status) => break SessionError::Closed(status.message().to_owned()),
-        };
-        let message = match ToWorker::try_from(message) {
-            Ok(message) => message,
-            Err(error) => break SessionError::Closed(format!("unreadable message: {error}")),
-        };
-        if message.incarnation != shared.incarnation {
-            continue; // meant for another life of this process
-        }
-        if let CoordinatorMessage::Stop { reason, afterwards } = message.message {
-            break SessionError::Stopped { reason, afterwards };
-        }
-        if tell.send(Ok(message)).is_err() {
+        let Some(end) = hear(&mut incoming, &shared, &tell).await else {
             return;
+        };
+        let elastic = shared.state().elastic.clone();
+        let again = match &end {
+            SessionError::Closed(_) => elastic,
+            SessionError::Stopped { afterwards, .. } => {
+                elastic.filter(|_| *afterwards == Afterwards::Return)
+            }
+            _ => None,
+        };
+        let Some((profile, _)) = again else {
+            break end;
+        };
+        tracing::warn!("connecting to the coordinator again: {end}");
+        // The generation may go on there, but not with this worker: whoever lost its stream is lost.
+        let generation = shared.state().generation;
+        shared.abort(generation, &end.to_string());
+        match connect_again(&door, &shared, profile).await {
+            Ok(again) => incoming = again,
+            Err(error) => break error,
         }
+        tracing::info!("connected to the coordinator again");
     };
     // The receiver may be gone: then nobody needs to know.
     drop(tell.send(Err(shared.end(error.clone()))));
     drop(tell);
     sleep(Duration::from_secs(LEAVE_SECONDS_MAX)).await;
-    if !once {
+    if !door.once {
         return tracing::warn!("a computation that nobody wants goes on to its end: {error}");
     }
     tracing::warn!("leaving in the middle of a computation: {error}");
     std::process::exit(i32::from(EXIT_TEMPORARY));
+}
+
+/// Passes on what is heard until the stream is over; `None` when nobody listens any more.
+async fn hear(
+    incoming: &mut Streaming<proto::ToWorker>,
+    shared: &Shared,
+    tell: &blocking::Sender<Result<ToWorker, SessionError>>,
+) -> Option<SessionError> {
+    let closed = |reason: String| Some(SessionError::Closed(reason));
+    loop {
+        let silence = shared.state().elastic.as_ref().map(|(_, it)| it.silence_ms);
+        let next = match silence {
+            Some(silence_ms) => {
+                let next = timeout(Duration::from_millis(silence_ms), incoming.message()).await;
+                match next {
+                    Ok(next) => next,
+                    Err(_) => {
+                        return closed(format!("silent for {} s", silence_ms as f64 / 1000.0));
+                    }
+                }
+            }
+            None => incoming.message().await,
+        };
+        let message = match next {
+            Ok(Some(message)) => message,
+            Ok(None) => return closed("the coordinator closed it".into()),
+            Err(status) => return closed(status.message().to_owned()),
+        };
+        let message = match ToWorker::try_from(message) {
+            Ok(message) => message,
+            Err(error) => return closed(format!("unreadable message: {error}")),
+        };
+        if message.incarnation != shared.incarnation {
+            continue; // meant for another life of this process
+        }
+        let generation = message.generation;
+        // Said by a coordinator that is no more. Who owns no generation has none.
+        if generation < shared.state().generation && generation > Generation::default() {
+            continue;
+        }
+        match &message.message {
+            CoordinatorMessage::Heard { .. } => continue,
+            CoordinatorMessage::Stop { reason, afterwards } => {
+                return Some(SessionError::Stopped {
+                    reason: reason.clone(),
+                    afterwards: *afterwards,
+                });
+            }
+            CoordinatorMessage::Abort { reason } => shared.abort(generation, reason),
+            CoordinatorMessage::Welcome { spare, job, .. } => {
+                let mut state = shared.state();
+                state.spare = *spare;
+                state.job.clone_from(job);
+            }
+            _ => {}
+        }
+        if tell.send(Ok(message)).is_err() {
+            return None;
+        }
+    }
+}
+
+/// A new stream to the coordinator, whose first word is Join.
+async fn connect_again(
+    door: &Door,
+    shared: &Shared,
+    profile: WorkerProfile,
+) -> Result<Streaming<proto::ToWorker>, SessionError> {
+    let deadline = Instant::now() + RECONNECT_PATIENCE;
+    loop {
+        let (outgoing, queue) = mpsc::channel(OUTGOING_MESSAGES_MAX);
+        {
+            let mut state = shared.state();
+            let join = WorkerMessage::Join(profile.clone());
+            let leave = state.leaving.clone();
+            let leave = leave.map(|reason| WorkerMessage::Leave { reason });
+            for message in std::iter::once(join).chain(leave) {
+                // The queue is new and has room.
+                drop(outgoing.try_send(shared.sign(&state, message)));
+            }
+            state.outgoing = outgoing;
+        }
+        let patience = deadline.saturating_duration_since(Instant::now());
+        match connect(door, queue, patience).await {
+            Err(SessionError::Closed(_)) if Instant::now() < deadline => {
+                sleep(DIAL_PAUSE_MAX).await;
+            }
+            result => return result,
+        }
+    }
 }

@@ -27,7 +27,7 @@ use crate::feed::{self, Feed};
 use crate::metrics::Metrics;
 use crate::rows;
 use crate::run_directory::RunDirectoryError;
-use crate::server::{Answer, Ask, Connected, Route, give};
+use crate::server::{Answer, Ask, Connected, Route, SessionId, give};
 use crate::ui::Console;
 
 /// Silence after which a waiting worker counts as lost; a worker beats every half second.
@@ -35,6 +35,9 @@ const HEARTBEAT_TIMEOUT_MS: u64 = 10_000;
 
 /// Pause before a job that lost workers is started again; doubled with each loss that came no further.
 const RETRY_PAUSE_MS: u64 = 2_000;
+
+/// How long a job that ran when the coordinator ended waits for its workers, which try to connect twice a second.
+const RETURN_MS: u64 = 5_000;
 
 /// Attempts in a row that come no further before a job counts as failed.
 const ATTEMPTS_MAX: u32 = 5;
@@ -63,11 +66,16 @@ struct Live {
     inputs: Option<mpsc::Sender<Input>>,
 }
 
-/// An attempt is over.
-struct Ended {
-    id: JobId,
-    outcome: Outcome,
-    committed: Step,
+/// What an attempt's thread tells.
+enum Told {
+    /// It needs no workers any more.
+    Released(JobId),
+    /// It is over.
+    Ended {
+        id: JobId,
+        outcome: Outcome,
+        committed: Step,
+    },
 }
 
 pub(super) struct Hub {
@@ -76,11 +84,13 @@ pub(super) struct Hub {
     /// Where jobs' metrics go, if they are served.
     metrics: Option<Metrics>,
     waiting: BTreeMap<Incarnation, Waiting>,
+    /// The present session of every worker, here or in a job.
+    sessions: BTreeMap<Incarnation, SessionId>,
     live: BTreeMap<JobId, Live>,
     events: broadcast::Sender<proto::Event>,
     kept: VecDeque<proto::Event>,
-    ended: mpsc::Sender<Ended>,
-    ending: mpsc::Receiver<Ended>,
+    tell: mpsc::Sender<Told>,
+    told: mpsc::Receiver<Told>,
     start: Instant,
 }
 
@@ -91,19 +101,21 @@ impl Hub {
             heartbeat_timeout_ms: HEARTBEAT_TIMEOUT_MS,
             retry_pause_ms: RETRY_PAUSE_MS,
             attempts_max: ATTEMPTS_MAX,
+            return_ms: RETURN_MS,
             remind_ms: REMIND_MS,
         };
-        let (ended, ending) = mpsc::channel(64);
+        let (tell, told) = mpsc::channel(64);
         Self {
             scheduler: Scheduler::new(policy, jobs.recovery.clone(), 0),
             jobs,
             metrics,
             waiting: BTreeMap::new(),
+            sessions: BTreeMap::new(),
             live: BTreeMap::new(),
             events: broadcast::Sender::new(EVENTS_KEPT),
             kept: VecDeque::new(),
-            ended,
-            ending,
+            tell,
+            told,
             start: Instant::now(),
         }
     }
@@ -126,7 +138,7 @@ impl Hub {
                     let reason = signal.to_owned();
                     self.handle(SchedulerEvent::ShutdownRequested { reason })?;
                 }
-                Some(ended) = self.ending.recv() => self.attempt_ended(ended)?,
+                Some(told) = self.told.recv() => self.hear_attempt(told)?,
                 Some(input) = sessions.recv() => self.hear(input)?,
                 Some(ask) = asks.recv() => self.answer(ask)?,
                 () = sleep_until(TokioInstant::from_std(self.start + deadline)) => {
@@ -180,17 +192,23 @@ impl Hub {
         match input {
             Input::Connected(session) => {
                 let incarnation = session.incarnation;
+                self.sessions.insert(incarnation, session.session);
                 let join = None;
                 self.waiting.insert(incarnation, Waiting { session, join });
                 Ok(())
             }
             Input::Message(message) => self.message(message),
-            Input::Disconnected(incarnation) => {
+            Input::Disconnected(incarnation, session) => {
+                if self.sessions.get(&incarnation) != Some(&session) {
+                    return Ok(()); // it has connected again
+                }
+                self.sessions.remove(&incarnation);
                 self.waiting.remove(&incarnation);
                 self.handle(SchedulerEvent::Gone { incarnation })
             }
             // Said by drivers' own shells, which speak to their drivers.
             Input::Job(_)
+            | Input::Drain(..)
             | Input::Checkpoint(..)
             | Input::ChildExited(_)
             | Input::StopRequested(_) => Ok(()),
@@ -202,12 +220,14 @@ impl Hub {
         match &message.message {
             WorkerMessage::Join(profile) => {
                 let profile = profile.clone();
+                let job = Some(message.job.clone()).filter(|id| !id.0.is_empty());
                 if let Some(waiting) = self.waiting.get_mut(&incarnation) {
                     waiting.join = Some(message);
                 }
                 self.handle(SchedulerEvent::Joined {
                     incarnation,
                     profile,
+                    job,
                 })
             }
             WorkerMessage::Leave { reason } => {
@@ -218,43 +238,76 @@ impl Hub {
                 })
             }
             // Said between its job's end and its session's; it waits for nothing here.
-            _ => self.handle(SchedulerEvent::Heard { incarnation }),
+            _ => {
+                // Who holds a job's state takes silence for a broken connection.
+                let heard = CoordinatorMessage::Heard { committed: Step(0) };
+                self.tell(incarnation, heard);
+                self.handle(SchedulerEvent::Heard { incarnation })
+            }
         }
     }
 
-    fn attempt_ended(&mut self, ended: Ended) -> anyhow::Result<()> {
-        if let Some(live) = self.live.get_mut(&ended.id) {
-            live.inputs = None;
+    /// Says something to a worker that waits here, which has no generation.
+    fn tell(&self, incarnation: Incarnation, message: CoordinatorMessage) {
+        let Some(waiting) = self.waiting.get(&incarnation) else {
+            return;
+        };
+        let message = ToWorker {
+            incarnation,
+            generation: Generation(0),
+            message,
+        };
+        // One that does not read is noticed by its silence.
+        drop(waiting.session.answers.try_send(Ok(message.into())));
+    }
+
+    fn hear_attempt(&mut self, told: Told) -> anyhow::Result<()> {
+        match told {
+            Told::Released(id) => self.handle(SchedulerEvent::Released { id }),
+            Told::Ended {
+                id,
+                outcome,
+                committed,
+            } => {
+                if let Some(live) = self.live.get_mut(&id) {
+                    live.inputs = None;
+                }
+                self.handle(SchedulerEvent::Ended {
+                    id,
+                    outcome,
+                    committed,
+                })
+            }
         }
-        self.handle(SchedulerEvent::Ended {
-            id: ended.id,
-            outcome: ended.outcome,
-            committed: ended.committed,
-        })
     }
 
     fn execute(&mut self, actions: Vec<SchedulerAction>) -> anyhow::Result<()> {
         for action in actions {
             match action {
                 SchedulerAction::Journal(record) => self.jobs.journal(&record)?,
-                SchedulerAction::Start { id, workers } => self.start(&id, &workers)?,
-                SchedulerAction::StopJob { id, reason } => self.stop(&id, reason),
+                SchedulerAction::Start {
+                    id,
+                    workers,
+                    holding,
+                } => self.start(&id, &workers, holding)?,
+                SchedulerAction::StopJob { id, reason } => {
+                    self.pass_on(&id, vec![Input::StopRequested(reason)]);
+                }
                 SchedulerAction::Dismiss {
                     incarnation,
                     reason,
                     afterwards,
                 } => {
-                    if let Some(waiting) = self.waiting.remove(&incarnation) {
-                        let message = CoordinatorMessage::Stop { reason, afterwards };
-                        let stop = ToWorker {
-                            incarnation,
-                            generation: Generation(0),
-                            message,
-                        };
-                        // Its session ends with this; one that is gone needs no word.
-                        drop(waiting.session.answers.try_send(Ok(stop.into())));
-                    }
+                    self.tell(incarnation, CoordinatorMessage::Stop { reason, afterwards });
+                    // Its session ends with this.
+                    self.waiting.remove(&incarnation);
                 }
+                SchedulerAction::Lend { id, incarnation } => self.lend(&id, incarnation),
+                SchedulerAction::Release {
+                    id,
+                    incarnation,
+                    reason,
+                } => self.pass_on(&id, vec![Input::Drain(incarnation, reason)]),
                 SchedulerAction::Changed(id) => self.changed(&id),
                 SchedulerAction::Note(note) => self.note(&note),
             }
@@ -263,48 +316,37 @@ impl Hub {
     }
 
     /// Hands the sessions of `workers` to a new attempt of a job, which has a thread of its own.
-    fn start(&mut self, id: &JobId, workers: &[Incarnation]) -> anyhow::Result<()> {
+    fn start(&mut self, id: &JobId, workers: &[Incarnation], holding: bool) -> anyhow::Result<()> {
         let live = self
             .live
             .get_mut(id)
             .context("a job without configuration starts")?;
         let (inputs, queue) = mpsc::channel(INPUTS_MAX.max(4 * workers.len()));
         live.inputs = Some(inputs.clone());
-        let route = Route {
-            job: id.0.clone(),
-            inputs: inputs.clone(),
-        };
-        for incarnation in workers {
-            let Some(Waiting { session, join }) = self.waiting.remove(incarnation) else {
-                continue; // gone meanwhile; the job waits for it until its join timeout
-            };
-            let gone = session.route.send(route.clone()).is_err();
-            let mut first = vec![Input::Connected(session)];
-            if let Some(mut join) = join {
-                join.job = id.clone();
-                first.push(Input::Message(join));
-            }
-            if gone {
-                // It ended meanwhile, and told nobody but this hub.
-                first.push(Input::Disconnected(*incarnation));
-            }
-            for input in first {
-                // The queue is new and has room for all of them.
-                drop(inputs.try_send(input));
-            }
-        }
         let (config, feed) = (Arc::clone(&live.config), live.feed.clone());
         let metrics = self.metrics.clone();
-        let (ended, id) = (self.ended.clone(), id.clone());
+        for incarnation in workers {
+            self.lend(id, *incarnation);
+        }
+        let (tell, id) = (self.tell.clone(), id.clone());
         let runtime = Handle::current();
         std::thread::Builder::new()
             .name(format!("job {id}"))
             .spawn(move || {
                 let _span = tracing::info_span!("job", name = %id).entered();
-                let (outcome, committed) =
-                    attempt(&config, &feed, metrics.as_ref(), &inputs, queue, &runtime);
+                let released = || drop(tell.blocking_send(Told::Released(id.clone())));
+                let (outcome, committed) = attempt(
+                    &config,
+                    holding,
+                    &feed,
+                    metrics.as_ref(),
+                    &inputs,
+                    queue,
+                    &runtime,
+                    released,
+                );
                 // A hub that is gone has no queue any more.
-                drop(ended.blocking_send(Ended {
+                drop(tell.blocking_send(Told::Ended {
                     id,
                     outcome,
                     committed,
@@ -314,11 +356,47 @@ impl Hub {
         Ok(())
     }
 
-    fn stop(&mut self, id: &JobId, reason: String) {
+    /// Hands a waiting worker's session to a job that runs.
+    fn lend(&mut self, id: &JobId, incarnation: Incarnation) {
+        let inputs = self.live.get(id).and_then(|live| live.inputs.clone());
+        let (Some(inputs), Some(waiting)) = (inputs, self.waiting.remove(&incarnation)) else {
+            return; // gone meanwhile
+        };
+        let Waiting { session, join } = waiting;
+        let route = Route {
+            job: id.0.clone(),
+            inputs: inputs.clone(),
+        };
+        let over = Input::Disconnected(incarnation, session.session);
+        let gone = session.route.send(route).is_err();
+        let mut first = vec![Input::Connected(session)];
+        if let Some(mut join) = join {
+            join.job = id.clone();
+            first.push(Input::Message(join));
+        }
+        if gone {
+            // It ended meanwhile, and told nobody but this hub.
+            first.push(over);
+        }
+        self.pass_on(id, first);
+    }
+
+    /// Tells a running job something, in this order. One that is gone has ended.
+    fn pass_on(&self, id: &JobId, told: Vec<Input>) {
         let inputs = self.live.get(id).and_then(|live| live.inputs.clone());
         let Some(inputs) = inputs else { return };
-        // Beside the loop: a driver that is busy may have a full queue. One that is gone has ended its job.
-        tokio::spawn(async move { inputs.send(Input::StopRequested(reason)).await });
+        let mut told = told.into_iter();
+        while let Some(input) = told.next() {
+            if let Err(mpsc::error::TrySendError::Full(input)) = inputs.try_send(input) {
+                // Beside the loop: a driver that is busy may have a full queue.
+                tokio::spawn(async move {
+                    for input in std::iter::once(input).chain(told) {
+                        drop(inputs.send(input).await);
+                    }
+                });
+                return;
+            }
+        }
     }
 
     /// Watchers hear where a job is; one that has ended is not watched any longer.
@@ -463,6 +541,7 @@ impl Hub {
             key: request.idempotency_key,
             config_toml: request.config_toml,
             workers: config.cluster.workers,
+            workers_max: config.cluster.max_workers,
             submitted_unix_ms: since.as_millis() as u64,
         };
         let (id, created, actions) = match self.scheduler.submit(self.now_ms(), new) {
@@ -619,15 +698,17 @@ fn read(config_toml: &str) -> Result<Config, String> {
 /// One attempt of a job on its own thread: how it ended, and where it stands.
 fn attempt(
     config: &Config,
+    holding: bool,
     feed: &Feed,
     metrics: Option<&Metrics>,
     inputs: &mpsc::Sender<Input>,
     mut queue: mpsc::Receiver<Input>,
     runtime: &Handle,
+    released: impl Fn(),
 ) -> (Outcome, Step) {
     let mut committed = Step(0);
     let mut run = || {
-        let mut attempt = Attempt::open(config)?;
+        let mut attempt = Attempt::open(config, holding)?;
         committed = Step(attempt.resumed().unwrap_or(0));
         let driven = if let Some(driven) = attempt.completed() {
             driven
@@ -646,6 +727,7 @@ fn attempt(
         // Nobody listens any more: the workers' sessions end, and they come back for the next job.
         queue.close();
         while queue.try_recv().is_ok() {}
+        released();
         attempt.finish(&driven, "submit it again: coordinator submit")?;
         anyhow::Ok(driven.outcome)
     };

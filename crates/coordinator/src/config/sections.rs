@@ -14,6 +14,12 @@ use super::{
 /// A year; longer waits are typing mistakes and would overflow milliseconds further on.
 const TIMEOUT_SECONDS_MAX: f64 = 31_536_000.0;
 
+/// How long a job waits for workers, where a step takes less than half of it.
+const JOIN_SECONDS: f64 = 3600.0;
+
+/// How long a worker waits for the others, where a step has twice the time.
+const COLLECTIVE_SECONDS: f64 = 300.0;
+
 /// `[job]`: the run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct JobSection {
@@ -59,9 +65,20 @@ pub struct ClusterSection {
     /// Where workers and clients connect; port 0 for any free one. The service's to say where there is one.
     #[schemars(with = "String")]
     pub listen: SocketAddr,
-    /// Worker processes.
+    /// Workers that the job begins with.
     #[schemars(range(min = 1))]
     pub workers: u32,
+    /// Fewest workers that train. When others are lost the job goes on with these, and with the same pairs a step; with fewer it
+    /// waits for one to come.
+    #[schemars(range(min = 1))]
+    pub min_workers: u32,
+    /// Most workers that train; when more are free, so many are taken in. Default: `workers`.
+    #[schemars(range(min = 1))]
+    pub max_workers: u32,
+    /// Whether each worker keeps the optimizer shard of the one before it, too, so that no committed step is lost with any one
+    /// of them. Without it a loss takes the run back to its last checkpoint, and each worker has 12 bytes × parameters / workers
+    /// of memory more.
+    pub mirror: bool,
     /// Threads of each worker. Default: the cores shared out evenly.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
@@ -71,7 +88,13 @@ pub struct ClusterSection {
     /// Silence after which a worker counts as lost.
     #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
     pub heartbeat_timeout_seconds: f64,
-    /// How long workers may take to join.
+    /// How long a worker may take to leave the others when one of them is lost. Default: twice the heartbeat timeout.
+    #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
+    pub abort_timeout_seconds: f64,
+    /// How long a worker waits for the others before it says so. Default: 300, or less where a step has less time.
+    #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
+    pub collective_timeout_seconds: f64,
+    /// How long a job waits for workers when there are too few. Default: an hour, or twice the step's time.
     #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
     pub join_timeout_seconds: f64,
     /// How long loading and the reference pass may go without progress.
@@ -83,6 +106,18 @@ pub struct ClusterSection {
     /// How long the last checkpoint may take to become durable.
     #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
     pub save_timeout_seconds: f64,
+    /// How long a job may go without a committed step before its attempt ends. Default: four times the join timeout.
+    #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
+    pub job_timeout_seconds: f64,
+    /// A worker whose work stands still for so many usual step times hangs, and the others go on without it.
+    #[schemars(extend("exclusiveMinimum" = 1))]
+    pub hang_factor: f64,
+    /// A worker that computes so many times as long as the others is reported as slow.
+    #[schemars(extend("exclusiveMinimum" = 1))]
+    pub slow_factor: f64,
+    /// A step that loses a worker so many times in a row for the same reason ends the attempt.
+    #[schemars(range(min = 1))]
+    pub failures_max: u32,
 }
 
 /// What workers compute on.
@@ -202,16 +237,38 @@ pub(super) fn refuse(merged: &Merged, key: &str, reason: impl Into<String>) -> C
 impl ClusterSection {
     pub(super) fn parse(mut section: Section) -> Result<Self, ConfigError> {
         let merged = section.merged;
+        let workers = section.required("workers")?;
+        let heartbeat_timeout_seconds: f64 = section.required("heartbeat_timeout_seconds")?;
+        let form_timeout_seconds: f64 = section.required("form_timeout_seconds")?;
+        let step_timeout_seconds: f64 = section.required("step_timeout_seconds")?;
+        // What is not given has its place on the ladder.
+        let abort = section.optional("abort_timeout_seconds")?;
+        let abort_timeout_seconds: f64 = abort.unwrap_or(2.0 * heartbeat_timeout_seconds);
+        let collective = section.optional("collective_timeout_seconds")?;
+        let between =
+            abort_timeout_seconds.midpoint(step_timeout_seconds.min(form_timeout_seconds));
+        let join = section.optional("join_timeout_seconds")?;
+        let join_timeout_seconds = join.unwrap_or((2.0 * step_timeout_seconds).max(JOIN_SECONDS));
+        let job = section.optional("job_timeout_seconds")?;
         let parsed = Self {
             listen: section.required("listen")?,
-            workers: section.required("workers")?,
+            workers,
+            min_workers: section.required("min_workers")?,
+            max_workers: section.optional("max_workers")?.unwrap_or(workers),
+            mirror: section.required("mirror")?,
             threads: section.optional("threads")?,
             backend: section.required("backend")?,
-            heartbeat_timeout_seconds: section.required("heartbeat_timeout_seconds")?,
-            join_timeout_seconds: section.required("join_timeout_seconds")?,
-            form_timeout_seconds: section.required("form_timeout_seconds")?,
-            step_timeout_seconds: section.required("step_timeout_seconds")?,
+            heartbeat_timeout_seconds,
+            abort_timeout_seconds,
+            collective_timeout_seconds: collective.unwrap_or(between.min(COLLECTIVE_SECONDS)),
+            join_timeout_seconds,
+            form_timeout_seconds,
+            step_timeout_seconds,
             save_timeout_seconds: section.required("save_timeout_seconds")?,
+            job_timeout_seconds: job.unwrap_or(4.0 * join_timeout_seconds),
+            hang_factor: section.required("hang_factor")?,
+            slow_factor: section.required("slow_factor")?,
+            failures_max: section.required("failures_max")?,
         };
         section.finish()?;
         parsed
@@ -234,20 +291,67 @@ impl ClusterSection {
             let reason = "must be at least 1; leave it out to share the cores evenly";
             return Err(("cluster.threads", reason.into()));
         }
+        let (min, most) = (self.min_workers, self.max_workers);
+        if min == 0 || min > self.workers {
+            let reason = format!(
+                "must be between 1 and cluster.workers, which is {}, got {min}",
+                self.workers
+            );
+            return Err(("cluster.min_workers", reason));
+        }
+        if most < self.workers {
+            let reason = format!(
+                "must be at least cluster.workers, which is {}, got {most}",
+                self.workers
+            );
+            return Err(("cluster.max_workers", reason));
+        }
+        if self.failures_max == 0 {
+            let reason = "must be at least 1: the number of losses in a row that ends the attempt";
+            return Err(("cluster.failures_max", reason.into()));
+        }
+        for (key, factor) in [
+            ("cluster.hang_factor", self.hang_factor),
+            ("cluster.slow_factor", self.slow_factor),
+        ] {
+            if !factor.is_finite() || factor <= 1.0 {
+                return Err((key, format!("must be a number above 1, got {factor}")));
+            }
+        }
         let heartbeat = self.heartbeat_timeout_seconds;
         check_timeout(("cluster.heartbeat_timeout_seconds", heartbeat))?;
-        for (key, seconds) in [
-            ("cluster.join_timeout_seconds", self.join_timeout_seconds),
-            ("cluster.form_timeout_seconds", self.form_timeout_seconds),
-            ("cluster.step_timeout_seconds", self.step_timeout_seconds),
-            ("cluster.save_timeout_seconds", self.save_timeout_seconds),
-        ] {
-            check_timeout((key, seconds))?;
-            // A shorter wait would end before a silent worker can be told from a slow one.
-            if seconds <= heartbeat {
-                let reason = format!(
-                    "must be longer than cluster.heartbeat_timeout_seconds, which is {heartbeat}, got {seconds}"
-                );
+        let abort = ("cluster.abort_timeout_seconds", self.abort_timeout_seconds);
+        let collective = (
+            "cluster.collective_timeout_seconds",
+            self.collective_timeout_seconds,
+        );
+        let form = ("cluster.form_timeout_seconds", self.form_timeout_seconds);
+        let step = ("cluster.step_timeout_seconds", self.step_timeout_seconds);
+        let save = ("cluster.save_timeout_seconds", self.save_timeout_seconds);
+        let join = ("cluster.join_timeout_seconds", self.join_timeout_seconds);
+        let job = ("cluster.job_timeout_seconds", self.job_timeout_seconds);
+        for timeout in [abort, collective, form, step, save, join, job] {
+            check_timeout(timeout)?;
+        }
+        // What waits for another must wait longer, or it ends before the other can. First what a user sets, by what most know.
+        let heartbeat = ("cluster.heartbeat_timeout_seconds", heartbeat);
+        let ladder = [
+            (heartbeat, join),
+            (heartbeat, form),
+            (heartbeat, step),
+            (heartbeat, save),
+            (heartbeat, abort),
+            (abort, collective),
+            (abort, save),
+            (collective, step),
+            (collective, form),
+            (step, join),
+            (join, job),
+        ];
+        for ((shorter, less), (key, seconds)) in ladder {
+            if seconds <= less {
+                let reason =
+                    format!("must be longer than {shorter}, which is {less}, got {seconds}");
                 return Err((key, reason));
             }
         }

@@ -2,9 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::phase::{Newest, Phase, Save};
+use super::phase::{Failing, Newest, Phase, Save};
 use super::{Action, Job, note};
-use crate::{Cause, CoordinatorMessage, Generation, Incarnation, Outcome, Record, Step};
+use crate::{
+    Afterwards, Cause, CoordinatorMessage, Generation, Incarnation, Outcome, Record, Step,
+};
 
 impl Job {
     /// Whether the state after `step` is saved.
@@ -226,8 +228,23 @@ impl Job {
             gone: BTreeSet::new(),
             since_ms: now_ms,
         };
-        self.send_all(&CoordinatorMessage::Finish, actions);
         self.release_spares("the job is done", actions);
+        let leaving = self.members.iter();
+        let leaving = leaving.filter_map(|(it, member)| Some((*it, member.leaving.clone()?)));
+        let leaving: BTreeMap<Incarnation, String> = leaving.collect();
+        for incarnation in self.members.keys() {
+            let message = match leaving.get(incarnation) {
+                Some(reason) => CoordinatorMessage::Stop {
+                    reason: reason.clone(),
+                    afterwards: Afterwards::Leave,
+                },
+                None => CoordinatorMessage::Finish,
+            };
+            self.send(*incarnation, message, actions);
+        }
+        for incarnation in leaving.into_keys() {
+            self.finished(incarnation, actions);
+        }
         if self.members.is_empty() {
             self.leave(actions);
         }
@@ -322,6 +339,9 @@ impl Job {
             }
             _ if self.elastic().is_some() => {
                 self.put_out(incarnation, &text, actions);
+                if let Some(reason) = self.fails_again(how) {
+                    return self.fail(Cause::Temporary, reason, None, actions);
+                }
                 self.regroup(now_ms, text, actions);
             }
             _ => {
@@ -329,6 +349,29 @@ impl Job {
                 self.fail(Cause::Temporary, text, Some(incarnation), actions);
             }
         }
+    }
+
+    /// Why the job ends after one more loss on its present step, if it does: what fails for the same reason in generation after
+    /// generation will not mend itself.
+    fn fails_again(&mut self, how: &str) -> Option<String> {
+        let generation = self.generation;
+        let times = match self.failing.take() {
+            Some(it) if it.reason == how && it.generation == generation => it.times,
+            Some(it) if it.reason == how => it.times + 1,
+            _ => 1,
+        };
+        self.failing = Some(Failing {
+            reason: how.to_owned(),
+            times,
+            generation,
+        });
+        let most = self.elastic().map_or(u32::MAX, |it| it.failures_max);
+        (times >= most).then(|| {
+            format!(
+                "step {} lost a worker {times} times in a row for the same reason: {how}; look into the workers' logs",
+                self.committed.next()
+            )
+        })
     }
 
     /// Tells all but `except` to stop, and ends the job.

@@ -56,6 +56,13 @@ pub enum Event {
         /// What happened, where, and the cure.
         reason: String,
     },
+    /// Somebody wants a worker to leave.
+    DrainRequested {
+        /// Whose.
+        incarnation: Incarnation,
+        /// Who and why.
+        reason: String,
+    },
     /// Somebody wants the job to stop, resumable.
     StopRequested {
         /// Who and why.

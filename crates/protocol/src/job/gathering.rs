@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use super::phase::{Member, Phase};
 use super::{Action, Job, note};
 use crate::{
-    Afterwards, Awaits, CoordinatorMessage, Generation, Incarnation, RunFacts, WorkerMessage,
-    WorkerProfile,
+    Afterwards, Awaits, CoordinatorMessage, Generation, Incarnation, RunFacts, Terms,
+    WorkerMessage, WorkerProfile,
 };
 
 impl Job {
@@ -56,6 +56,12 @@ impl Job {
             checkpoint_dir: self.spec.checkpoint_dir.clone(),
             probe: self.spec.probe.clone(),
             spare,
+            job: self.spec.id.clone(),
+            terms: self.elastic().map(|it| Terms {
+                mirror: it.mirror,
+                collective_timeout_ms: it.collective_timeout_ms,
+                silence_ms: self.spec.policy.heartbeat_timeout_ms,
+            }),
         }
     }
 
@@ -204,8 +210,8 @@ impl Job {
             }
             // It joined, and still works in a generation that it was put out of.
             _ => {
-                let reason = format!("{name} is in no generation, and is to join again");
-                self.dismiss(incarnation, reason, Afterwards::Rejoin, actions);
+                let reason = format!("{name} is in no generation");
+                self.send(incarnation, CoordinatorMessage::Abort { reason }, actions);
             }
         }
     }
@@ -247,7 +253,7 @@ impl Job {
     }
 
     /// Ends the job for a spare.
-    fn dismiss(
+    pub(super) fn dismiss(
         &mut self,
         incarnation: Incarnation,
         reason: String,

@@ -124,6 +124,16 @@ impl Member {
     }
 }
 
+/// A step that fails again and again.
+pub(super) struct Failing {
+    /// Why a member was lost.
+    pub(super) reason: String,
+    /// In how many generations in a row, for the same reason.
+    pub(super) times: u32,
+    /// The last of them.
+    pub(super) generation: Generation,
+}
+
 /// A checkpoint under way.
 pub(super) struct Save {
     /// The generation that writes it.

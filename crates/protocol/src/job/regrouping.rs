@@ -53,7 +53,11 @@ impl Job {
         self.members.remove(&incarnation);
         self.suspected.remove(&incarnation);
         self.strikes.remove(&incarnation);
-        self.stop(incarnation, why.to_owned(), actions);
+        let stop = CoordinatorMessage::Stop {
+            reason: why.to_owned(),
+            afterwards: Afterwards::Return,
+        };
+        self.send(incarnation, stop, actions);
     }
 
     /// Puts out those who have not done what the phase waits for, except `innocent` ones, and regroups. Where that would be
@@ -174,6 +178,21 @@ impl Job {
         self.send(incarnation, truth, actions);
     }
 
+    /// Somebody wants a worker to leave, which need not know.
+    pub(super) fn drain(
+        &mut self,
+        now_ms: u64,
+        incarnation: Incarnation,
+        reason: String,
+        actions: &mut Vec<Action>,
+    ) {
+        if self.spares.contains_key(&incarnation) {
+            self.dismiss(incarnation, reason, Afterwards::Leave, actions);
+        } else if self.members.contains_key(&incarnation) {
+            self.leaves(now_ms, incarnation, reason, actions);
+        }
+    }
+
     /// A member asked to leave. Where too few would be left the job saves and stops, as any other job does.
     pub(super) fn leaves(
         &mut self,
@@ -207,11 +226,11 @@ impl Job {
             let stop = CoordinatorMessage::Stop { reason, afterwards };
             return self.send(incarnation, stop, actions);
         }
-        if !enough {
-            return self.stop_requested(now_ms, text, actions);
-        }
         let member = self.members.get_mut(&incarnation);
-        if member.is_some_and(|it| it.leaving.replace(reason).is_none()) {
+        let new = member.is_some_and(|it| it.leaving.replace(reason).is_none());
+        if !enough {
+            self.stop_requested(now_ms, text, actions);
+        } else if new {
             self.regroup(now_ms, text, actions);
         }
     }
@@ -354,7 +373,8 @@ impl Job {
         };
         let ranked = next.iter().enumerate();
         let ranked = ranked.map(|(rank, it)| (Rank(rank as u32), holds(it)));
-        newest_layout(self.committed, self.since, ranked)
+        let mirror = self.elastic().is_some_and(|it| it.mirror);
+        newest_layout(self.committed, self.since, mirror, ranked)
     }
 
     /// Dismisses leavers and takes spares in.

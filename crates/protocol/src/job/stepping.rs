@@ -131,6 +131,7 @@ impl Job {
         (self.apply, self.since) = (apply, self.generation);
         self.moved_ms = now_ms;
         self.strikes.clear();
+        self.failing = None;
         self.ending.clone_from(&last);
         // Where others are to compute the next step, its Form brings the verdict, and its Go what is to be done before.
         let regroups = last.is_none() && self.changes_members();

@@ -14,8 +14,11 @@ pub struct NewJob {
     pub key: String,
     /// Its configuration.
     pub config_toml: String,
-    /// Workers that it runs on.
+    /// Workers that it begins with.
     pub workers: u32,
+    /// Most workers that it takes; 0, as in older journals, for `workers`.
+    #[serde(default)]
+    pub workers_max: u32,
     /// When it was submitted, milliseconds since 1970, for people.
     pub submitted_unix_ms: u64,
 }
@@ -29,6 +32,8 @@ pub enum SchedulerEvent {
         incarnation: Incarnation,
         /// What it says of itself.
         profile: WorkerProfile,
+        /// The job whose state it holds, when it comes back from one.
+        job: Option<JobId>,
     },
     /// A waiting worker said something.
     Heard {
@@ -46,6 +51,11 @@ pub enum SchedulerEvent {
     Gone {
         /// Whose.
         incarnation: Incarnation,
+    },
+    /// An attempt needs no workers any more: it writes what it leaves behind.
+    Released {
+        /// Its name.
+        id: JobId,
     },
     /// An attempt of a job ended.
     Ended {
@@ -88,6 +98,24 @@ pub enum SchedulerAction {
         id: JobId,
         /// Its members.
         workers: Vec<Incarnation>,
+        /// Whether they hold its state, from before the coordinator was restarted.
+        holding: bool,
+    },
+    /// Hand one more worker's session to a running job.
+    Lend {
+        /// Its name.
+        id: JobId,
+        /// Whose.
+        incarnation: Incarnation,
+    },
+    /// Ask a running job to let a worker go.
+    Release {
+        /// Its name.
+        id: JobId,
+        /// Whose.
+        incarnation: Incarnation,
+        /// Why.
+        reason: String,
     },
     /// Ask a running job to stop with its state saved; [`SchedulerEvent::Ended`] follows.
     StopJob {

@@ -1,6 +1,6 @@
 //! The workers of a coordinator: who waits, who works for which job, who is to leave.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::{Incarnation, JobId, WorkerProfile};
 
@@ -11,6 +11,8 @@ pub struct PoolWorker {
     pub profile: WorkerProfile,
     /// The job it works for; `None` while it waits.
     pub job: Option<JobId>,
+    /// The queued job whose state it holds, and waits for.
+    pub holds: Option<JobId>,
     /// Whether it is to leave after its job.
     pub draining: bool,
     /// When it was last heard, while it waits; in a job its job listens.
@@ -20,15 +22,20 @@ pub struct PoolWorker {
 #[derive(Default)]
 pub(super) struct Pool {
     workers: BTreeMap<Incarnation, PoolWorker>,
-    /// Names that are told to leave when they come back.
-    draining: BTreeSet<String>,
 }
 
 impl Pool {
-    pub(super) fn join(&mut self, now_ms: u64, incarnation: Incarnation, profile: WorkerProfile) {
+    pub(super) fn join(
+        &mut self,
+        now_ms: u64,
+        incarnation: Incarnation,
+        profile: WorkerProfile,
+        holds: Option<JobId>,
+    ) {
         let worker = PoolWorker {
             profile,
             job: None,
+            holds,
             draining: false,
             last_heard_ms: now_ms,
         };
@@ -49,10 +56,6 @@ impl Pool {
         self.workers.get(&incarnation)
     }
 
-    pub(super) fn contains(&self, incarnation: Incarnation) -> bool {
-        self.workers.contains_key(&incarnation)
-    }
-
     pub(super) fn of_name(&self, name: &str) -> Option<Incarnation> {
         let mut workers = self.workers.iter();
         workers
@@ -70,16 +73,6 @@ impl Pool {
     pub(super) fn drain(&mut self, incarnation: Incarnation) -> bool {
         let worker = self.workers.get_mut(&incarnation);
         worker.is_some_and(|it| !std::mem::replace(&mut it.draining, true))
-    }
-
-    /// Remembers a worker of a job that is told to leave when it comes back.
-    pub(super) fn remember_draining(&mut self, name: &str) {
-        self.draining.insert(name.to_owned());
-    }
-
-    /// Why a worker of that name is to leave, if it is. Asked once.
-    pub(super) fn take_draining(&mut self, name: &str) -> Option<String> {
-        self.draining.remove(name).then(|| "drained".to_owned())
     }
 
     /// The first `count` waiting workers by name, if there are so many. Those that leave are not given away.
@@ -108,6 +101,7 @@ impl Pool {
         for incarnation in workers {
             if let Some(worker) = self.workers.get_mut(incarnation) {
                 worker.job = Some(id.clone());
+                worker.holds = None;
             }
         }
     }
@@ -115,6 +109,20 @@ impl Pool {
     /// An attempt ended: its workers leave their sessions, and come back under other incarnations.
     pub(super) fn forget_job(&mut self, id: &JobId) {
         self.workers.retain(|_, it| it.job.as_ref() != Some(id));
+    }
+
+    /// Workers that work for `id`.
+    pub(super) fn count_of(&self, id: &JobId) -> usize {
+        let all = self.workers.values();
+        all.filter(|it| it.job.as_ref() == Some(id)).count()
+    }
+
+    /// Workers that wait for `id`, whose state they hold.
+    pub(super) fn holders_of(&self, id: &JobId) -> Vec<Incarnation> {
+        let all = self.workers.iter();
+        all.filter(|(_, it)| it.holds.as_ref() == Some(id))
+            .map(|(incarnation, _)| *incarnation)
+            .collect()
     }
 
     pub(super) fn names(&self, workers: &[Incarnation]) -> Vec<String> {
@@ -129,7 +137,7 @@ impl Pool {
         timeout_ms: u64,
     ) -> Vec<(Incarnation, PoolWorker)> {
         let silent: Vec<Incarnation> = self
-            .waiting()
+            .jobless()
             .filter(|(_, it)| now_ms >= it.last_heard_ms + timeout_ms)
             .map(|(incarnation, _)| incarnation)
             .collect();
@@ -141,7 +149,7 @@ impl Pool {
 
     /// When the first waiting worker will have been silent for too long.
     pub(super) fn first_silent(&self, timeout_ms: u64) -> Option<u64> {
-        self.waiting()
+        self.jobless()
             .map(|(_, it)| it.last_heard_ms + timeout_ms)
             .min()
     }
@@ -152,8 +160,13 @@ impl Pool {
             .map(|(incarnation, it)| (*incarnation, it))
     }
 
+    /// Those that a job may have.
     fn waiting(&self) -> impl Iterator<Item = (Incarnation, &PoolWorker)> {
-        self.workers()
-            .filter(|(_, it)| it.job.is_none() && !it.draining)
+        self.jobless()
+            .filter(|(_, it)| it.holds.is_none() && !it.draining)
+    }
+
+    fn jobless(&self) -> impl Iterator<Item = (Incarnation, &PoolWorker)> {
+        self.workers().filter(|(_, it)| it.job.is_none())
     }
 }

@@ -110,7 +110,7 @@ impl Scheduler {
         match &entry.state {
             State::Queued { not_before_ms } if *not_before_ms > self.now_ms => {
                 let seconds = (not_before_ms - self.now_ms) as f64 / 1000.0;
-                format!("goes on from its last checkpoint in {seconds:.0} s")
+                format!("goes on in {seconds:.0} s")
             }
             State::Queued { .. } => {
                 let ahead = self

@@ -456,5 +456,7 @@ fn elastic(random: &mut Random, world: u32) -> Elastic {
         job_timeout_ms: 12_000,
         hang_factor: 5.0,
         slow_factor: 2.0,
+        mirror: true,
+        failures_max: u32::MAX,
     }
 }

@@ -43,6 +43,8 @@ pub fn elastic(world: u64, min: u32) -> JobPolicy {
             job_timeout_ms: 300_000,
             hang_factor: 5.0,
             slow_factor: 2.0,
+            mirror: true,
+            failures_max: u32::MAX,
         }),
         ..policy(world)
     }

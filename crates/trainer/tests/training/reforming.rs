@@ -657,3 +657,21 @@ fn m4_a_shard_without_a_living_copy_takes_the_run_back_to_a_checkpoint() {
     }];
     oracle.check(&lost(false, &one), &[(0, 3), (2, 2)], "no mirrors");
 }
+
+#[test]
+fn m4_an_interruption_without_a_loss_costs_no_bit() {
+    let oracle = Oracle::new();
+    for world in 1..=3 {
+        for moment in [Moment::Unheard, Moment::HalfHeard] {
+            // Nobody is of this number.
+            let change = Change::Death {
+                step: 4,
+                moment,
+                member: 9,
+            };
+            let found = changing(&oracle.spec, world, true, &[change], None);
+            let what = format!("world of {world}, {change:?}");
+            oracle.check(&found, &[(0, world), (4, world)], &what);
+        }
+    }
+}

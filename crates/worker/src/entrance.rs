@@ -1,0 +1,253 @@
+//! Into a generation: say what this worker holds, hear who is in it, connect with them.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use collective::tcp::Rendezvous;
+use collective::{Collective, CollectiveError, single};
+use protocol::{
+    Awaits, CoordinatorMessage, Generation, Held, Layout, Rank, RunFacts, Step, Terms,
+    WorkerMessage,
+};
+use trainer::{GateClosed, Membership, Past, Reformation};
+
+use crate::gate::{REPEAT, closed};
+use crate::session::Session;
+
+/// How long ranks wait for each other's connections; all of them were just formed.
+const RENDEZVOUS_PATIENCE: Duration = Duration::from_mins(1);
+
+/// How long one collective operation of a job that is not elastic may take. The coordinator notices a dead or silent rank much
+/// sooner and stops the others, which aborts their collectives; this bound only keeps a fault in that machinery from waiting
+/// for ever.
+const COLLECTIVE_PATIENCE: Duration = Duration::from_hours(1);
+
+/// How a worker enters the generations of one job.
+pub(crate) struct Entrance<'a> {
+    pub(crate) rendezvous: &'a Rendezvous,
+    pub(crate) checkpoints: PathBuf,
+    /// What holds in a job that goes on without a lost member.
+    pub(crate) terms: Option<Terms>,
+}
+
+/// A generation as its members are told of it.
+pub(crate) struct Formed {
+    pub(crate) generation: Generation,
+    pub(crate) rank: u32,
+    pub(crate) addresses: Vec<String>,
+    secret: [u8; 32],
+    committed: Step,
+    resume: Option<PathBuf>,
+    apply: bool,
+    base: Option<Layout>,
+}
+
+impl Entrance<'_> {
+    /// Whether the job goes on without a lost member.
+    pub(crate) fn is_elastic(&self) -> bool {
+        self.terms.is_some()
+    }
+
+    /// Enters the next generation, with whatever this worker has `held` before; `found` is what a worker that has loaded model
+    /// and data found, which a spare says. A generation whose ranks do not find each other is reported, and the one after it
+    /// entered.
+    ///
+    /// # Errors
+    /// The session is over; in a job that is not elastic also a peer that is not found.
+    pub(crate) fn enter(
+        &self,
+        session: &Session,
+        held: &[Held],
+        found: Option<&RunFacts>,
+    ) -> Result<(Formed, Box<dyn Collective>), GateClosed> {
+        let voice = session.voice();
+        loop {
+            let form = self.form(session, held, found)?;
+            voice.enter(form.generation, &self.rendezvous.aborter());
+            voice.know(form.committed);
+            if !form.can_be_entered(held) {
+                // The coordinator believed an old message: it hears what is true.
+                continue;
+            }
+            match form.connect(self.rendezvous, self.patience(RENDEZVOUS_PATIENCE)) {
+                Ok(collective) => {
+                    voice.enter(form.generation, &collective.aborter());
+                    return Ok((form, collective));
+                }
+                Err(error) if self.is_elastic() => {
+                    tracing::warn!("generation {} did not connect: {error}", form.generation);
+                    self.accuse(session, &error);
+                }
+                Err(error) => {
+                    let reason = error.to_string();
+                    return Err(GateClosed { reason });
+                }
+            }
+        }
+    }
+
+    /// Tells that the present generation's collective broke, unless that was the coordinator's wish.
+    pub(crate) fn accuse(&self, session: &Session, error: &CollectiveError) {
+        if !self.is_elastic() || matches!(error, CollectiveError::Aborted { .. }) {
+            return;
+        }
+        let suspect = error.suspect().map(|peer| Rank(peer.rank as u32));
+        let message = WorkerMessage::CollectiveFailed {
+            suspect,
+            reason: error.to_string(),
+        };
+        // A session that ended is noticed where its answer is needed.
+        drop(session.voice().say(message));
+    }
+
+    /// What training is told of its place in a generation.
+    pub(crate) fn membership(
+        &self,
+        session: &Session,
+        form: &Formed,
+        collective: Box<dyn Collective>,
+    ) -> Membership {
+        Membership {
+            collective,
+            step_deadline: self.patience(COLLECTIVE_PATIENCE),
+            checkpoints: self.checkpoints.clone(),
+            resume: form.resume.clone(),
+            mirror: self.terms.is_some_and(|it| it.mirror),
+            pulse: session.voice().pulse(),
+            generation: form.generation.0,
+        }
+    }
+
+    /// How long this worker waits for its peers, where the job does not say.
+    fn patience(&self, otherwise: Duration) -> Duration {
+        let terms = self.terms.map(|it| it.collective_timeout_ms);
+        terms.map_or(otherwise, Duration::from_millis)
+    }
+
+    /// Waits for a Form, and says again what the coordinator needs for it when it asks.
+    fn form(
+        &self,
+        session: &Session,
+        held: &[Held],
+        found: Option<&RunFacts>,
+    ) -> Result<Formed, GateClosed> {
+        let voice = session.voice();
+        voice.await_next(Awaits::Form);
+        let say = || -> Result<(), GateClosed> {
+            if !self.is_elastic() {
+                return Ok(());
+            }
+            let held = held.to_vec();
+            let facts = found.filter(|_| voice.is_spare()).cloned();
+            let loaded = facts.map(|facts| WorkerMessage::Loaded { facts });
+            let mut all = std::iter::once(WorkerMessage::Held { held }).chain(loaded);
+            all.try_for_each(|it| voice.say(it))
+                .map_err(|error| closed(&error))
+        };
+        if !session.has_put_back() {
+            say()?;
+        }
+        loop {
+            let heard = session.hear(REPEAT).map_err(|error| closed(&error))?;
+            match heard.map(|heard| (heard.generation, heard.message)) {
+                Some((
+                    generation,
+                    CoordinatorMessage::Form {
+                        rank,
+                        addresses,
+                        secret,
+                        committed,
+                        resume,
+                        apply,
+                        base,
+                    },
+                )) if generation > voice.generation() => {
+                    voice.await_next(Awaits::Nothing);
+                    return Ok(Formed {
+                        generation,
+                        rank: rank.0,
+                        addresses,
+                        secret,
+                        committed,
+                        resume: resume.map(PathBuf::from),
+                        apply,
+                        base,
+                    });
+                }
+                Some((
+                    _,
+                    CoordinatorMessage::Welcome { .. } | CoordinatorMessage::Abort { .. },
+                ))
+                | None => say()?,
+                Some(_) => {}
+            }
+        }
+    }
+}
+
+impl Formed {
+    /// Workers on this one's machine, itself included: those with its IP address. Containers have one each, and memory of
+    /// their own.
+    pub(crate) fn neighbors(&self) -> usize {
+        let host = |address: &str| address.rsplit_once(':').map(|(host, _)| host.to_owned());
+        let own = host(&self.addresses[self.rank as usize]);
+        let all = self.addresses.iter();
+        all.filter(|address| host(address) == own).count()
+    }
+
+    /// Whether the state it begins with is neither anybody's nor a checkpoint's: the weights that the run starts with.
+    pub(crate) fn starts_over(&self) -> bool {
+        self.base.is_none() && self.resume.is_none()
+    }
+
+    /// What training needs to know of it.
+    pub(crate) fn reformation(self, membership: Membership) -> Reformation {
+        let at = |rank: Option<Rank>| rank.map(|rank| rank.0 as usize);
+        Reformation {
+            membership,
+            committed: self.committed.0,
+            apply: self.apply,
+            past: self.base.map(|base| Past {
+                generation: base.generation.0,
+                shards: base
+                    .shards
+                    .iter()
+                    .map(|copies| [at(copies.owner), at(copies.mirror)])
+                    .collect(),
+            }),
+        }
+    }
+
+    /// Whether this worker, which has `held` these cuts, is named for no other.
+    fn can_be_entered(&self, held: &[Held]) -> bool {
+        let Some(base) = &self.base else {
+            return true;
+        };
+        let own = Some(Rank(self.rank));
+        let mut shards = base.shards.iter();
+        let named = shards.any(|it| it.owner == own || it.mirror == own);
+        let reaches = |it: &Held| {
+            let behind = it.gradient && it.applied.next() == self.committed;
+            it.generation == base.generation && (it.applied == self.committed || behind)
+        };
+        !named || held.iter().any(reaches)
+    }
+
+    fn connect(
+        &self,
+        rendezvous: &Rendezvous,
+        patience: Duration,
+    ) -> Result<Box<dyn Collective>, CollectiveError> {
+        if self.addresses.len() == 1 {
+            return Ok(Box::new(single(self.generation.0)));
+        }
+        let tcp = rendezvous.connect(
+            self.rank as usize,
+            &self.addresses,
+            self.generation.0,
+            self.secret,
+            Instant::now() + patience,
+        )?;
+        Ok(Box::new(tcp))
+    }
+}
