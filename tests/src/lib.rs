@@ -5,6 +5,7 @@
 pub mod cluster;
 pub mod programs;
 pub mod quickstart;
+pub mod replay;
 
 use std::path::PathBuf;
 

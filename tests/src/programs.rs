@@ -238,10 +238,23 @@ impl Running {
 
     /// Process ids of its workers.
     pub fn workers(&self) -> Vec<u32> {
-        let children = format!("/proc/{0}/task/{0}/children", self.id());
-        let children = fs::read_to_string(children).unwrap_or_default();
+        // Each was started by some thread.
+        let threads = fs::read_dir(format!("/proc/{}/task", self.id()));
+        let threads = threads.into_iter().flatten().flatten();
+        let children = threads.map(|it| fs::read_to_string(it.path().join("children")));
+        let children: String = children.map(Result::unwrap_or_default).collect();
         let ids = children.split_whitespace();
-        ids.map(|id| id.parse().expect("a process id")).collect()
+        let mut ids: Vec<u32> = ids.map(|id| id.parse().expect("a process id")).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// How the coordinator ended, if it did.
+    ///
+    /// # Panics
+    /// If it cannot be asked.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child")
     }
 
     /// Waits until `ready`.

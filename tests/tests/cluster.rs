@@ -103,11 +103,24 @@ fn jobs_are_queued_trained_and_found_in_their_folders() {
     assert_eq!(workers["workers"].as_array().expect("workers").len(), 2);
 }
 
+/// Values of `events.jsonl` of a run.
+fn kinds(folder: &Path) -> Vec<String> {
+    let events = fs::read_to_string(folder.join("events.jsonl")).expect("events");
+    let kinds = events.lines().map(|line| {
+        let event: Value = serde_json::from_str(line).expect("an event is JSON");
+        event["kind"].as_str().expect("a kind").to_owned()
+    });
+    kinds.collect()
+}
+
+/// With `min_workers` at the number of workers every step is made in the same world, so that whatever is lost and comes back, the
+/// run has the bits of one without faults.
 #[test]
-fn a_killed_worker_and_a_killed_coordinator_cost_no_committed_row() {
+fn a_killed_worker_and_a_killed_coordinator_cost_no_committed_row_and_no_bit() {
+    let more = "[train]\nsteps = 300\n[checkpoint]\nevery_steps = 0\n[cluster]\nmin_workers = 2";
     let whole = {
         let mut cluster = Cluster::start();
-        let config = job("run", cluster.folder(), "");
+        let config = job("run", cluster.folder(), more);
         cluster.worker("a");
         cluster.worker("b");
         let done = cluster.ask(&["submit", "--watch"], &config);
@@ -116,30 +129,38 @@ fn a_killed_worker_and_a_killed_coordinator_cost_no_committed_row() {
     };
 
     let mut cluster = Cluster::start();
-    let config = job("run", cluster.folder(), "");
+    let config = job("run", cluster.folder(), more);
     cluster.worker("a");
     cluster.worker("b");
     assert!(cluster.ask(&["submit"], &config).status.success());
     cluster.wait_for_step("run", 3);
     cluster.kill_worker("a");
-    cluster.wait_for("a job that waits to go on", |status| {
-        status["jobs"][0]["state"] == "queued"
+    cluster.wait_for("a job that waits for a worker", |status| {
+        let waiting = status["jobs"][0]["waiting"].as_str().expect("a sentence");
+        waiting.contains("waiting for a worker to join (1 here, 2 train)")
     });
+    let held = cluster.status()["jobs"][0]["committed_step"].as_u64();
+    let held = held.expect("a step");
     cluster.worker("a");
-    cluster.wait_for_step("run", 8);
+    cluster.wait_for_step("run", held + 3);
     cluster.kill_coordinator();
     cluster.start_again();
-    // Nobody submits again, and the workers find the coordinator by themselves.
+    // Nobody submits again, and the workers find the coordinator by themselves, with what they hold.
     cluster.wait_for("the end", |status| {
         status["jobs"][0]["state"] == "completed"
     });
-    assert_same_rows("run", &training(&cluster.folder().join("run")), &whole);
+    let run = cluster.folder().join("run");
+    let kinds = kinds(&run);
+    assert!(!kinds.contains(&"rewind".to_owned()), "{}", cluster.said());
+    let formed = kinds.iter().filter(|kind| *kind == "form").count();
+    assert!(formed >= 3, "{kinds:?}");
+    assert_same_rows("run", &training(&run), &whole);
 }
 
 #[test]
-fn a_drained_worker_leaves_with_its_code_and_its_job_goes_on_with_another() {
+fn a_drained_worker_leaves_with_its_code_and_its_job_goes_on_without_it() {
     let mut cluster = Cluster::start();
-    let config = job("run", cluster.folder(), "[train]\nsteps = 4000");
+    let config = job("run", cluster.folder(), "[train]\nsteps = 20000");
     cluster.worker("a");
     cluster.worker("b");
     assert!(cluster.ask(&["submit"], &config).status.success());
@@ -154,16 +175,24 @@ fn a_drained_worker_leaves_with_its_code_and_its_job_goes_on_with_another() {
     let drained = cluster.run(&["drain", "b"]);
     assert!(drained.status.success(), "{}", text(&drained));
     assert_eq!(cluster.worker_left("b"), Some(143));
-    cluster.wait_for("the queue", |status| status["jobs"][0]["state"] == "queued");
-    let held = cluster.status()["jobs"][0]["committed_step"]
-        .as_u64()
-        .expect("a step");
+    let world_is = |world: u64| move |status: &Value| status["jobs"][0]["world_size"] == world;
+    cluster.wait_for("one worker left", world_is(1));
+    let held = cluster.status()["jobs"][0]["committed_step"].as_u64();
+    cluster.wait_for_step("run", held.expect("a step") + 1);
+    // Another takes its place, with what the first one sends it.
     cluster.worker("c");
-    cluster.wait_for_step("run", held + 1);
+    cluster.wait_for("a second worker", world_is(2));
 
     // SIGTERM of a worker does the same.
     cluster.signal_worker("c", "TERM");
     assert_eq!(cluster.worker_left("c"), Some(143));
+    cluster.wait_for("one worker left", world_is(1));
+    // The last one's job saves before it lets it go, and waits for others.
+    cluster.signal_worker("a", "TERM");
+    assert_eq!(cluster.worker_left("a"), Some(143));
+    cluster.wait_for("the queue", |status| status["jobs"][0]["state"] == "queued");
+    let kinds = kinds(&cluster.folder().join("run"));
+    assert!(!kinds.contains(&"rewind".to_owned()), "{}", cluster.said());
     // Cancelling keeps what was done.
     let cancelled = cluster.run(&["cancel", "", "--reason", "enough"]);
     assert!(cancelled.status.success(), "{}", text(&cancelled));

@@ -217,7 +217,7 @@ fn workers(config: &Config) -> (usize, usize) {
 fn memory(config: &Config, job: &Job, machine: Option<MachineMemory>, saves: bool) -> Memory {
     let (workers, threads) = workers(config);
     let workload = job.workload();
-    let knobs = workload.knobs(workers, threads);
+    let knobs = workload.knobs(workers, threads, config.cluster.mirror);
     let worker = workload.memory(&knobs, job.program(), saves);
     let total_bytes = worker.peak_bytes * workers as u64 + COORDINATOR_BYTES;
     let within = |bytes: fn(&MachineMemory) -> u64| {

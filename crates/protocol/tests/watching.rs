@@ -92,7 +92,7 @@ fn late_is_not_dead() {
 fn a_worker_that_computes_longer_than_its_peers_is_reported_once() {
     let mut play = Play::elastic(3, 1, 99);
     let mut told = Vec::new();
-    for step in 1..=5 {
+    for step in 1..=12 {
         for incarnation in 1..=3u64 {
             let phases = Phases {
                 forward: if incarnation == 2 { 1.0 } else { 0.25 },

@@ -258,6 +258,7 @@ impl Workload {
             steps: steps(spec, train.len()),
             knobs: Knobs {
                 workers: 1,
+                mirror: false,
                 threads: 1,
                 gpu: false,
                 micro_batch_tokens: spec.train.micro_batch_tokens,
@@ -267,10 +268,11 @@ impl Workload {
         })
     }
 
-    /// The settings that the job has, for so many workers of so many threads.
-    pub fn knobs(&self, workers: usize, threads: usize) -> Knobs {
+    /// The settings that the job has, for so many workers of so many threads, which keep mirrors or not.
+    pub fn knobs(&self, workers: usize, threads: usize, mirror: bool) -> Knobs {
         Knobs {
             workers,
+            mirror,
             threads,
             ..self.knobs
         }

@@ -1,8 +1,8 @@
 //! Jobs and workers, for whoever asks.
 
 use protocol::{
-    Incarnation, Job, JobSummary, JobSummaryState, MetricsRow, Outcome, PoolWorker, Waiting,
-    WorkerView,
+    Incarnation, Job, JobSummary, JobSummaryState, Liveness, MetricsRow, Outcome, PoolWorker,
+    Waiting, WorkerView,
 };
 
 use crate::proto::{self, JobState};
@@ -25,7 +25,7 @@ pub fn running_job(job: &Job, now_ms: u64, last_row: Option<&MetricsRow>) -> pro
         workers: job
             .workers()
             .into_iter()
-            .map(|it| worker(it, now_ms))
+            .map(|it| worker(it, now_ms, job.spec().policy.heartbeat_timeout_ms))
             .collect(),
         last_row: last_row.copied().map(Into::into),
         ..proto::Job::default()
@@ -87,7 +87,7 @@ fn state(waiting: &Waiting, outcome: Option<&Outcome>) -> JobState {
     }
 }
 
-fn worker(it: WorkerView, now_ms: u64) -> proto::WorkerStatus {
+fn worker(it: WorkerView, now_ms: u64, timeout_ms: u64) -> proto::WorkerStatus {
     proto::WorkerStatus {
         incarnation: it.incarnation.0,
         name: it.name,
@@ -97,5 +97,12 @@ fn worker(it: WorkerView, now_ms: u64) -> proto::WorkerStatus {
         phase: it.phase,
         committed_step: it.committed.0,
         silent_ms: now_ms.saturating_sub(it.last_heard_ms),
+        liveness: match it.pulse.liveness(now_ms, timeout_ms) {
+            Liveness::Green => proto::Liveness::Unspecified,
+            Liveness::Yellow => proto::Liveness::Late,
+            Liveness::Red => proto::Liveness::Lost,
+        }
+        .into(),
+        spare: it.spare,
     }
 }

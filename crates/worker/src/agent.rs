@@ -229,7 +229,7 @@ fn train(
         let held = Vec::new();
         session.voice().say(WorkerMessage::Held { held })?;
         // It may become one of two or more.
-        loaded = Some(load(options, session, spec, 2, Generation(0))?);
+        loaded = Some(load(options, session, spec, 2, None)?);
     }
     let mut place: Option<(Formed, Membership)> = None;
     loop {
@@ -296,7 +296,7 @@ fn load(
     session: &Session,
     spec: &Spec,
     world: usize,
-    generation: Generation,
+    generation: Option<Generation>,
 ) -> Result<Setup, AgentError> {
     let voice = session.voice();
     let mut teller = ProgressTeller::new(voice.clone());
@@ -318,7 +318,7 @@ fn prepare(
     loaded: Option<Setup>,
 ) -> Result<(Trainer, WorkerMessage), AgentError> {
     let voice = session.voice();
-    let generation = form.generation;
+    let generation = Some(form.generation);
     let setup = match loaded {
         Some(setup) => setup,
         None => load(options, session, spec, form.addresses.len(), generation)?,
@@ -331,7 +331,8 @@ fn prepare(
         setup.keep_source(&entrance.checkpoints)?;
     }
     if options.device == Device::flex() {
-        memory::check(&setup, form.addresses.len(), form.neighbors())?;
+        let mirror = entrance.terms.is_some_and(|it| it.mirror);
+        memory::check(&setup, form.addresses.len(), form.neighbors(), mirror)?;
     }
     let facts = setup.facts();
     let mut teller = ProgressTeller::new(voice.clone());

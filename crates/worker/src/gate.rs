@@ -118,7 +118,7 @@ impl<'a> Gate<'a> {
     fn hear(&self) -> Result<Option<CoordinatorMessage>, GateClosed> {
         let heard = self.session.hear(REPEAT).map_err(|error| closed(&error))?;
         let Some(heard) = heard else {
-            self.session.voice().check(self.generation)?;
+            self.session.voice().check(Some(self.generation))?;
             return Ok(None);
         };
         match heard.message {

@@ -22,7 +22,12 @@ pub(crate) enum MemoryError {
 /// # Errors
 /// If the machine cannot hold them, even without a checkpoint on the way. One that can hold them but for the copy that such
 /// a checkpoint takes is warned about: whether one comes is the coordinator's to say.
-pub(crate) fn check(setup: &Setup, world: usize, here: usize) -> Result<(), MemoryError> {
+pub(crate) fn check(
+    setup: &Setup,
+    world: usize,
+    here: usize,
+    mirror: bool,
+) -> Result<(), MemoryError> {
     let (workload, program) = setup.workload()?;
     let machine = MachineMemory::here();
     let share = Share {
@@ -30,6 +35,7 @@ pub(crate) fn check(setup: &Setup, world: usize, here: usize) -> Result<(), Memo
         program,
         world,
         here,
+        mirror,
     };
     match share.check(machine.as_ref()) {
         Ok(None) => Ok(()),
@@ -47,6 +53,7 @@ struct Share<'a> {
     program: Program,
     world: usize,
     here: usize,
+    mirror: bool,
 }
 
 impl Share<'_> {
@@ -54,7 +61,7 @@ impl Share<'_> {
     fn check(&self, machine: Option<&MachineMemory>) -> Result<Option<String>, String> {
         let knobs = self
             .workload
-            .knobs(self.world, rayon::current_num_threads());
+            .knobs(self.world, rayon::current_num_threads(), self.mirror);
         let saving = self.workload.memory(&knobs, self.program, true);
         tracing::info!("memory with a checkpoint on the way: {saving}");
         let Some(machine) = machine else {
@@ -143,8 +150,9 @@ mod tests {
             program,
             world: 4,
             here: 2,
+            mirror: true,
         };
-        let knobs = workload.knobs(4, rayon::current_num_threads());
+        let knobs = workload.knobs(4, rayon::current_num_threads(), true);
         let [least, saving] =
             [false, true].map(|saves| 2 * workload.memory(&knobs, program, saves).peak_bytes);
         assert!(least < saving);

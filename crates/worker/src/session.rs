@@ -279,9 +279,13 @@ impl Voice {
         }
     }
 
-    /// Whether `generation` still stands, for phases that ask nobody else.
-    pub(crate) fn check(&self, generation: Generation) -> Result<(), GateClosed> {
-        let reason = self.shared.state().closed(generation);
+    /// Whether `generation` still stands, for phases that ask nobody else; without one, whether the session does.
+    pub(crate) fn check(&self, generation: Option<Generation>) -> Result<(), GateClosed> {
+        let state = self.shared.state();
+        let reason = match generation {
+            Some(generation) => state.closed(generation),
+            None => state.ended.as_ref().map(ToString::to_string),
+        };
         reason.map_or(Ok(()), |reason| Err(GateClosed { reason }))
     }
 

@@ -92,8 +92,18 @@ fn job_lines(job: &proto::Job) -> Vec<String> {
         let rank = worker
             .rank
             .map_or_else(|| "-".into(), |rank| rank.to_string());
+        let place = if worker.spare {
+            "spare".into()
+        } else {
+            format!("rank {rank}")
+        };
+        let late = match worker.liveness() {
+            proto::Liveness::Unspecified => "",
+            proto::Liveness::Late => ", late",
+            proto::Liveness::Lost => ", lost",
+        };
         format!(
-            "  rank {rank}  {}  {}  {}  heard {} ago",
+            "  {place}  {}  {}  {}  heard {} ago{late}",
             worker.name,
             worker.address,
             worker.phase,
@@ -222,6 +232,8 @@ pub(super) fn job_json(job: &proto::Job) -> Value {
             "phase": worker.phase,
             "committed_step": worker.committed_step,
             "silent_ms": worker.silent_ms,
+            "late": worker.liveness() != proto::Liveness::Unspecified,
+            "spare": worker.spare,
         })
     });
     json!({

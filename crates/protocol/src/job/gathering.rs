@@ -173,10 +173,8 @@ impl Job {
                 spare.pulse.beat(now_ms);
                 self.send(incarnation, welcome, actions);
             }
-            WorkerMessage::Beat {
-                awaits: Awaits::Form,
-                ..
-            } => {
+            // What else it says that it waits for is of a generation that it is about to leave.
+            WorkerMessage::Beat { .. } => {
                 spare.pulse.beat(now_ms);
                 self.send(
                     incarnation,

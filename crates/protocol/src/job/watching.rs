@@ -10,7 +10,7 @@ use crate::{Incarnation, Liveness, Rank, Work};
 const STEPS_TO_LEARN: u32 = 3;
 
 /// Slow steps in a row that are worth a word.
-const SLOW_STEPS: u32 = 3;
+const SLOW_STEPS: u32 = 10;
 
 /// How long steps take: a mean that follows changes, with a gain of 1/8.
 #[derive(Default)]

@@ -69,6 +69,7 @@ impl Workload {
         let alone = [
             search.checkpointing(*knobs),
             search.micro_batch(*knobs),
+            search.mirror(*knobs),
             search.workers(*knobs),
             search.max_length(*knobs),
         ];
@@ -124,6 +125,15 @@ impl Search<'_> {
         };
         let tokens = Self::most(knobs.micro_batch_tokens, |tokens| self.fits(&with(tokens)))?;
         Some(with(tokens))
+    }
+
+    /// Without mirrors, which costs the promise that no step is lost with a worker.
+    fn mirror(&self, knobs: Knobs) -> Option<Knobs> {
+        let without = Knobs {
+            mirror: false,
+            ..knobs
+        };
+        (without != knobs && self.fits(&without)).then_some(without)
     }
 
     fn workers(&self, knobs: Knobs) -> Option<Knobs> {
@@ -213,6 +223,11 @@ impl Search<'_> {
             "train.micro_batch_tokens",
             knobs.micro_batch_tokens != before.micro_batch_tokens,
             knobs.micro_batch_tokens.into(),
+        );
+        change(
+            "cluster.mirror",
+            knobs.mirror != before.mirror,
+            knobs.mirror.into(),
         );
         change(
             "cluster.workers",

@@ -33,7 +33,7 @@ impl Workload {
     pub fn gpu_knobs(&self, workers: usize) -> Knobs {
         Knobs {
             gpu: true,
-            ..self.knobs(workers, 1)
+            ..self.knobs(workers, 1, false)
         }
     }
 
@@ -269,6 +269,7 @@ mod tests {
             steps: vec![vec![0]],
             knobs: Knobs {
                 workers: 1,
+                mirror: false,
                 threads: 1,
                 gpu: false,
                 micro_batch_tokens: tokens,

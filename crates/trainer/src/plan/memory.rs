@@ -18,6 +18,8 @@ use crate::lanes::{lanes, pack_tokens};
 pub struct Knobs {
     /// Workers of the job.
     pub workers: usize,
+    /// Whether each keeps the moments of the one before it, too.
+    pub mirror: bool,
     /// Compute threads of each.
     pub threads: usize,
     /// Whether each of them computes on a GPU, whose memory is then meant.
@@ -250,10 +252,15 @@ impl Workload {
     /// What stays while a run trains.
     fn trained(&self, loaded: Parts, pairs: usize, knobs: &Knobs, saves: bool) -> Parts {
         let shard = self.shard(knobs);
+        let kept = if knobs.mirror && knobs.workers > 1 {
+            2
+        } else {
+            1
+        };
         Parts {
             weights: loaded.weights + self.adapter_weights(),
             gradients: self.trained.elements() as u64 * FLOAT,
-            optimizer_moments: self.moments * shard * FLOAT,
+            optimizer_moments: kept * self.moments * shard * FLOAT,
             snapshot: if saves { self.snapshot(knobs) } else { 0 },
             reference_values: if self.needs_reference {
                 REFERENCE_PAIR * pairs as u64

@@ -41,7 +41,7 @@ fn weights_gradients_moments_and_snapshot_are_the_layouts_elements() {
     let weights = 4 * layout.elements() as u64;
     for workers in [1, 2, 3] {
         let workload = draft.workload();
-        let memory = workload.memory(&workload.knobs(workers, 1), PROGRAM, true);
+        let memory = workload.memory(&workload.knobs(workers, 1, false), PROGRAM, true);
         let parts = moment(&memory, "training step");
         assert_eq!([parts.weights, parts.gradients], [weights; 2]);
         // Rounded up in every bucket.
@@ -51,6 +51,12 @@ fn weights_gradients_moments_and_snapshot_are_the_layouts_elements() {
         assert!((share(3 * weights)..=most(3 * weights)).contains(&parts.snapshot));
         let sums = parts.collective;
         assert_eq!(sums > 0, workers > 1, "{workers} workers: {sums}");
+        // A worker alone has nobody whose moments it could keep.
+        let mirrored = workload.memory(&workload.knobs(workers, 1, true), PROGRAM, true);
+        let mirrored = moment(&mirrored, "training step");
+        let kept = if workers > 1 { 2 } else { 1 };
+        assert_eq!(mirrored.optimizer_moments, kept * parts.optimizer_moments);
+        assert_eq!(mirrored.snapshot, parts.snapshot);
     }
 }
 
@@ -82,7 +88,7 @@ fn the_largest_micro_batch_is_that_of_the_runs_own_steps() {
         largest = largest.max(tokens.max().unwrap());
     }
     let workload = draft.workload();
-    let memory = workload.memory(&workload.knobs(2, 1), PROGRAM, true);
+    let memory = workload.memory(&workload.knobs(2, 1, false), PROGRAM, true);
     assert_eq!(memory.largest_micro_batch_tokens, largest);
 }
 
@@ -91,7 +97,7 @@ fn a_job_that_is_too_large_is_offered_settings_each_of_which_fits() {
     let folder = Folder::new(40);
     let (_, draft) = draft(&folder, "");
     let workload = draft.workload();
-    let knobs = workload.knobs(3, 1);
+    let knobs = workload.knobs(3, 1, false);
     let needed = |knobs: &Knobs| {
         let memory = workload.memory(knobs, PROGRAM, true);
         memory.peak_bytes * knobs.workers as u64
@@ -121,7 +127,7 @@ fn several_settings_together_are_offered_where_none_is_enough_and_none_where_all
     let folder = Folder::new(40);
     let (_, draft) = draft(&folder, "");
     let workload = draft.workload();
-    let knobs = workload.knobs(1, 1);
+    let knobs = workload.knobs(1, 1, false);
     let smallest = Knobs {
         gradient_checkpointing: true,
         micro_batch_tokens: 32,
@@ -167,7 +173,7 @@ fn checkpointing_and_smaller_micro_batches_need_less() {
     let step = |lines: &str| {
         let (_, draft) = draft(&folder, lines);
         let workload = draft.workload();
-        let memory = workload.memory(&workload.knobs(1, 1), PROGRAM, false);
+        let memory = workload.memory(&workload.knobs(1, 1, false), PROGRAM, false);
         let parts = moment(&memory, "training step");
         assert_eq!(parts.snapshot, 0, "no checkpoint on the way");
         parts.activations + parts.workspace
@@ -179,7 +185,7 @@ fn checkpointing_and_smaller_micro_batches_need_less() {
     let draft = Draft::load(&folder_spec, 1).unwrap();
     let memory = draft
         .workload()
-        .memory(&draft.workload().knobs(1, 1), PROGRAM, false);
+        .memory(&draft.workload().knobs(1, 1, false), PROGRAM, false);
     let parts = moment(&memory, "training step");
     assert!(parts.activations + parts.workspace < plain);
 }
@@ -255,7 +261,7 @@ fn a_loaded_run_says_its_memory_in_one_line() {
     let (spec, _) = draft(&folder, "");
     let setup = Setup::load(&spec, &Device::flex(), 1, &mut |_, _, _| Ok(())).unwrap();
     let (workload, program) = setup.workload().unwrap();
-    let memory = workload.memory(&workload.knobs(2, 1), program, true);
+    let memory = workload.memory(&workload.knobs(2, 1, false), program, true);
     let line = memory.to_string();
     assert!(line.contains(" MiB at most, in the "), "{line}");
     assert_eq!(line.lines().count(), 1, "{line}");
