@@ -42,7 +42,7 @@ steps = 10000000
 batch_pairs = {pairs}
 micro_batch_tokens = 2048
 [evaluate]
-every_steps = 0
+every_steps = 100000
 [checkpoint]
 every_steps = {save}
 [reference]

@@ -230,5 +230,5 @@ fn t4_a_run_that_lost_workers_is_bit_for_bit_a_run_of_its_schedule() {
     // Paths of the configuration are the run's.
     std::env::set_current_dir(workspace_root()).expect("a folder");
     let stretches = replay(&run.path("")).unwrap_or_else(|error| panic!("{error}"));
-    assert!(stretches.len() >= 5, "{stretches:?}");
+    assert!(stretches.len() >= 3, "{stretches:?}");
 }

@@ -276,7 +276,7 @@ pub fn drain(target: &Target, name: &str, json: bool) -> anyhow::Result<u8> {
     } else {
         let job = &worker.job;
         format!(
-            "worker {name} leaves as soon as job {job} has saved; the job goes on with other workers"
+            "worker {name} leaves job {job}, which goes on without it, or saves and waits where too few would be left"
         )
     };
     print(&line)?;

@@ -53,8 +53,8 @@ impl Presence {
         self.state().leaving.is_some()
     }
 
-    /// The first SIGTERM or Ctrl-C asks the coordinator to let this worker go, so that its job saves first; without a session,
-    /// or the second time, the process leaves at once.
+    /// The first SIGTERM or Ctrl-C asks the coordinator to let this worker go, so that its job forms a generation without it, or saves
+    /// first; without a session, or the second time, the process leaves at once.
     pub(crate) fn follow_signals(&self, runtime: &Runtime) -> anyhow::Result<()> {
         let entered = runtime.enter();
         for (kind, name) in [
@@ -72,7 +72,7 @@ impl Presence {
                     };
                     match voice {
                         Some(voice) if !again => {
-                            tracing::info!("{name}: leaving as soon as the job has saved; once more leaves at once");
+                            tracing::info!("{name}: leaving as soon as the job lets this worker go; once more leaves at once");
                             // Speaking may wait for the network.
                             tokio::task::spawn_blocking(move || voice.leave(name));
                         }
