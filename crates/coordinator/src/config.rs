@@ -308,6 +308,9 @@ fn job_section(
     let seed = section.required::<u64>("seed")?;
     let output = section.optional("output")?;
     let preset = section.optional("preset")?;
+    let priority = section.required("priority")?;
+    let max_hours = section.optional("max_hours")?;
+    let max_attempts = section.required("max_attempts")?;
     section.finish()?;
     let name = name.unwrap_or_else(|| default_name(sources));
     if !protocol::is_name(&name) {
@@ -322,12 +325,18 @@ fn job_section(
         let reason = "is a URL, and a run directory has a journal, which no object store can hold; name a directory, and give the URL as checkpoint.path";
         return Err(refuse(merged, "job.output", reason));
     }
-    Ok(JobSection {
+    let job = JobSection {
         name,
         seed,
         output,
         preset,
-    })
+        priority,
+        max_hours,
+        max_attempts,
+    };
+    job.validate()
+        .map_err(|(key, reason)| refuse(merged, key, reason))?;
+    Ok(job)
 }
 
 fn default_name(sources: &Sources) -> String {

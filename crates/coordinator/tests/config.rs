@@ -73,6 +73,26 @@ fn defaults_alone_are_a_configuration() {
 }
 
 #[test]
+fn what_the_queue_is_told_of_a_job_makes_no_other_run() {
+    let plain = load(&[], &[], &[]).unwrap();
+    let job = &plain.job;
+    assert_eq!((job.priority, job.max_attempts), (0, 5));
+    assert_eq!(job.run_ms_max(), None);
+    assert!(!plain.to_toml().contains("max_hours"));
+    let set = ["job.priority=-100", "job.max_hours=2", "job.max_attempts=1"];
+    let config = load(&[], &[], &set).unwrap();
+    let job = &config.job;
+    assert_eq!((job.priority, job.max_attempts), (-100, 1));
+    assert_eq!(job.run_ms_max(), Some(7_200_000));
+    assert_eq!(config.identity, plain.identity);
+    assert_eq!(config.training, plain.training);
+    let again = load(&[&config.to_toml()], &[], &[]).unwrap();
+    assert_eq!(again.job, config.job);
+    let least = load(&[], &[], &["job.max_hours=1e-9"]).unwrap();
+    assert_eq!(least.job.run_ms_max(), Some(1), "0 would be no time at all");
+}
+
+#[test]
 fn each_layer_wins_over_the_one_before() {
     let files = ["[objective]\nbeta = 0.2\n", "[objective]\nbeta = 0.3\n"];
     let beta = |environment: &[(&str, &str)], set: &[&str], files: &[&str]| {
@@ -246,7 +266,10 @@ fn unknown_names_are_refused_with_place_and_nearest_name() {
         &[],
         &[],
         &["job.zzz=1"],
-        &["job.zzz", "known are name, output, preset, seed"],
+        &[
+            "job.zzz",
+            "known are max_attempts, max_hours, name, output, preset, priority, seed",
+        ],
     );
 }
 
@@ -316,6 +339,16 @@ fn wrong_types_are_refused() {
 fn impossible_values_are_refused() {
     let refused = |set: &str, parts: &[&str]| check_refused(&[], &[], &[set], parts);
     refused("cluster.workers=0", &["cluster.workers", "at least 1"]);
+    for priority in ["101", "-101"] {
+        let set = format!("job.priority={priority}");
+        refused(&set, &["job.priority", "between -100 and 100", priority]);
+    }
+    refused("job.priority=1.5", &["job.priority", "1.5"]);
+    for hours in ["0", "-1", "nan", "inf", "1e9"] {
+        let set = format!("job.max_hours={hours}");
+        refused(&set, &["job.max_hours", "above 0", "leave it out"]);
+    }
+    refused("job.max_attempts=0", &["job.max_attempts", "at least 1"]);
     refused("cluster.threads=0", &["cluster.threads", "at least 1"]);
     refused(
         "cluster.listen=0.0.0.0:7070",

@@ -321,6 +321,13 @@ fn what_loading_refuses_is_refused_with_its_place() {
             "/optimizer/alpha",
         ),
         ("[job]\nname = \".a\"", "job.name=.a", "/job/name"),
+        ("[job]\npriority = 101", "job.priority=101", "/job/priority"),
+        ("[job]\nmax_hours = 0", "job.max_hours=0", "/job/max_hours"),
+        (
+            "[job]\nmax_attempts = 0",
+            "job.max_attempts=0",
+            "/job/max_attempts",
+        ),
         ("[data]\ntrain = []", "data.train=[]", "/data"),
         (
             "[data]\ntrain = [\"t\"]\nmax_length = 1",

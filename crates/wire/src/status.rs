@@ -36,6 +36,7 @@ pub fn running_job(job: &Job, now_ms: u64, last_row: Option<&MetricsRow>) -> pro
 pub fn queued_job(it: JobSummary) -> proto::Job {
     let state = match it.state {
         JobSummaryState::Queued => JobState::Queued,
+        JobSummaryState::Paused => JobState::Paused,
         JobSummaryState::Running => JobState::Gathering,
         JobSummaryState::Completed => JobState::Completed,
         JobSummaryState::Cancelled => JobState::Cancelled,
@@ -49,6 +50,7 @@ pub fn queued_job(it: JobSummary) -> proto::Job {
         attempts: it.attempts,
         committed_step: it.committed.0,
         submitted_unix_ms: it.submitted_unix_ms,
+        priority: it.priority,
         ..proto::Job::default()
     }
 }

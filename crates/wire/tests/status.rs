@@ -1,8 +1,8 @@
 //! The status that a coordinator serves is that of its job.
 
 use protocol::{
-    Event, FromWorker, Generation, Incarnation, Job, JobId, JobPolicy, JobSpec, Recovery,
-    WorkerMessage, WorkerProfile,
+    Event, FromWorker, Generation, Incarnation, Job, JobId, JobPolicy, JobSpec, JobSummary,
+    JobSummaryState, Recovery, Step, WorkerMessage, WorkerProfile,
 };
 use wire::proto::JobState;
 
@@ -92,4 +92,30 @@ fn a_status_of_an_ended_job_tells_how_it_ended() {
         "{}",
         status.waiting
     );
+}
+
+#[test]
+fn a_job_of_the_queue_tells_its_state_and_its_priority() {
+    for (state, expected) in [
+        (JobSummaryState::Queued, JobState::Queued),
+        (JobSummaryState::Paused, JobState::Paused),
+        (JobSummaryState::Running, JobState::Gathering),
+        (JobSummaryState::Completed, JobState::Completed),
+        (JobSummaryState::Cancelled, JobState::Cancelled),
+        (JobSummaryState::Failed, JobState::Failed),
+    ] {
+        let job = wire::queued_job(JobSummary {
+            id: JobId("run".into()),
+            state,
+            waiting: "waits".into(),
+            config_toml: String::new(),
+            priority: -3,
+            workers: 2,
+            attempts: 4,
+            committed: Step(7),
+            submitted_unix_ms: 9,
+        });
+        assert_eq!(job.state(), expected);
+        assert_eq!((job.priority, job.committed_step), (-3, 7));
+    }
 }

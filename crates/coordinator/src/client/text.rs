@@ -61,6 +61,9 @@ fn job_lines(job: &proto::Job) -> Vec<String> {
         .steps_total
         .map_or_else(|| "?".into(), |total| total.to_string());
     let mut first = format!("{}  {}", job.name, state(job));
+    if job.priority != 0 {
+        first = format!("{first}  priority {}", job.priority);
+    }
     if job.generation > 0 {
         let (step, generation) = (job.committed_step, job.generation);
         first = format!("{first}  step {step}/{total}  generation {generation}");
@@ -141,7 +144,13 @@ pub(super) fn jobs_table(jobs: &[proto::Job]) -> String {
     if jobs.is_empty() {
         return "no jobs".into();
     }
-    let mut table = table(&["job", "state", "step", "workers", "submitted", "what"]);
+    // A column that says something.
+    let ranked = jobs.iter().any(|job| job.priority != 0);
+    let mut header = vec!["job", "state", "step", "workers", "submitted", "what"];
+    if ranked {
+        header.insert(2, "priority");
+    }
+    let mut table = table(&header);
     for job in jobs {
         let step = match (job.committed_step, job.steps_total) {
             (0, None) => "-".into(),
@@ -149,14 +158,18 @@ pub(super) fn jobs_table(jobs: &[proto::Job]) -> String {
             (step, Some(total)) => format!("{step}/{total}"),
         };
         let first = job.waiting.lines().next().unwrap_or_default();
-        table.add_row([
+        let mut row = vec![
             job.name.clone(),
             state(job),
             step,
             job.world_size.to_string(),
             ago(job.submitted_unix_ms),
             first.to_owned(),
-        ]);
+        ];
+        if ranked {
+            row.insert(2, job.priority.to_string());
+        }
+        table.add_row(row);
     }
     table.to_string()
 }
@@ -247,6 +260,7 @@ pub(super) fn job_json(job: &proto::Job) -> Value {
         "steps_total": job.steps_total,
         "world_size": job.world_size,
         "attempts": job.attempts,
+        "priority": job.priority,
         "submitted_unix_ms": job.submitted_unix_ms,
         "workers": members.collect::<Vec<_>>(),
         "last_row": row,
@@ -278,6 +292,27 @@ mod tests {
     use protocol::{MetricsRow, Phases, StepReport};
 
     use super::*;
+
+    #[test]
+    fn a_priority_is_shown_where_it_is_not_0() {
+        let job = |name: &str, priority| proto::Job {
+            name: name.into(),
+            priority,
+            ..proto::Job::default()
+        };
+        let shown = |job: &proto::Job| job_lines(job)[0].contains("priority -7");
+        assert!(shown(&job("a", -7)) && !shown(&job("a", 0)));
+        let plain = jobs_table(&[job("a", 0), job("b", 0)]);
+        assert!(!plain.contains("priority"), "{plain}");
+        let ranked = jobs_table(&[job("a", 0), job("b", -7)]);
+        let columns = |line: Option<&str>| {
+            let words = line.unwrap_or_default().split_whitespace().take(3);
+            words.map(str::to_owned).collect::<Vec<_>>()
+        };
+        let mut lines = ranked.lines();
+        assert_eq!(columns(lines.next()), ["job", "state", "priority"]);
+        assert_eq!(columns(lines.nth(1)), ["b", "unspecified", "-7"]);
+    }
 
     #[test]
     fn a_status_tells_where_the_time_of_the_last_step_went_if_it_was_measured() {

@@ -39,9 +39,6 @@ const RETRY_PAUSE_MS: u64 = 2_000;
 /// How long a job that ran when the coordinator ended waits for its workers, which try to connect twice a second.
 const RETURN_MS: u64 = 5_000;
 
-/// Attempts in a row that come no further before a job counts as failed.
-const ATTEMPTS_MAX: u32 = 5;
-
 /// How often the head of the queue says what it waits for.
 const REMIND_MS: u64 = 60_000;
 
@@ -100,7 +97,6 @@ impl Hub {
             build: env!("CARGO_PKG_VERSION").into(),
             heartbeat_timeout_ms: HEARTBEAT_TIMEOUT_MS,
             retry_pause_ms: RETRY_PAUSE_MS,
-            attempts_max: ATTEMPTS_MAX,
             return_ms: RETURN_MS,
             remind_ms: REMIND_MS,
         };
@@ -153,10 +149,7 @@ impl Hub {
     /// Jobs of an earlier life of the coordinator wait in the queue again.
     fn find_jobs_again(&mut self) -> anyhow::Result<()> {
         for job in self.scheduler.jobs() {
-            if matches!(
-                job.state,
-                protocol::JobSummaryState::Queued | protocol::JobSummaryState::Running
-            ) {
+            if !job.state.has_ended() {
                 match read(&job.config_toml) {
                     Ok(config) => {
                         self.note(&Note {
@@ -408,19 +401,19 @@ impl Hub {
             return;
         };
         let running = job.state == protocol::JobSummaryState::Running;
-        let queued = job.state == protocol::JobSummaryState::Queued;
+        let ended = job.state.has_ended();
         if !running {
             let view = live.complete(wire::queued_job(job));
             live.feed.tell(Kind::Job(view));
         }
-        if !running && !queued {
+        if ended {
             self.live.remove(id);
         }
     }
 
     fn note(&mut self, note: &Note) {
         match note.kind {
-            "lost" | "retry" | "refuse" | "wait" => {
+            "limit" | "lost" | "refuse" | "retry" | "wait" => {
                 tracing::warn!(kind = note.kind, "{}", note.text);
             }
             _ => tracing::info!(kind = note.kind, "{}", note.text),
@@ -542,6 +535,9 @@ impl Hub {
             config_toml: request.config_toml,
             workers: config.cluster.workers,
             workers_max: config.cluster.max_workers,
+            priority: config.job.priority,
+            run_ms_max: config.job.run_ms_max(),
+            attempts_max: config.job.max_attempts,
             submitted_unix_ms: since.as_millis() as u64,
         };
         let (id, created, actions) = match self.scheduler.submit(self.now_ms(), new) {
@@ -617,7 +613,7 @@ impl Hub {
         id: &JobId,
     ) -> impl Future<Output = Result<proto::Job, Status>> + Send + 'static {
         let found = self.find(id).map(|summary| {
-            let attempts = summary.attempts;
+            let (attempts, priority) = (summary.attempts, summary.priority);
             let submitted = summary.submitted_unix_ms;
             let queued = wire::queued_job(summary);
             let live = self.live.get(id);
@@ -626,10 +622,10 @@ impl Hub {
                 None => queued,
             };
             let inputs = live.and_then(|live| live.inputs.clone());
-            (queued, inputs, attempts, submitted)
+            (queued, inputs, attempts, priority, submitted)
         });
         async move {
-            let (queued, inputs, attempts, submitted_unix_ms) = found?;
+            let (queued, inputs, attempts, priority, submitted_unix_ms) = found?;
             let Some(inputs) = inputs else {
                 return Ok(queued);
             };
@@ -649,6 +645,7 @@ impl Hub {
                 Ok(Some(job)) => proto::Job {
                     objective: queued.objective,
                     attempts,
+                    priority,
                     submitted_unix_ms,
                     ..job
                 },

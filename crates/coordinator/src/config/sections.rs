@@ -20,8 +20,14 @@ const JOIN_SECONDS: f64 = 3600.0;
 /// How long a worker waits for the others, where a step has twice the time.
 const COLLECTIVE_SECONDS: f64 = 300.0;
 
+/// Priorities go so far up, and so far down.
+const PRIORITY_MAX: i32 = 100;
+
+/// Ten years; longer runs are typing mistakes.
+const HOURS_MAX: f64 = 87_600.0;
+
 /// `[job]`: the run.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct JobSection {
     /// The run's name. Default: the stem of the last configuration file, else `run`.
     #[schemars(regex(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$"))]
@@ -37,6 +43,49 @@ pub struct JobSection {
     #[serde(skip_serializing)]
     #[schemars(extend("enum" = presets::NAMES))]
     pub preset: Option<String>,
+    /// Its place in the queue of `coordinator --cluster`: the higher goes first, among equals the older. A job with a higher one
+    /// takes workers from running jobs with a lower one, which save, and go on after it.
+    #[schemars(range(min = -PRIORITY_MAX, max = PRIORITY_MAX))]
+    pub priority: i32,
+    /// Hours that its attempts on `coordinator --cluster` may run together; then it saves, and ends as failed. Default: as long as
+    /// it needs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0, "maximum" = HOURS_MAX))]
+    pub max_hours: Option<f64>,
+    /// Attempts in a row that lose workers and come no further before `coordinator --cluster` gives it up.
+    #[schemars(range(min = 1))]
+    pub max_attempts: u32,
+}
+
+impl JobSection {
+    pub(super) fn validate(&self) -> Result<(), (&'static str, String)> {
+        let priority = self.priority;
+        if !(-PRIORITY_MAX..=PRIORITY_MAX).contains(&priority) {
+            let reason =
+                format!("must be between -{PRIORITY_MAX} and {PRIORITY_MAX}, got {priority}");
+            return Err(("job.priority", reason));
+        }
+        if let Some(hours) = self.max_hours
+            && !(hours > 0.0 && hours <= HOURS_MAX)
+        {
+            let reason = format!(
+                "must be above 0 and at most {HOURS_MAX}, got {hours}; leave it out to let the job run as long as it needs"
+            );
+            return Err(("job.max_hours", reason));
+        }
+        if self.max_attempts == 0 {
+            let reason =
+                "must be at least 1: the number of attempts without progress that ends the job";
+            return Err(("job.max_attempts", reason.into()));
+        }
+        Ok(())
+    }
+
+    /// `max_hours` in milliseconds, at least one.
+    pub fn run_ms_max(&self) -> Option<u64> {
+        self.max_hours
+            .map(|hours| (hours * 3_600_000.0).ceil() as u64)
+    }
 }
 
 /// `[checkpoint]`: saved state.

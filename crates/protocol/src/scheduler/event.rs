@@ -19,8 +19,22 @@ pub struct NewJob {
     /// Most workers that it takes; 0, as in older journals, for `workers`.
     #[serde(default)]
     pub workers_max: u32,
+    /// The job with the higher one goes first, and may take workers from running jobs with a lower one.
+    #[serde(default)]
+    pub priority: i32,
+    /// How long its attempts may run together, in milliseconds; `None` for as long as they need.
+    #[serde(default)]
+    pub run_ms_max: Option<u64>,
+    /// Attempts in a row that come no further before it counts as failed.
+    #[serde(default = "attempts_max")]
+    pub attempts_max: u32,
     /// When it was submitted, milliseconds since 1970, for people.
     pub submitted_unix_ms: u64,
+}
+
+/// What held for all jobs of older journals.
+fn attempts_max() -> u32 {
+    5
 }
 
 /// What happened.
@@ -68,6 +82,20 @@ pub enum SchedulerEvent {
     },
     /// Somebody wants a job to end for good.
     CancelRequested {
+        /// Its name.
+        id: JobId,
+        /// Who and why.
+        reason: String,
+    },
+    /// Somebody wants a job to save, to stop, and not to start until it is resumed.
+    PauseRequested {
+        /// Its name.
+        id: JobId,
+        /// Who and why.
+        reason: String,
+    },
+    /// Somebody wants a paused job to go on.
+    ResumeRequested {
         /// Its name.
         id: JobId,
         /// Who and why.

@@ -20,6 +20,29 @@ pub enum JobRecord {
         /// Whose.
         id: JobId,
     },
+    /// An attempt ended, and the job goes on later.
+    Stopped {
+        /// Whose.
+        id: JobId,
+        /// Its last commit.
+        committed: Step,
+        /// How long it ran.
+        ran_ms: u64,
+    },
+    /// It may not start.
+    Paused {
+        /// Which.
+        id: JobId,
+        /// Who and why.
+        reason: String,
+    },
+    /// It may start again.
+    Resumed {
+        /// Which.
+        id: JobId,
+        /// Who and why.
+        reason: String,
+    },
     /// It will not run again.
     Ended {
         /// Which.
@@ -44,6 +67,9 @@ pub(super) struct RecoveredJob {
     pub(super) job: NewJob,
     pub(super) attempts: u32,
     pub(super) committed: Step,
+    /// Of the attempts whose end was written down.
+    pub(super) ran_ms: u64,
+    pub(super) paused: Option<String>,
     pub(super) ending: Option<Ending>,
 }
 
@@ -59,8 +85,19 @@ impl JobsRecovery {
             for _ in 0..it.attempts {
                 records.push(JobRecord::Started { id: id.clone() });
             }
+            let committed = it.committed;
+            if it.ending.is_none() && (committed > Step(0) || it.ran_ms > 0) {
+                records.push(JobRecord::Stopped {
+                    id: id.clone(),
+                    committed,
+                    ran_ms: it.ran_ms,
+                });
+            }
+            if let Some(reason) = it.paused.clone() {
+                let id = id.clone();
+                records.push(JobRecord::Paused { id, reason });
+            }
             if let Some(ending) = it.ending.clone() {
-                let committed = it.committed;
                 records.push(JobRecord::Ended {
                     id,
                     committed,
@@ -83,12 +120,34 @@ pub fn recover_jobs(records: &[JobRecord]) -> JobsRecovery {
                     job: job.clone(),
                     attempts: 0,
                     committed: Step(0),
+                    ran_ms: 0,
+                    paused: None,
                     ending: None,
                 });
             }
             JobRecord::Started { id } => {
                 if let Some(it) = of(&mut jobs, id) {
                     it.attempts += 1;
+                }
+            }
+            JobRecord::Stopped {
+                id,
+                committed,
+                ran_ms,
+            } => {
+                if let Some(it) = of(&mut jobs, id) {
+                    it.committed = *committed;
+                    it.ran_ms += ran_ms;
+                }
+            }
+            JobRecord::Paused { id, reason } => {
+                if let Some(it) = of(&mut jobs, id) {
+                    it.paused = Some(reason.clone());
+                }
+            }
+            JobRecord::Resumed { id, .. } => {
+                if let Some(it) = of(&mut jobs, id) {
+                    it.paused = None;
                 }
             }
             JobRecord::Ended {
@@ -98,6 +157,9 @@ pub fn recover_jobs(records: &[JobRecord]) -> JobsRecovery {
             } => {
                 if let Some(it) = of(&mut jobs, id) {
                     it.committed = *committed;
+                    // It will not start, however long it ran.
+                    it.ran_ms = 0;
+                    it.paused = None;
                     it.ending = Some(ending.clone());
                 }
             }

@@ -22,6 +22,8 @@ pub struct PoolWorker {
 #[derive(Default)]
 pub(super) struct Pool {
     workers: BTreeMap<Incarnation, PoolWorker>,
+    /// By name, those whose job let them go, and until when they are expected to come back.
+    returning: BTreeMap<String, u64>,
 }
 
 impl Pool {
@@ -39,6 +41,7 @@ impl Pool {
             draining: false,
             last_heard_ms: now_ms,
         };
+        self.returning.remove(&worker.profile.name);
         self.workers.insert(incarnation, worker);
     }
 
@@ -106,15 +109,49 @@ impl Pool {
         }
     }
 
-    /// An attempt ended: its workers leave their sessions, and come back under other incarnations.
-    pub(super) fn forget_job(&mut self, id: &JobId) {
+    /// An attempt ended: its workers leave their sessions, and come back under other incarnations, until `expected_ms` unless
+    /// they are lost.
+    pub(super) fn forget_job(&mut self, id: &JobId, expected_ms: u64) {
+        for worker in self.workers.values() {
+            if worker.job.as_ref() == Some(id) && !worker.draining {
+                let name = worker.profile.name.clone();
+                self.returning.insert(name, expected_ms);
+            }
+        }
         self.workers.retain(|_, it| it.job.as_ref() != Some(id));
+    }
+
+    /// A worker of that name is expected to come back by then.
+    pub(super) fn expect(&mut self, name: String, until_ms: u64) {
+        self.returning.insert(name, until_ms);
+    }
+
+    /// Forgets workers that were expected by now.
+    pub(super) fn expect_no_longer(&mut self, now_ms: u64) {
+        self.returning.retain(|_, until_ms| *until_ms > now_ms);
+    }
+
+    /// Workers that are expected to come back.
+    pub(super) fn returning_count(&self) -> usize {
+        self.returning.len()
+    }
+
+    /// When the first of these is expected no longer.
+    pub(super) fn first_expected(&self) -> Option<u64> {
+        self.returning.values().copied().min()
     }
 
     /// Workers that work for `id`.
     pub(super) fn count_of(&self, id: &JobId) -> usize {
         let all = self.workers.values();
         all.filter(|it| it.job.as_ref() == Some(id)).count()
+    }
+
+    /// Those of them that others could have after it.
+    pub(super) fn staying_count_of(&self, id: &JobId) -> usize {
+        let all = self.workers.values();
+        all.filter(|it| it.job.as_ref() == Some(id) && !it.draining)
+            .count()
     }
 
     /// Workers that wait for `id`, whose state they hold.

@@ -16,6 +16,8 @@ pub struct JobSummary {
     pub waiting: String,
     /// Its configuration.
     pub config_toml: String,
+    /// Higher goes first.
+    pub priority: i32,
     /// Workers that it runs on.
     pub workers: u32,
     /// How often it was started.
@@ -31,6 +33,8 @@ pub struct JobSummary {
 pub enum JobSummaryState {
     /// It waits for its turn.
     Queued,
+    /// It does not start until it is resumed.
+    Paused,
     /// An attempt runs.
     Running,
     /// All steps are committed and saved.
@@ -41,10 +45,18 @@ pub enum JobSummaryState {
     Failed,
 }
 
+impl JobSummaryState {
+    /// Whether it will not run again.
+    pub fn has_ended(self) -> bool {
+        matches!(self, Self::Completed | Self::Cancelled | Self::Failed)
+    }
+}
+
 impl fmt::Display for JobSummaryState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Queued => "queued",
+            Self::Paused => "paused",
             Self::Running => "running",
             Self::Completed => "completed",
             Self::Cancelled => "cancelled",
@@ -54,15 +66,14 @@ impl fmt::Display for JobSummaryState {
 }
 
 impl Scheduler {
-    /// All jobs: running ones, the queue in its order, and those that ended, the newest first.
+    /// All jobs: running ones and the queue by priority and submission, and those that ended, the newest first.
     pub fn jobs(&self) -> Vec<JobSummary> {
-        let summary = |it: &Entry| self.summary(it);
-        let of =
-            |wanted: fn(&State) -> bool| self.jobs.values().filter(move |it| wanted(&it.state));
-        let running = of(|it| matches!(it, State::Running { .. }));
-        let queued = of(|it| matches!(it, State::Queued { .. }));
+        let running = self.numbers(|it| matches!(it, State::Running { .. }));
+        let queued = self.numbers(|it| matches!(it, State::Queued { .. }));
+        let unended = running.into_iter().chain(queued);
+        let unended = unended.map(|number| &self.jobs[&number]);
         let ended = self.jobs.values().rev().filter(|it| it.has_ended());
-        running.chain(queued).chain(ended).map(summary).collect()
+        unended.chain(ended).map(|it| self.summary(it)).collect()
     }
 
     /// The job of that name; without a name, the only one that has not ended.
@@ -89,7 +100,7 @@ impl Scheduler {
 
     /// What the head of the queue waits for, if anything does.
     pub fn waiting(&self) -> Option<String> {
-        let (_, head) = self.head()?;
+        let head = &self.jobs[&self.head()?];
         Some(format!("job {} {}", head.job.id, self.sentence(head)))
     }
 
@@ -99,6 +110,7 @@ impl Scheduler {
             state: state(entry),
             waiting: self.sentence(entry),
             config_toml: entry.job.config_toml.clone(),
+            priority: entry.job.priority,
             workers: entry.job.workers,
             attempts: entry.attempts.count(),
             committed: entry.committed,
@@ -108,26 +120,31 @@ impl Scheduler {
 
     fn sentence(&self, entry: &Entry) -> String {
         match &entry.state {
-            State::Queued { not_before_ms } if *not_before_ms > self.now_ms => {
-                let seconds = (not_before_ms - self.now_ms) as f64 / 1000.0;
-                format!("goes on in {seconds:.0} s")
-            }
-            State::Queued { .. } => {
-                let ahead = self
-                    .jobs
-                    .values()
-                    .take_while(|it| it.job.id != entry.job.id)
-                    .filter(|it| matches!(it.state, State::Queued { .. }))
-                    .count();
-                match ahead {
+            State::Queued { not_before_ms } => {
+                if let Some(reason) = &entry.paused {
+                    let id = &entry.job.id;
+                    return format!("is paused: {reason}; go on with: coordinator resume {id}");
+                }
+                if *not_before_ms > self.now_ms {
+                    let seconds = (not_before_ms - self.now_ms) as f64 / 1000.0;
+                    return format!("goes on in {seconds:.0} s");
+                }
+                let queued = self.numbers(|it| matches!(it, State::Queued { .. }));
+                let queued = queued.iter().map(|number| &self.jobs[number]);
+                let ahead = queued.take_while(|it| it.job.id != entry.job.id);
+                match ahead.filter(|it| it.paused.is_none()).count() {
                     0 => self.lacks(entry),
                     1 => "waits for the job before it".into(),
-                    _ => format!("waits for the {ahead} jobs before it"),
+                    ahead => format!("waits for the {ahead} jobs before it"),
                 }
             }
             State::Running { stopping, .. } => match stopping {
                 None => "runs".into(),
-                Some(Stopping::Cancel { reason } | Stopping::Pause { reason }) => {
+                Some(
+                    Stopping::Cancel { reason }
+                    | Stopping::Limit { reason }
+                    | Stopping::Later { reason },
+                ) => {
                     format!("saves and stops: {reason}")
                 }
             },
@@ -150,8 +167,12 @@ impl Scheduler {
         if busy > 0 {
             text = format!("{text}, {busy} in other jobs");
         }
-        if (wanted as usize) > idle + busy {
-            let missing = wanted as usize - idle - busy;
+        let (coming, returning) = (self.coming(), self.pool.returning_count());
+        if coming > 0 {
+            text = format!("{text}, {coming} soon idle");
+        }
+        if (wanted as usize) > idle + busy + returning {
+            let missing = wanted as usize - idle - busy - returning;
             text = format!(
                 "{text}; start {} more with `worker --coordinator URL`, or submit it with a smaller cluster.workers",
                 workers(missing)
@@ -163,6 +184,7 @@ impl Scheduler {
 
 pub(super) fn state(entry: &Entry) -> JobSummaryState {
     match &entry.state {
+        State::Queued { .. } if entry.paused.is_some() => JobSummaryState::Paused,
         State::Queued { .. } => JobSummaryState::Queued,
         State::Running { .. } => JobSummaryState::Running,
         State::Ended(Ending::Completed) => JobSummaryState::Completed,

@@ -1,196 +1,21 @@
 //! The queue of a coordinator that serves job after job: order, losses, retries, cancelling, draining, recovery.
 
+#[path = "../support/mod.rs"]
 mod support;
 
-use std::collections::{BTreeMap, BTreeSet};
+mod limits;
+mod pauses;
+mod play;
+mod priorities;
+mod random;
 
 use protocol::{
-    Afterwards, Cause, Incarnation, JobId, JobRecord, JobSummaryState, NewJob, Outcome, Scheduler,
-    SchedulerAction, SchedulerEvent, SchedulerPolicy, Step, SubmitError, WIRE_VERSION,
-    recover_jobs,
+    Afterwards, Cause, Incarnation, JobId, JobRecord, JobSummaryState, NewJob, Outcome,
+    SchedulerAction, SchedulerEvent, SubmitError, WIRE_VERSION, recover_jobs,
 };
+
+use play::{Play, dismissed, interrupted, lost, new_job, notes, stopped};
 use support::profile;
-
-fn policy() -> SchedulerPolicy {
-    SchedulerPolicy {
-        build: "build".into(),
-        heartbeat_timeout_ms: 5_000,
-        retry_pause_ms: 1_000,
-        attempts_max: 3,
-        return_ms: 0,
-        remind_ms: 60_000,
-    }
-}
-
-fn new_job(name: &str, workers: u32) -> NewJob {
-    NewJob {
-        id: JobId(name.into()),
-        key: String::new(),
-        config_toml: format!("name = \"{name}\""),
-        workers,
-        workers_max: 0,
-        submitted_unix_ms: 7,
-    }
-}
-
-struct Play {
-    scheduler: Scheduler,
-    now_ms: u64,
-    journal: Vec<JobRecord>,
-    /// Members of running attempts.
-    running: BTreeMap<JobId, Vec<u64>>,
-}
-
-impl Play {
-    fn new() -> Self {
-        Self::with(&[])
-    }
-
-    fn with(journal: &[JobRecord]) -> Self {
-        Self {
-            scheduler: Scheduler::new(policy(), recover_jobs(journal), 0),
-            now_ms: 0,
-            journal: journal.to_vec(),
-            running: BTreeMap::new(),
-        }
-    }
-
-    fn take(&mut self, actions: Vec<SchedulerAction>) -> Vec<SchedulerAction> {
-        for action in &actions {
-            match action {
-                SchedulerAction::Journal(record) => self.journal.push(record.clone()),
-                SchedulerAction::Start { id, workers, .. } => {
-                    let workers = workers.iter().map(|it| it.0).collect();
-                    let other = self.running.insert(id.clone(), workers);
-                    assert!(other.is_none(), "{id} runs twice");
-                }
-                SchedulerAction::Lend { id, incarnation } => {
-                    let running = self.running.get_mut(id).expect("a job that runs");
-                    if !running.contains(&incarnation.0) {
-                        running.push(incarnation.0);
-                    }
-                }
-                _ => {}
-            }
-        }
-        for (_, worker) in self.scheduler.workers() {
-            if let Some(id) = &worker.job {
-                let state = self.scheduler.job(id).map(|it| it.state);
-                assert_eq!(
-                    state,
-                    Some(JobSummaryState::Running),
-                    "a worker works for {id}"
-                );
-            }
-        }
-        let mut seen = BTreeSet::new();
-        for worker in self.running.values().flatten() {
-            assert!(seen.insert(*worker), "worker {worker} has two jobs");
-        }
-        actions
-    }
-
-    fn submit(&mut self, job: NewJob) -> Result<bool, SubmitError> {
-        let (_, created, actions) = self.scheduler.submit(self.now_ms, job)?;
-        self.take(actions);
-        Ok(created)
-    }
-
-    fn event(&mut self, event: SchedulerEvent) -> Vec<SchedulerAction> {
-        let actions = self.scheduler.handle(self.now_ms, event);
-        self.take(actions)
-    }
-
-    fn join(&mut self, incarnation: u64) -> Vec<SchedulerAction> {
-        self.event(SchedulerEvent::Joined {
-            incarnation: Incarnation(incarnation),
-            profile: profile(&format!("w{incarnation}"), "build", WIRE_VERSION),
-            job: None,
-        })
-    }
-
-    /// A worker comes back with a job's state.
-    fn come_back(&mut self, incarnation: u64, job: &str) -> Vec<SchedulerAction> {
-        self.event(SchedulerEvent::Joined {
-            incarnation: Incarnation(incarnation),
-            profile: profile(&format!("w{incarnation}"), "build", WIRE_VERSION),
-            job: Some(JobId(job.into())),
-        })
-    }
-
-    /// A worker's session ends.
-    fn gone(&mut self, incarnation: u64) -> Vec<SchedulerAction> {
-        for workers in self.running.values_mut() {
-            workers.retain(|it| *it != incarnation);
-        }
-        let incarnation = Incarnation(incarnation);
-        self.event(SchedulerEvent::Gone { incarnation })
-    }
-
-    fn end(&mut self, name: &str, outcome: Outcome, committed: u64) -> Vec<SchedulerAction> {
-        let id = JobId(name.into());
-        self.running.remove(&id);
-        self.event(SchedulerEvent::Ended {
-            id,
-            outcome,
-            committed: Step(committed),
-        })
-    }
-
-    /// Lets time pass, ticking at every deadline.
-    fn pass(&mut self, ms: u64) -> Vec<SchedulerAction> {
-        let until = self.now_ms + ms;
-        let mut all = Vec::new();
-        while let Some(at_ms) = self.scheduler.next_deadline().filter(|it| *it <= until) {
-            assert!(at_ms >= self.now_ms, "a deadline in the past would spin");
-            self.now_ms = at_ms;
-            all.extend(self.event(SchedulerEvent::Tick));
-        }
-        self.now_ms = until;
-        all
-    }
-
-    fn state(&self, name: &str) -> JobSummaryState {
-        self.scheduler.job(&JobId(name.into())).expect(name).state
-    }
-
-    fn waiting(&self, name: &str) -> String {
-        self.scheduler.job(&JobId(name.into())).expect(name).waiting
-    }
-}
-
-fn lost() -> Outcome {
-    Outcome::Failed {
-        cause: Cause::Temporary,
-        reason: "rank 1 was lost".into(),
-    }
-}
-
-fn interrupted(committed: u64) -> Outcome {
-    Outcome::Interrupted {
-        committed: Step(committed),
-    }
-}
-
-fn stopped(actions: &[SchedulerAction]) -> Vec<&str> {
-    let stops = actions.iter().filter_map(|it| match it {
-        SchedulerAction::StopJob { id, .. } => Some(id.0.as_str()),
-        _ => None,
-    });
-    stops.collect()
-}
-
-fn dismissed(actions: &[SchedulerAction]) -> Vec<(u64, Afterwards, &str)> {
-    let told = actions.iter().filter_map(|it| match it {
-        SchedulerAction::Dismiss {
-            incarnation,
-            reason,
-            afterwards,
-        } => Some((incarnation.0, *afterwards, reason.as_str())),
-        _ => None,
-    });
-    told.collect()
-}
 
 #[test]
 fn a_job_starts_when_enough_workers_wait_and_the_queue_keeps_its_order() {
@@ -444,14 +269,8 @@ fn a_silent_worker_is_dropped_and_the_head_says_what_it_waits_for_each_minute() 
     let actions = play.pass(6_000);
     assert_eq!(dismissed(&actions)[0].0, 1);
     assert_eq!(play.scheduler.workers().count(), 0);
-    let notes = |actions: &[SchedulerAction]| {
-        let notes = actions.iter().filter_map(|it| match it {
-            SchedulerAction::Note(note) if note.kind == "wait" => Some(note.text.clone()),
-            _ => None,
-        });
-        notes.collect::<Vec<_>>()
-    };
-    let said = notes(&play.pass(120_000));
+    let actions = play.pass(120_000);
+    let said = notes(&actions, "wait");
     assert_eq!(said.len(), 2, "{said:?}");
     assert!(
         said[0].contains("job a waits for 2 workers: 0 idle"),
@@ -499,78 +318,4 @@ fn a_shutdown_saves_running_jobs_and_a_restart_finds_all_of_them_again() {
     assert_eq!(again.state("done"), JobSummaryState::Completed);
     again.join(4);
     assert_eq!(again.running[&JobId("runs".into())], [4]);
-}
-
-/// Random events for a thousand seeds: no worker has two jobs, no job runs twice (both asserted in `take`), deadlines do not
-/// spin, and once enough workers wait, every job ends.
-#[test]
-fn whatever_happens_every_job_ends_once_workers_stay() {
-    for seed in 1..=1_000_u64 {
-        let mut random = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let mut draw = move |below: u64| {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            random % below
-        };
-        let mut play = Play::new();
-        let mut worker = 0;
-        let mut committed: BTreeMap<JobId, u64> = BTreeMap::new();
-        for _ in 0..60 {
-            match draw(9) {
-                0 => drop(play.submit(new_job(&format!("j{}", draw(5)), draw(3) as u32 + 1))),
-                1 | 2 => {
-                    worker += 1;
-                    play.join(worker);
-                }
-                3 => {
-                    play.gone(draw(worker + 1));
-                }
-                4 => drop(play.pass(draw(9_000))),
-                5 => {
-                    let name = format!("w{}", draw(worker + 1));
-                    play.event(SchedulerEvent::DrainRequested { name });
-                }
-                6 if draw(4) == 0 => {
-                    let id = JobId(format!("j{}", draw(5)));
-                    let reason = String::new();
-                    play.event(SchedulerEvent::CancelRequested { id, reason });
-                }
-                _ => {
-                    let running: Vec<_> = play.running.keys().cloned().collect();
-                    if let Some(id) = running.get(draw(running.len().max(1) as u64) as usize) {
-                        let at = committed.entry(id.clone()).or_default();
-                        *at += draw(3);
-                        let at = *at;
-                        let outcome = match draw(3) {
-                            0 => lost(),
-                            1 => interrupted(at),
-                            _ => Outcome::Completed,
-                        };
-                        for member in play.running[id].clone() {
-                            play.gone(member);
-                        }
-                        play.end(&id.0, outcome, at);
-                    }
-                }
-            }
-        }
-        for _ in 0..60 {
-            for _ in 0..3 {
-                worker += 1;
-                play.join(worker);
-            }
-            let running: Vec<_> = play.running.keys().cloned().collect();
-            for id in running {
-                play.end(&id.0, Outcome::Completed, 99);
-            }
-            play.pass(40_000);
-        }
-        let unended = play
-            .scheduler
-            .jobs()
-            .into_iter()
-            .find(|it| matches!(it.state, JobSummaryState::Queued | JobSummaryState::Running));
-        assert_eq!(unended, None, "seed {seed}");
-    }
 }
