@@ -236,6 +236,72 @@ fn sigterm_saves_running_jobs_and_the_same_folder_goes_on_with_them() {
     assert!(rows >= 3 && all.len() == 60, "{rows} and {}", all.len());
 }
 
+/// What the status says of a job.
+fn of<'a>(status: &'a Value, name: &str) -> &'a Value {
+    let mut jobs = status["jobs"].as_array().expect("jobs").iter();
+    jobs.find(|job| job["job"] == name).expect(name)
+}
+
+/// Every step has one row, none is missing and none is double.
+fn assert_all_steps(folder: &Path, steps: u64) {
+    let rows = training(folder);
+    let found: Vec<u64> = rows
+        .iter()
+        .map(|row| row["step"].as_u64().expect("a step"))
+        .collect();
+    assert_eq!(found, (1..=steps).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_job_with_a_higher_priority_takes_the_workers_of_a_running_one_which_goes_on_after_it() {
+    const STEPS: u64 = 400;
+    let mut cluster = Cluster::start();
+    cluster.worker("a");
+    cluster.worker("b");
+    let more = format!("[train]\nsteps = {STEPS}\n[evaluate]\nevery_steps = 200");
+    let low = job("low", cluster.folder(), &more);
+    assert!(cluster.ask(&["submit"], &low).status.success());
+    cluster.wait_for_step("low", 3);
+    let high = job("high", cluster.folder(), "[job]\npriority = 10");
+    let submitted = cluster.ask(&["submit"], &high);
+    assert!(submitted.status.success(), "{}", text(&submitted));
+    let said = text(&submitted);
+    assert!(said.contains("waits for 2 workers: 0 idle"), "{said}");
+    cluster.wait_for("room for high", |status| {
+        of(status, "low")["state"] == "queued"
+    });
+    // With its state saved, where no attempt has failed.
+    let status = cluster.status();
+    let saved = of(&status, "low")["committed_step"].as_u64();
+    assert!((Some(3)..Some(STEPS)).contains(&saved), "{status:#}");
+    let jobs = text(&cluster.run(&["jobs"]));
+    assert!(jobs.contains("priority"), "{jobs}");
+    cluster.wait_for("the end of high", |status| {
+        of(status, "high")["state"] == "completed"
+    });
+    assert_all_steps(&cluster.folder().join("high"), 24);
+    cluster.wait_for("the end of low", |status| {
+        of(status, "low")["state"] == "completed"
+    });
+    assert_all_steps(&cluster.folder().join("low"), STEPS);
+
+    let status = cluster.status();
+    assert_eq!(of(&status, "high")["priority"], 10);
+    assert_eq!(of(&status, "low")["attempts"], 2, "{status:#}");
+    assert_eq!(of(&status, "high")["attempts"], 1, "{status:#}");
+    let events = status["events"].as_array().expect("events");
+    let told = |kind: &str| -> Vec<String> {
+        let found = events.iter().filter(|it| it["kind"] == kind);
+        let texts = found.map(|it| it["text"].as_str().expect("a sentence"));
+        texts.map(str::to_owned).collect()
+    };
+    assert!(told("retry").is_empty(), "it was no failure");
+    let why = "makes room for job high, whose priority is 10 and not 0";
+    assert_eq!(told("preempt"), [format!("job low saves, stops and {why}")]);
+    let run = fs::read_to_string(cluster.folder().join("low/events.jsonl")).expect("events");
+    assert!(run.contains(why), "{run}");
+}
+
 #[test]
 fn s1_without_the_token_nobody_but_a_health_probe_gets_in() {
     let mut cluster = Cluster::start_with_token("s3cret-and-long");
