@@ -102,11 +102,9 @@ impl Scheduler {
 
     pub(super) fn shut_down(&mut self, reason: &str, actions: &mut Vec<SchedulerAction>) {
         self.shutting_down = true;
-        let running = self.jobs.iter();
-        let running = running.filter(|(_, it)| matches!(it.state, State::Running { .. }));
-        let running: Vec<u64> = running.map(|(number, _)| *number).collect();
+        let running = |it: &State| matches!(it, State::Running { stopping: None, .. });
         let reason = format!("the coordinator leaves ({reason})");
-        for number in running {
+        for number in self.numbers(running) {
             let id = &self.jobs[&number].job.id;
             actions.push(note("stop", format!("job {id} saves and stops: {reason}")));
             let why = Stopping::Later {
@@ -254,19 +252,17 @@ impl Entry {
         }
         match (lost, stopping) {
             (None, stopping) => {
-                let why = match stopping {
-                    Some(Stopping::Later { reason }) => format!(" ({reason})"),
-                    _ => String::new(),
-                };
-                let text =
-                    format!("job {id} stopped{why} and waits to go on from step {committed}");
+                let mut text = format!("job {id} waits to go on from step {committed}");
+                if let Some(Stopping::Later { reason }) = stopping {
+                    text = format!("{text}, where it stopped: {reason}");
+                }
                 let told = note("queue", text);
                 Fate::Queue { wait_ms: 0, told }
             }
             // It was to stop, so that this is no failure of its own.
             (Some(reason), Some(_)) => {
                 let text = format!(
-                    "job {id} goes on from its last checkpoint, since its state could not be saved: {reason}"
+                    "job {id} will go on from its last checkpoint, since its state could not be saved: {reason}"
                 );
                 let told = note("retry", text);
                 Fate::Queue { wait_ms: 0, told }

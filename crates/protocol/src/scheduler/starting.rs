@@ -21,7 +21,7 @@ impl Scheduler {
         }
         let begins_with = |job: &NewJob| job.workers;
         loop {
-            let Some(number) = self.ready_head(now_ms) else {
+            let Some(number) = self.head() else {
                 self.reminded_ms = None;
                 self.lend(begins_with, i32::MIN, actions);
                 return self.lend(|job| job.workers_max.max(job.workers), i32::MIN, actions);
@@ -29,6 +29,11 @@ impl Scheduler {
             let job = &self.jobs[&number].job;
             let (wanted, priority) = (job.workers as usize, job.priority);
             self.lend(begins_with, priority, actions);
+            if !self.is_ready(number) {
+                // It tries again soon, and finds what is idle now.
+                self.reminded_ms = None;
+                return;
+            }
             if let Some(workers) = self.pool.idle(wanted) {
                 self.reminded_ms = None;
                 self.start(number, workers, false, actions);
@@ -118,11 +123,11 @@ impl Scheduler {
             .find(|number| self.jobs[number].paused.is_none())
     }
 
-    /// The same once its wait is over.
-    fn ready_head(&self, now_ms: u64) -> Option<u64> {
-        self.head().filter(|number| match self.jobs[number].state {
-            State::Queued { not_before_ms } => not_before_ms <= now_ms,
+    /// Whether the wait of a queued job is over.
+    fn is_ready(&self, number: u64) -> bool {
+        match self.jobs[&number].state {
+            State::Queued { not_before_ms } => not_before_ms <= self.now_ms,
             _ => false,
-        })
+        }
     }
 }

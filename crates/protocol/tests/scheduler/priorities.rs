@@ -191,3 +191,25 @@ fn the_newest_highest_job_gets_what_was_freed_for_another() {
     play.pass(1_000);
     assert_eq!(play.members("higher"), [7]);
 }
+
+#[test]
+fn what_a_job_needs_for_its_next_attempt_is_not_lent_to_others_meanwhile() {
+    let mut play = Play::new();
+    let wide = NewJob {
+        workers_max: 9,
+        ..new_job("wide", 1)
+    };
+    play.join(1);
+    play.submit(wide).expect("taken");
+    play.submit(prior("high", 1, 1)).expect("taken");
+    assert!(play.stopping.contains(&JobId("wide".into())));
+    play.end_and_return("wide", interrupted(1), 1);
+    play.join(2);
+    assert_eq!(play.members("wide"), [2]);
+    play.end_and_return("high", lost(), 3);
+    play.join(3);
+    assert_eq!(play.members("wide"), [2], "high tries again in a second");
+    play.pass(1_000);
+    assert_eq!(play.members("high"), [2_001]);
+    assert_eq!(play.members("wide"), [2, 3], "which is left over");
+}
