@@ -1,4 +1,4 @@
-//! `coordinator --cluster` with real workers and clients: jobs are queued, trained, watched, cancelled; workers and the
+//! `coordinator --cluster` with real workers and clients: jobs are queued, trained, watched, paused, cancelled; workers and the
 //! coordinator are killed and drained, and nothing is lost.
 
 use std::fs;
@@ -300,6 +300,60 @@ fn a_job_with_a_higher_priority_takes_the_workers_of_a_running_one_which_goes_on
     assert_eq!(told("preempt"), [format!("job low saves, stops and {why}")]);
     let run = fs::read_to_string(cluster.folder().join("low/events.jsonl")).expect("events");
     assert!(run.contains(why), "{run}");
+}
+
+#[test]
+fn a_paused_job_saves_stays_paused_over_a_restart_and_goes_on_when_it_is_resumed() {
+    const STEPS: u64 = 400;
+    let mut cluster = Cluster::start();
+    cluster.worker("a");
+    cluster.worker("b");
+    let more = format!("[train]\nsteps = {STEPS}\n[evaluate]\nevery_steps = 200");
+    let config = job("run", cluster.folder(), &more);
+    assert!(cluster.ask(&["submit"], &config).status.success());
+    cluster.wait_for_step("run", 3);
+    for _ in 0..2 {
+        let paused = cluster.run(&["pause", "run", "--reason", "for the night"]);
+        assert!(paused.status.success(), "{}", text(&paused));
+        assert!(
+            text(&paused).contains("coordinator resume run"),
+            "{}",
+            text(&paused)
+        );
+    }
+    cluster.wait_for("a paused job and idle workers", |status| {
+        let workers = status["workers"].as_array().expect("workers");
+        of(status, "run")["state"] == "paused" && workers.len() == 2
+    });
+    let status = cluster.status();
+    let saved = of(&status, "run")["committed_step"].as_u64();
+    assert!((Some(3)..Some(STEPS)).contains(&saved), "{status:#}");
+    let unknown = cluster.run(&["pause", "nobody"]);
+    assert_eq!(unknown.status.code(), Some(2), "{}", text(&unknown));
+
+    assert_eq!(cluster.stop_coordinator(), Some(143));
+    cluster.start_again();
+    cluster.wait_for("the workers again", |status| {
+        status["workers"].as_array().expect("workers").len() == 2
+    });
+    let status = cluster.status();
+    let run = of(&status, "run");
+    assert_eq!(run["state"], "paused", "{status:#}");
+    assert_eq!(run["committed_step"].as_u64(), saved, "{status:#}");
+    let waiting = run["waiting"].as_str().expect("a sentence");
+    assert!(waiting.contains("for the night"), "{waiting}");
+    for _ in 0..2 {
+        let resumed = cluster.run(&["resume", "run"]);
+        assert!(resumed.status.success(), "{}", text(&resumed));
+    }
+    cluster.wait_for("the end", |status| {
+        of(status, "run")["state"] == "completed"
+    });
+    assert_all_steps(&cluster.folder().join("run"), STEPS);
+    // Of a job that has ended there is nothing to pause.
+    let late = cluster.run(&["pause", "run"]);
+    assert_eq!(late.status.code(), Some(0), "{}", text(&late));
+    assert!(text(&late).contains("completed"), "{}", text(&late));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What people type to a running coordinator: submit, jobs, cancel, workers, drain, status, watch.
+//! What people type to a running coordinator: submit, jobs, pause, resume, cancel, workers, drain, status, watch.
 //!
 //! Each is one call of the gRPC services, printed for a person or as JSON; nothing is decided here. Any other gRPC client can
 //! do the same.
@@ -16,6 +16,7 @@ use tokio::runtime::Runtime;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
+use wire::proto::JobState;
 use wire::proto::cluster_client::ClusterClient;
 use wire::proto::jobs_client::JobsClient;
 use wire::{Pass, Token, proto};
@@ -238,6 +239,53 @@ pub fn cancel(target: &Target, name: &str, reason: &str, json: bool) -> anyhow::
             "job {} commits the step under way, saves, and ends",
             job.name
         )
+    };
+    print(&line)?;
+    Ok(0)
+}
+
+/// Keeps a job from running until it is resumed.
+///
+/// # Errors
+/// Nobody answers; there is no such job.
+pub fn pause(target: &Target, name: &str, reason: &str, json: bool) -> anyhow::Result<u8> {
+    let client = Client::connect(target)?;
+    let request = proto::PauseRequest {
+        job: name.into(),
+        reason: reason.into(),
+    };
+    let paused = client.wait(client.jobs().pause(request))?;
+    let job = paused.job.unwrap_or_default();
+    let line = if json {
+        text::job_json(&job).to_string()
+    } else if job.state() == JobState::Paused || watch::has_ended(job.state()) {
+        format!("job {} {}", job.name, job.waiting)
+    } else {
+        format!(
+            "job {0} commits the step under way, saves, and stops; go on with: coordinator resume {0}",
+            job.name
+        )
+    };
+    print(&line)?;
+    Ok(0)
+}
+
+/// Lets a paused job run again.
+///
+/// # Errors
+/// Nobody answers; there is no such job.
+pub fn resume(target: &Target, name: &str, reason: &str, json: bool) -> anyhow::Result<u8> {
+    let client = Client::connect(target)?;
+    let request = proto::ResumeRequest {
+        job: name.into(),
+        reason: reason.into(),
+    };
+    let resumed = client.wait(client.jobs().resume(request))?;
+    let job = resumed.job.unwrap_or_default();
+    let line = if json {
+        text::job_json(&job).to_string()
+    } else {
+        format!("job {} {}", job.name, job.waiting)
     };
     print(&line)?;
     Ok(0)

@@ -122,6 +122,32 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Keep a job from running until it is resumed; one that runs commits the step under way, saves and stops.
+    Pause {
+        /// Its name.
+        job: String,
+        #[command(flatten)]
+        target: Target,
+        /// For the record.
+        #[arg(long, default_value = "by a person")]
+        reason: String,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let a paused job run again when its turn comes.
+    Resume {
+        /// Its name.
+        job: String,
+        #[command(flatten)]
+        target: Target,
+        /// For the record.
+        #[arg(long, default_value = "by a person")]
+        reason: String,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// List a coordinator's jobs.
     Jobs {
         #[command(flatten)]
@@ -248,6 +274,18 @@ fn main() -> ExitCode {
             reason,
             json,
         }) => report(client::cancel(&target, &job, &reason, json)),
+        Some(Command::Pause {
+            job,
+            target,
+            reason,
+            json,
+        }) => report(client::pause(&target, &job, &reason, json)),
+        Some(Command::Resume {
+            job,
+            target,
+            reason,
+            json,
+        }) => report(client::resume(&target, &job, &reason, json)),
         Some(Command::Jobs { target, json }) => report(client::jobs(&target, json)),
         Some(Command::Workers { target, json }) => report(client::workers(&target, json)),
         Some(Command::Drain {

@@ -9,8 +9,9 @@ use crate::feed::Feed;
 use crate::rows;
 use crate::server::{Ask, give};
 
-/// What a coordinator without a queue says to whoever submits or drains.
-const NO_QUEUE: &str = "this coordinator runs one job and leaves; start `coordinator --cluster` to submit jobs and drain workers";
+/// What a coordinator without a queue says to whoever submits, pauses or drains.
+const NO_QUEUE: &str = "this coordinator runs one job and leaves; start `coordinator --cluster` to submit, pause and resume \
+                        jobs, and to drain workers";
 
 /// Answers what clients ask about the job called `name`, until nobody asks any more.
 pub async fn answer(
@@ -78,6 +79,9 @@ impl Only {
             }
             Ask::Events(answer) => give(answer, Ok(self.events())),
             Ask::Submit(_, answer) => give(answer, Err(Status::failed_precondition(NO_QUEUE))),
+            Ask::Pause(_, answer) | Ask::Resume(_, answer) => {
+                give(answer, Err(Status::failed_precondition(NO_QUEUE)));
+            }
             Ask::Drain(_, answer) => give(answer, Err(Status::failed_precondition(NO_QUEUE))),
         }
     }

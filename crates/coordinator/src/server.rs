@@ -69,6 +69,10 @@ pub enum Ask {
     Watch(String, Answer<Watched>),
     /// To end a job.
     Cancel(proto::CancelRequest, Answer<proto::Job>),
+    /// To keep a job from running.
+    Pause(proto::PauseRequest, Answer<proto::Job>),
+    /// To let it run again.
+    Resume(proto::ResumeRequest, Answer<proto::Job>),
     /// To take a job; true when it is new.
     Submit(proto::SubmitRequest, Answer<(proto::Job, bool)>),
     /// All connected workers.
@@ -220,6 +224,24 @@ impl Jobs for Doors {
         let request = request.into_inner();
         let job = Some(self.ask(|it| Ask::Cancel(request, it)).await?);
         Ok(Response::new(proto::CancelResponse { job }))
+    }
+
+    async fn pause(
+        &self,
+        request: Request<proto::PauseRequest>,
+    ) -> Result<Response<proto::PauseResponse>, Status> {
+        let request = request.into_inner();
+        let job = Some(self.ask(|it| Ask::Pause(request, it)).await?);
+        Ok(Response::new(proto::PauseResponse { job }))
+    }
+
+    async fn resume(
+        &self,
+        request: Request<proto::ResumeRequest>,
+    ) -> Result<Response<proto::ResumeResponse>, Status> {
+        let request = request.into_inner();
+        let job = Some(self.ask(|it| Ask::Resume(request, it)).await?);
+        Ok(Response::new(proto::ResumeResponse { job }))
     }
 }
 

@@ -434,16 +434,16 @@ impl Hub {
                 give(answer, result);
             }
             Ask::Cancel(request, answer) => {
-                let found = self.find(&JobId(request.job)).map(|job| job.id);
-                if let Ok(id) = &found {
-                    let reason = match request.reason.as_str() {
-                        "" => "by a client".to_owned(),
-                        reason => reason.to_owned(),
-                    };
-                    let id = id.clone();
-                    self.handle(SchedulerEvent::CancelRequested { id, reason })?;
-                }
-                self.view(found, answer);
+                let event = |id, reason| SchedulerEvent::CancelRequested { id, reason };
+                self.steer(request.job, request.reason, event, answer)?;
+            }
+            Ask::Pause(request, answer) => {
+                let event = |id, reason| SchedulerEvent::PauseRequested { id, reason };
+                self.steer(request.job, request.reason, event, answer)?;
+            }
+            Ask::Resume(request, answer) => {
+                let event = |id, reason| SchedulerEvent::ResumeRequested { id, reason };
+                self.steer(request.job, request.reason, event, answer)?;
             }
             Ask::Drain(name, answer) => {
                 let found = self.scheduler.worker(&name);
@@ -514,6 +514,26 @@ impl Hub {
                 });
             }
         }
+        Ok(())
+    }
+
+    /// Tells the queue what a client wants of a job, and answers with the job as it is then.
+    fn steer(
+        &mut self,
+        name: String,
+        reason: String,
+        event: impl FnOnce(JobId, String) -> SchedulerEvent,
+        answer: Answer<proto::Job>,
+    ) -> anyhow::Result<()> {
+        let found = self.find(&JobId(name)).map(|job| job.id);
+        if let Ok(id) = &found {
+            let reason = match reason.as_str() {
+                "" => "by a client".to_owned(),
+                _ => reason,
+            };
+            self.handle(event(id.clone(), reason))?;
+        }
+        self.view(found, answer);
         Ok(())
     }
 
