@@ -229,7 +229,7 @@ class Soak:
         under = self.steps_between(start, end) / (end - start)
         time.sleep(4 * HEARTBEAT)
         self.ask("cancel", "soak", "--reason", "the soak is over")
-        while '"state": "cancelled"' not in self.ask("jobs", "--json"):
+        while json.loads(self.ask("jobs", "--json"))["jobs"][0]["state"] != "cancelled":
             time.sleep(0.2)
         self.over = True
         watcher.join()

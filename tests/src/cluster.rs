@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::network::Network;
 use crate::programs::{program, signal};
 use crate::workspace_root;
 
@@ -60,7 +61,15 @@ impl Cluster {
     /// # Panics
     /// If it does not start.
     pub fn start() -> Self {
-        Self::begin(None)
+        Self::begin("127.0.0.1", None)
+    }
+
+    /// The same on the host's address of a network, which asks for a token.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn start_on(network: &Network) -> Self {
+        Self::begin(&network.host(), Some("a-token-of-a-test"))
     }
 
     /// The same, asking for a token, which is in the file `token` of its folder.
@@ -68,10 +77,10 @@ impl Cluster {
     /// # Panics
     /// If it does not start.
     pub fn start_with_token(token: &str) -> Self {
-        Self::begin(Some(token))
+        Self::begin("127.0.0.1", Some(token))
     }
 
-    fn begin(token: Option<&str>) -> Self {
+    fn begin(host: &str, token: Option<&str>) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let port = TcpListener::bind("127.0.0.1:0")
             .and_then(|listener| listener.local_addr())
@@ -82,7 +91,7 @@ impl Cluster {
             fs::write(&path, format!("{token}\n")).expect("write a token");
             path
         });
-        let url = format!("http://127.0.0.1:{port}");
+        let url = format!("http://{host}:{port}");
         let coordinator = coordinator(folder.path(), &url, token.as_deref());
         let mut cluster = Self {
             folder,
@@ -111,6 +120,16 @@ impl Cluster {
     /// If it does not start.
     pub fn worker(&mut self, name: &str) {
         let command = Command::new(program("worker"));
+        self.start_worker(name, command);
+    }
+
+    /// The same in a namespace of a network.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn worker_on(&mut self, name: &str, network: &Network, index: usize) {
+        let mut command = network.inside(index, &program("worker"));
+        command.args(["--listen", &network.address(index)]);
         self.start_worker(name, command);
     }
 
@@ -215,6 +234,11 @@ impl Cluster {
     /// If it does not start.
     pub fn start_again(&mut self) {
         self.coordinator = coordinator(self.folder.path(), &self.url, self.token.as_deref());
+    }
+
+    /// The file with its token, where it asks for one.
+    pub fn token_file(&self) -> Option<&Path> {
+        self.token.as_deref()
     }
 
     /// Runs `coordinator ARGUMENTS --coordinator URL`.

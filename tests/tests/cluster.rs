@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 use tests::cluster::{Cluster, job};
+use tests::network::Network;
 use tests::programs::{assert_same_rows, program, text};
 
 fn training(folder: &Path) -> Vec<Value> {
@@ -214,6 +215,46 @@ fn a_drained_worker_leaves_with_its_code_and_its_job_goes_on_without_it() {
             .count()
             > 0
     );
+}
+
+/// A worker that is cut off from the coordinator and from its peers, and comes back: no connection is closed, only silence tells.
+#[test]
+fn m4_a_partitioned_worker_is_left_behind_and_comes_back_when_the_network_heals() {
+    let Some(network) = Network::new(3) else {
+        return;
+    };
+    let mut cluster = Cluster::start_on(&network);
+    let more = "[train]\nsteps = 20000\n[cluster]\nworkers = 3\nheartbeat_timeout_seconds = 1.0";
+    let config = job("run", cluster.folder(), more);
+    for (index, name) in ["a", "b", "c"].into_iter().enumerate() {
+        cluster.worker_on(name, &network, index);
+    }
+    let token = cluster.token_file().expect("a token").display().to_string();
+    let submitted = cluster.ask(&["submit", "--token-file", &token], &config);
+    assert!(submitted.status.success(), "{}", text(&submitted));
+    cluster.wait_for_step("run", 5);
+    let world_is = |world: u64| move |status: &Value| status["jobs"][0]["world_size"] == world;
+    for _ in 0..2 {
+        network.cut(1);
+        cluster.wait_for("two workers that go on", world_is(2));
+        let held = cluster.status()["jobs"][0]["committed_step"].as_u64();
+        cluster.wait_for_step("run", held.expect("a step") + 3);
+        network.heal(1);
+        cluster.wait_for("all three again", world_is(3));
+    }
+    let cancelled = cluster.run(&["cancel", "run", "--token-file", &token]);
+    assert!(cancelled.status.success(), "{}", text(&cancelled));
+    cluster.wait_for("the end", |status| {
+        status["jobs"][0]["state"] == "cancelled"
+    });
+    let run = cluster.folder().join("run");
+    let kinds = kinds(&run);
+    assert!(!kinds.contains(&"rewind".to_owned()), "{}", cluster.said());
+    let steps: Vec<u64> = training(&run)
+        .iter()
+        .map(|row| row["step"].as_u64().expect("a step"))
+        .collect();
+    assert_eq!(steps, (1..=steps.len() as u64).collect::<Vec<_>>());
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Workers that are killed, stopped and cut off in the middle of a run: the others go on, whoever lives or is started again
 //! comes back, and no committed step is lost or made twice (invariants M3, M4).
 
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -194,9 +195,10 @@ fn a_worker_that_dies_again_and_again_ends_the_attempt_and_is_told_of() {
     let mut killed = 0;
     let status = loop {
         for worker in running.workers() {
-            signal(&worker.to_string(), "STOP");
-            signal(&worker.to_string(), "KILL");
-            killed += 1;
+            // It may be gone already.
+            let mut kill = Command::new("kill");
+            let kill = kill.args(["-s", "KILL", &worker.to_string()]).output();
+            killed += u32::from(kill.expect("kill runs").status.success());
         }
         if let Some(status) = running.ended() {
             break status;
@@ -208,7 +210,7 @@ fn a_worker_that_dies_again_and_again_ends_the_attempt_and_is_told_of() {
         std::thread::sleep(Duration::from_millis(1));
     };
     assert_eq!(status.code(), Some(75), "{}", running.said());
-    assert!((3..=6).contains(&killed), "{killed} were killed");
+    assert!(killed >= 3, "{killed} were killed");
     assert!(running.said().contains("its log is"), "{}", running.said());
     // It can go on.
     let resumed = run.set("train.steps=100000");

@@ -253,7 +253,8 @@ fn t3_sigterm_saves_and_the_same_command_goes_on_to_the_same_bits() {
 #[test]
 fn t3_a_lost_worker_ends_the_job_with_its_rank_and_the_same_command_goes_on_to_the_same_bits() {
     for which in [0, 1] {
-        let run = Run::new(SMALL);
+        // One loss is too much; by default it takes three of one step.
+        let run = Run::new(SMALL).set("cluster.failures_max=1");
         let mut coordinator = run.start();
         coordinator.wait_until("rows of metrics", || rows(&run).len() >= 7);
         let workers = coordinator.workers();

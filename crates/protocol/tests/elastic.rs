@@ -406,3 +406,33 @@ fn a_stop_while_members_regroup_saves_what_they_hold() {
     let done = play.say(1, WorkerMessage::Finished);
     assert_eq!(outcome(&done), Some(Outcome::Interrupted { committed }));
 }
+
+#[test]
+fn a_step_that_loses_a_worker_again_and_again_for_one_reason_ends_the_attempt() {
+    let mut policy = elastic(4, 1);
+    policy.elastic.as_mut().unwrap().failures_max = 2;
+    let mut play = Play::new(policy, Recovery::default()).0;
+    play.join_all();
+    for incarnation in 1..=4 {
+        play.held(incarnation, 0, vec![]);
+    }
+    play.ready_all(9);
+    play.step(true);
+    // Two in one generation are one failure.
+    assert_eq!(outcome(&play.lose(4)), None);
+    assert_eq!(outcome(&play.lose(2)), None);
+    play.held(1, 1, vec![cut(1, 0, 4, 1, false)]);
+    play.held(3, 1, vec![cut(1, 2, 4, 1, false)]);
+    ready(&mut play, &[1, 3], 1);
+    // A commit forgives.
+    prepare_all(&mut play, &[1, 3], 2);
+    assert_eq!(outcome(&play.lose(3)), None);
+    play.held(1, 2, vec![cut(2, 0, 2, 2, false)]);
+    ready(&mut play, &[1], 2);
+    let ended = play.lose(1);
+    let parts = [
+        "rank 0 (worker any) was lost",
+        "step 3 lost a worker 2 times in a row for this reason",
+    ];
+    failed(&ended, &parts);
+}

@@ -339,7 +339,11 @@ impl Job {
             }
             _ if self.elastic().is_some() => {
                 self.put_out(incarnation, &text, actions);
-                if let Some(reason) = self.fails_again(how) {
+                if let Some(times) = self.fails_again(how) {
+                    let reason = format!(
+                        "{text}; step {} lost a worker {times} times in a row for this reason: look into the workers' logs",
+                        self.committed.next()
+                    );
                     return self.fail(Cause::Temporary, reason, None, actions);
                 }
                 self.regroup(now_ms, text, actions);
@@ -351,9 +355,9 @@ impl Job {
         }
     }
 
-    /// Why the job ends after one more loss on its present step, if it does: what fails for the same reason in generation after
-    /// generation will not mend itself.
-    fn fails_again(&mut self, how: &str) -> Option<String> {
+    /// How often in a row the present step lost a worker for this reason, generation after generation, if that is too often: it will
+    /// not mend itself.
+    fn fails_again(&mut self, how: &str) -> Option<u32> {
         let generation = self.generation;
         let times = match self.failing.take() {
             Some(it) if it.reason == how && it.generation == generation => it.times,
@@ -366,12 +370,7 @@ impl Job {
             generation,
         });
         let most = self.elastic().map_or(u32::MAX, |it| it.failures_max);
-        (times >= most).then(|| {
-            format!(
-                "step {} lost a worker {times} times in a row for the same reason: {how}; look into the workers' logs",
-                self.committed.next()
-            )
-        })
+        (times >= most).then_some(times)
     }
 
     /// Tells all but `except` to stop, and ends the job.
