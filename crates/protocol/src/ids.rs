@@ -65,3 +65,31 @@ pub fn is_name(text: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     !text.is_empty() && !text.starts_with('.') && text.chars().all(plain)
 }
+
+/// How many of a list a person is told.
+const LISTED_MAX: usize = 16;
+
+/// The first of `items`, and how many more there are: a world of thousands would fill pages, and every status with them.
+pub(crate) fn listed(items: impl ExactSizeIterator<Item: fmt::Display>, between: &str) -> String {
+    let more = items.len().saturating_sub(LISTED_MAX);
+    let first: Vec<String> = items.take(LISTED_MAX).map(|it| it.to_string()).collect();
+    let first = first.join(between);
+    match more {
+        0 => first,
+        _ => format!("{first} and {more} more"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::listed;
+
+    #[test]
+    fn a_long_list_is_cut_and_says_so() {
+        assert_eq!(listed(0..0, ", "), "");
+        assert_eq!(listed(0..3, ", "), "0, 1, 2");
+        let all = "0; 1; 2; 3; 4; 5; 6; 7; 8; 9; 10; 11; 12; 13; 14; 15";
+        assert_eq!(listed(0..16, "; "), all);
+        assert_eq!(listed(0..2000, "; "), format!("{all} and 1984 more"));
+    }
+}

@@ -23,17 +23,21 @@ mod gathering;
 mod hearing;
 mod phase;
 mod regrouping;
+mod roster;
 mod stepping;
 mod view;
 mod watching;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::{
     Afterwards, CoordinatorMessage, EarlyStop, Elastic, EvaluationRow, Generation, Incarnation,
     Layout, Note, Outcome, Record, RunFacts, Step, ToWorker,
 };
+use deadline::Table;
 use phase::{Failing, Member, Newest, Phase, Save};
+use roster::Roster;
 
 pub use event::{Action, Event, JobSpec};
 pub use view::{Waiting, WorkerView};
@@ -48,10 +52,14 @@ pub struct Job {
     /// Consecutive skipped steps up to `committed`.
     skipped: u64,
     /// By incarnation, which is the order of their ranks.
-    members: BTreeMap<Incarnation, Member>,
+    members: Roster,
     phase: Phase,
+    /// Deadlines of single workers, which [`Job::refresh`] keeps.
+    table: Table,
     /// Checkpoints that were asked for and are not yet visible. Several may be under way, one a step.
     saves: BTreeMap<Step, Save>,
+    /// Collective addresses of this generation's members, by rank: as they were when it was formed.
+    addresses: Arc<[String]>,
     /// This generation's last Go or Commit, to be repeated.
     said: Option<CoordinatorMessage>,
     /// Recorded evaluations up to `committed`.
@@ -67,13 +75,13 @@ pub struct Job {
 
     // Of elastic jobs.
     /// Workers that wait to be admitted.
-    spares: BTreeMap<Incarnation, Member>,
+    spares: Roster,
     /// How the job ends after `committed`, once that is its last commit.
     ending: Option<Outcome>,
     /// What to go back to when a shard has no living copy.
     newest: Newest,
     /// Who holds the state that this generation begins with; `None`: `newest`.
-    base: Option<Layout>,
+    base: Option<Arc<Layout>>,
     /// Whether the update of `committed` was applied.
     apply: bool,
     /// The generation that committed `committed`.
@@ -115,19 +123,21 @@ impl Job {
             committed: recovery.committed,
             facts: recovery.facts.clone(),
             skipped: recovery.skipped,
-            members: BTreeMap::new(),
+            members: Roster::default(),
+            table: Table::default(),
             phase: Phase::Gathering {
                 since_ms: now_ms,
                 grace_over: false,
             },
             saves: BTreeMap::new(),
+            addresses: Arc::default(),
             said: None,
             evaluations: recovery.evaluations.clone(),
             evaluating: None,
             early_stop: early_stop.filter(|stop| selection.is_some_and(|it| it.confirms(stop))),
             stop: None,
             reported: false,
-            spares: BTreeMap::new(),
+            spares: Roster::default(),
             ending: None,
             newest: Newest {
                 step: recovery.checkpoint,
@@ -167,6 +177,7 @@ impl Job {
         if job.spec.recovery.completed {
             job.end(Outcome::Completed, &mut actions);
         }
+        job.refresh();
         (job, actions)
     }
 
@@ -191,12 +202,13 @@ impl Job {
             Event::StopRequested { reason } => self.stop_requested(now_ms, reason, &mut actions),
             Event::Tick => self.tick(now_ms, &mut actions),
         }
+        self.refresh();
         actions
     }
 
     /// When to hand in [`Event::Tick`]; `None` once done.
     pub fn next_deadline(&self) -> Option<u64> {
-        self.deadlines().into_iter().map(|(at_ms, _)| at_ms).min()
+        self.first_deadline().map(|(at_ms, _)| at_ms)
     }
 
     /// What it is made of.

@@ -6,6 +6,7 @@
 //! beside the beat that awaits their answer. A gRPC stream loses nothing short of its connection.)
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -255,6 +256,9 @@ pub struct RunFacts {
 impl RunFacts {
     /// Name and both values of the first fact that differs.
     pub fn first_difference(&self, other: &Self) -> Option<(&'static str, String, String)> {
+        if self == other {
+            return None;
+        }
         let list = |facts: &Self| {
             [
                 ("steps_total", facts.steps_total.to_string()),
@@ -297,7 +301,7 @@ pub enum CoordinatorMessage {
         /// The receiver's rank.
         rank: Rank,
         /// Collective addresses of all members, by rank.
-        addresses: Vec<String>,
+        addresses: Arc<[String]>,
         /// Key of this generation's collective handshake.
         secret: [u8; 32],
         /// The last commit.
@@ -310,7 +314,7 @@ pub enum CoordinatorMessage {
         /// Which members hold the state: gather the shards, cut them anew for this generation, mirror them. `None`: from
         /// `resume`, or else the weights that the run starts with. Who is named as a holder and holds no such cut (it was told
         /// of by an old message) takes no part, and says Held in this generation.
-        base: Option<Layout>,
+        base: Option<Arc<Layout>>,
     },
     /// Begin: what the last commit asked for and this generation is to do (again), then the next step.
     Go {

@@ -2,6 +2,8 @@
 //!
 //! Names in JSON follow TRL where it has one. A number that is not finite is written as null and read back as NaN.
 
+use std::fmt;
+
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::Phases;
@@ -109,39 +111,58 @@ pub struct StepReport {
 impl StepReport {
     /// Name and both values of the first field whose bits differ.
     pub fn first_difference(&self, other: &Self) -> Option<(&'static str, String, String)> {
-        let mut pairs = self.fields().into_iter().zip(other.fields());
+        let mut pairs = self.fields().zip(other.fields());
         pairs
-            .find(|(mine, theirs)| mine.1 != theirs.1)
-            .map(|((name, _, mine), (_, _, theirs))| (name, mine, theirs))
+            .find(|((_, mine), (_, theirs))| mine.bits() != theirs.bits())
+            .map(|((name, mine), (_, theirs))| (name, mine.to_string(), theirs.to_string()))
     }
 
-    /// Name, bits and text of every field.
-    fn fields(&self) -> Vec<(&'static str, u64, String)> {
-        // `{:?}` writes the shortest text that reads back as the same float; only NaNs need their bits.
-        let float = |name, value: f64| {
-            let text = if value.is_nan() {
-                format!("NaN with bits {:#018x}", value.to_bits())
-            } else {
-                format!("{value:?}")
-            };
-            (name, value.to_bits(), text)
-        };
-        let count = |name, value: u64| (name, value, value.to_string());
-        let mut fields = vec![
-            count("step", self.step),
-            count("epoch", self.epoch),
-            ("finite", u64::from(self.finite), self.finite.to_string()),
-            float("grad_norm", self.grad_norm),
-            float("learning_rate", self.learning_rate),
-            count("tokens", self.tokens),
-            count("pairs", self.pairs),
+    /// Every field with its name.
+    fn fields(&self) -> impl Iterator<Item = (&'static str, Field)> + use<> {
+        let own = [
+            ("step", Field::Count(self.step)),
+            ("epoch", Field::Count(self.epoch)),
+            ("finite", Field::Flag(self.finite)),
+            ("grad_norm", Field::Float(self.grad_norm)),
+            ("learning_rate", Field::Float(self.learning_rate)),
+            ("tokens", Field::Count(self.tokens)),
+            ("pairs", Field::Count(self.pairs)),
         ];
-        fields.extend(
-            self.statistics
-                .values()
-                .map(|(name, value)| float(name, value)),
-        );
-        fields
+        let statistics = self.statistics.values();
+        own.into_iter()
+            .chain(statistics.map(|(name, value)| (name, Field::Float(value))))
+    }
+}
+
+/// A field of a report, whose text is made only where it is read: thousands of votes are compared.
+#[derive(Clone, Copy)]
+enum Field {
+    Count(u64),
+    Flag(bool),
+    Float(f64),
+}
+
+impl Field {
+    fn bits(self) -> u64 {
+        match self {
+            Self::Count(value) => value,
+            Self::Flag(value) => u64::from(value),
+            Self::Float(value) => value.to_bits(),
+        }
+    }
+}
+
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Count(value) => value.fmt(f),
+            Self::Flag(value) => value.fmt(f),
+            // `{:?}` writes the shortest text that reads back as the same float; only NaNs need their bits.
+            Self::Float(value) if value.is_nan() => {
+                write!(f, "NaN with bits {:#018x}", value.to_bits())
+            }
+            Self::Float(value) => write!(f, "{value:?}"),
+        }
     }
 }
 

@@ -73,7 +73,7 @@ pub fn pool_worker(incarnation: Incarnation, it: &PoolWorker, now_ms: u64) -> pr
 
 /// Where `job` is.
 pub fn job_state(job: &Job) -> JobState {
-    state(&job.waiting(), job.outcome())
+    state(&job.waiting_in_short(), job.outcome())
 }
 
 fn state(waiting: &Waiting, outcome: Option<&Outcome>) -> JobState {

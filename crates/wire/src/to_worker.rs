@@ -1,6 +1,7 @@
 //! What the coordinator says.
 
 use std::fmt;
+use std::sync::Arc;
 
 use protocol::{
     Afterwards, CoordinatorMessage, Copies, Generation, Incarnation, JobId, Layout, Rank, Step,
@@ -65,12 +66,12 @@ impl From<CoordinatorMessage> for Message {
                 base,
             } => Self::Form(proto::Form {
                 rank: rank.0,
-                addresses,
+                addresses: addresses.to_vec(),
                 secret: secret.to_vec(),
                 committed: committed.0,
                 resume,
                 apply,
-                base: base.map(Into::into),
+                base: base.as_deref().map(Into::into),
             }),
             CoordinatorMessage::Go {
                 step,
@@ -163,15 +164,15 @@ fn terms(it: proto::Terms) -> Result<Terms, WireError> {
     })
 }
 
-impl From<Layout> for proto::Layout {
-    fn from(it: Layout) -> Self {
-        let copies = |it: Copies| proto::Copies {
+impl From<&Layout> for proto::Layout {
+    fn from(it: &Layout) -> Self {
+        let copies = |it: &Copies| proto::Copies {
             owner: it.owner.map(|rank| rank.0),
             mirror: it.mirror.map(|rank| rank.0),
         };
         Self {
             generation: it.generation.0,
-            shards: it.shards.into_iter().map(copies).collect(),
+            shards: it.shards.iter().map(copies).collect(),
         }
     }
 }
@@ -269,7 +270,10 @@ fn form(it: proto::Form) -> Result<CoordinatorMessage, WireError> {
         committed: Step(it.committed),
         resume: it.resume.map(|it| text("Form.resume", it)).transpose()?,
         apply: it.apply,
-        base: it.base.map(|it| layout(it, world)).transpose()?,
+        base: it
+            .base
+            .map(|it| layout(it, world).map(Arc::new))
+            .transpose()?,
     })
 }
 

@@ -178,7 +178,9 @@ fn layout() -> Layout {
 fn coordinator_messages() -> Vec<CoordinatorMessage> {
     let form = |committed, resume| CoordinatorMessage::Form {
         rank: Rank(1),
-        addresses: vec!["127.0.0.1:1".into(), "worker-1.train:65535".into()],
+        addresses: ["127.0.0.1:1", "worker-1.train:65535"]
+            .map(Into::into)
+            .into(),
         secret: core::array::from_fn(|i| i as u8),
         committed: Step(committed),
         resume,
@@ -187,12 +189,12 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
     };
     let moved = CoordinatorMessage::Form {
         rank: Rank(0),
-        addresses: vec!["127.0.0.1:1".into(), "127.0.0.1:2".into()],
+        addresses: ["127.0.0.1:1", "127.0.0.1:2"].map(Into::into).into(),
         secret: [3; 32],
         committed: Step(40),
         resume: None,
         apply: true,
-        base: Some(layout()),
+        base: Some(layout().into()),
     };
     let commit = |bit: u32| CoordinatorMessage::Commit {
         step: Step(9),
@@ -577,7 +579,7 @@ fn a_report_without_one_of_its_floats_is_refused() {
 fn the_secret_is_not_printed() {
     let told = told(CoordinatorMessage::Form {
         rank: Rank(0),
-        addresses: vec!["127.0.0.1:1".into()],
+        addresses: ["127.0.0.1:1".into()].into(),
         secret: [0xd7; 32],
         committed: Step(0),
         resume: None,

@@ -1,6 +1,7 @@
 //! Into a generation: say what this worker holds, hear who is in it, connect with them.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use collective::tcp::Rendezvous;
@@ -34,12 +35,12 @@ pub(crate) struct Entrance<'a> {
 pub(crate) struct Formed {
     pub(crate) generation: Generation,
     pub(crate) rank: u32,
-    pub(crate) addresses: Vec<String>,
+    pub(crate) addresses: Arc<[String]>,
     secret: [u8; 32],
     committed: Step,
     resume: Option<PathBuf>,
     apply: bool,
-    base: Option<Layout>,
+    base: Option<Arc<Layout>>,
 }
 
 impl Entrance<'_> {

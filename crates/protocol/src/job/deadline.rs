@@ -1,7 +1,12 @@
 //! Every deadline of a job in one table, and what happens when one passes (invariant M5).
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem::Discriminant;
+
 use super::phase::Phase;
+use super::roster::Touched;
 use super::{Action, Job, note};
+use crate::ids::listed;
 use crate::{Cause, Incarnation, Work};
 
 /// What must happen before its time.
@@ -31,26 +36,130 @@ pub(super) enum Deadline {
     Job,
 }
 
-impl Job {
-    /// When each deadline passes. Empty once the job is done.
-    pub(super) fn deadlines(&self) -> Vec<(u64, Deadline)> {
-        if self.outcome().is_some() {
-            return Vec::new();
+/// The deadlines of single workers in their order: with thousands of workers, most events move those of one. Those that the
+/// whole job has are few and are not kept.
+#[derive(Default)]
+pub(super) struct Table {
+    order: BTreeSet<(u64, Deadline)>,
+    /// The same by worker.
+    of: BTreeMap<Incarnation, Own>,
+    /// What they were computed by, besides the worker itself.
+    common: Common,
+}
+
+/// A worker's own deadlines.
+type Own = [Option<(u64, Deadline)>; 3];
+
+/// What the deadlines of all workers depend on.
+#[derive(Clone, Copy, Default, PartialEq)]
+struct Common {
+    phase: Option<Discriminant<Phase>>,
+    /// When the step began.
+    since_ms: Option<u64>,
+    hang_ms: Option<u64>,
+}
+
+impl Table {
+    fn set(&mut self, incarnation: Incarnation, own: Own) {
+        let before = if own == Own::default() {
+            self.of.remove(&incarnation)
+        } else {
+            self.of.insert(incarnation, own)
+        };
+        for deadline in before.into_iter().flatten().flatten() {
+            self.order.remove(&deadline);
         }
-        let mut table = vec![self.phase_deadline()];
-        let timeout_ms = self.spec.policy.heartbeat_timeout_ms;
-        for (incarnation, member) in &self.members {
-            let gone = match &self.phase {
-                Phase::Finishing { gone, .. } => member.rank.is_some_and(|it| gone.contains(&it)),
-                _ => false,
-            };
-            if !gone {
-                let at_ms = member.pulse.last_heard_ms() + timeout_ms;
-                table.push((at_ms, Deadline::Heartbeat(*incarnation)));
+        self.order.extend(own.into_iter().flatten());
+    }
+}
+
+impl Job {
+    /// The next deadline; `None` once the job is done.
+    pub(super) fn first_deadline(&self) -> Option<(u64, Deadline)> {
+        let own = self.table.order.first().copied();
+        own.into_iter().chain(self.common_deadlines()).min()
+    }
+
+    /// Brings the table up to date: to be called when an event, or a deadline, has been dealt with.
+    pub(super) fn refresh(&mut self) {
+        let common = Common {
+            phase: Some(std::mem::discriminant(&self.phase)),
+            since_ms: match &self.phase {
+                Phase::Stepping { since_ms, .. } => Some(*since_ms),
+                _ => None,
+            },
+            hang_ms: self.hang_ms(),
+        };
+        let touched = [self.members.take_touched(), self.spares.take_touched()];
+        let mut some = Vec::new();
+        for touched in touched {
+            match touched {
+                Touched::Some(touched) if common == self.table.common => some.extend(touched),
+                _ => {
+                    self.table = self.compute_table(common);
+                    return;
+                }
             }
         }
-        self.elastic_deadlines(&mut table);
-        table
+        for incarnation in some {
+            self.table.set(incarnation, self.own_deadlines(incarnation));
+        }
+    }
+
+    fn compute_table(&self, common: Common) -> Table {
+        let workers = self.members.keys().chain(self.spares.keys());
+        let own = workers.map(|it| (*it, self.own_deadlines(*it)));
+        let of: BTreeMap<Incarnation, Own> = own.filter(|(_, it)| *it != Own::default()).collect();
+        Table {
+            order: of.values().copied().flatten().flatten().collect(),
+            of,
+            common,
+        }
+    }
+
+    /// Whether the table of workers' deadlines is what it would be if it were computed anew. For tests.
+    #[doc(hidden)]
+    pub fn deadlines_agree(&self) -> bool {
+        let anew = self.compute_table(self.table.common);
+        self.table.order == anew.order && self.table.of == anew.of
+    }
+
+    /// When a worker's own deadlines pass; none once the job is done.
+    fn own_deadlines(&self, incarnation: Incarnation) -> Own {
+        let finishing = match &self.phase {
+            Phase::Done(_) => return Own::default(),
+            Phase::Finishing { gone, .. } => Some(gone),
+            _ => None,
+        };
+        let member = self.members.get(&incarnation);
+        let Some(worker) = member.or_else(|| self.spares.get(&incarnation)) else {
+            return Own::default();
+        };
+        let timeout_ms = self.spec.policy.heartbeat_timeout_ms;
+        let gone = finishing.is_some_and(|gone| worker.rank.is_some_and(|it| gone.contains(&it)));
+        let silent_ms = (!gone).then_some(worker.pulse.last_heard_ms() + timeout_ms);
+        let watched = self.elastic().is_some() && finishing.is_none();
+        let late_ms = (watched && !worker.late).then(|| worker.pulse.late_at_ms(timeout_ms));
+        let hangs_ms = self.hangs_at(incarnation).filter(|_| watched);
+        [
+            silent_ms.map(|at_ms| (at_ms, Deadline::Heartbeat(incarnation))),
+            late_ms.map(|at_ms| (at_ms, Deadline::Late(incarnation))),
+            hangs_ms.map(|at_ms| (at_ms, Deadline::Hang(incarnation))),
+        ]
+    }
+
+    /// When the deadlines pass that the whole job has; none once it is done.
+    fn common_deadlines(&self) -> impl Iterator<Item = (u64, Deadline)> {
+        let phase = (!matches!(self.phase, Phase::Done(_))).then(|| self.phase_deadline());
+        let elastic = self.elastic().and_then(|elastic| match self.phase {
+            Phase::Gathering {
+                since_ms,
+                grace_over: false,
+            } => Some((since_ms + elastic.abort_timeout_ms, Deadline::Grace)),
+            Phase::Gathering { .. } | Phase::Finishing { .. } | Phase::Done(_) => None,
+            _ => Some((self.moved_ms + elastic.job_timeout_ms, Deadline::Job)),
+        });
+        phase.into_iter().chain(elastic)
     }
 
     fn phase_deadline(&self) -> (u64, Deadline) {
@@ -85,48 +194,13 @@ impl Job {
         }
     }
 
-    fn elastic_deadlines(&self, table: &mut Vec<(u64, Deadline)>) {
-        let Some(elastic) = self.elastic() else {
-            return;
-        };
-        let timeout_ms = self.spec.policy.heartbeat_timeout_ms;
-        for (incarnation, spare) in &self.spares {
-            let at_ms = spare.pulse.last_heard_ms() + timeout_ms;
-            table.push((at_ms, Deadline::Heartbeat(*incarnation)));
-        }
-        if matches!(self.phase, Phase::Finishing { .. }) {
-            return;
-        }
-        for (incarnation, worker) in self.members.iter().chain(&self.spares) {
-            if !worker.late {
-                let at_ms = worker.pulse.late_at_ms(timeout_ms);
-                table.push((at_ms, Deadline::Late(*incarnation)));
-            }
-            if let Some(at_ms) = self.hangs_at(*incarnation) {
-                table.push((at_ms, Deadline::Hang(*incarnation)));
-            }
-        }
-        match self.phase {
-            Phase::Gathering {
-                since_ms,
-                grace_over: false,
-            } => table.push((since_ms + elastic.abort_timeout_ms, Deadline::Grace)),
-            Phase::Gathering { .. } => {}
-            _ => table.push((self.moved_ms + elastic.job_timeout_ms, Deadline::Job)),
-        }
-    }
-
     /// Acts on what has passed, the earliest first; silence explains more than the phase it stalls.
     pub(super) fn tick(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
-        loop {
-            let passed = self
-                .deadlines()
-                .into_iter()
-                .filter(|(at_ms, _)| *at_ms <= now_ms);
-            let Some((_, deadline)) = passed.min() else {
-                return;
-            };
+        while let Some((at_ms, deadline)) = self.first_deadline()
+            && at_ms <= now_ms
+        {
             self.passed(now_ms, deadline, actions);
+            self.refresh();
         }
     }
 
@@ -134,7 +208,7 @@ impl Job {
     fn passed(&mut self, now_ms: u64, deadline: Deadline, actions: &mut Vec<Action>) {
         let policy = &self.spec.policy;
         let elastic = policy.elastic.is_some();
-        let waiting = self.waiting();
+        let waiting = || self.waiting();
         let reason = match deadline {
             Deadline::Heartbeat(incarnation) => {
                 let worker = self.members.get(&incarnation);
@@ -153,14 +227,15 @@ impl Job {
                 return self.gather(now_ms, actions);
             }
             Deadline::Finish => {
-                let text = format!("{waiting} for {}", seconds(policy.step_timeout_ms));
+                let text = format!("{} for {}", waiting(), seconds(policy.step_timeout_ms));
                 actions.push(note("lost", text));
                 return self.leave(actions);
             }
             Deadline::Join => {
                 let gathers = matches!(self.phase, Phase::Gathering { .. });
                 let reason = format!(
-                    "{waiting} for {}; start the missing workers, or raise the join timeout",
+                    "{} for {}; start the missing workers, or raise the join timeout",
+                    waiting(),
                     seconds(policy.join_timeout_ms)
                 );
                 if elastic && gathers && self.form_first(now_ms, actions) {
@@ -169,30 +244,32 @@ impl Job {
                 reason
             }
             Deadline::Form => {
-                let doing: Vec<_> = self
-                    .late()
-                    .into_iter()
-                    .filter_map(|rank| self.incarnation_of(rank))
-                    .map(|it| format!("{}: {}", self.name(it), self.doing(it)))
-                    .collect();
+                let late: Vec<Incarnation> = self.late_members().collect();
+                let doing = late
+                    .iter()
+                    .map(|it| format!("{}: {}", self.name(*it), self.doing(*it)));
                 format!(
-                    "{waiting}, no progress for {} ({}); raise the form timeout if that is too short",
+                    "{}, no progress for {} ({}); raise the form timeout if that is too short",
+                    waiting(),
                     seconds(policy.form_timeout_ms),
-                    doing.join("; ")
+                    listed(doing, "; ")
                 )
             }
             Deadline::Step => format!(
-                "{waiting} for {}; raise the step timeout if that is too short",
+                "{} for {}; raise the step timeout if that is too short",
+                waiting(),
                 seconds(policy.step_timeout_ms)
             ),
             Deadline::Save => format!(
-                "{waiting} for {}; raise the save timeout if that is too short",
+                "{} for {}; raise the save timeout if that is too short",
+                waiting(),
                 seconds(policy.save_timeout_ms)
             ),
             Deadline::Job => {
                 let job_ms = self.elastic().map_or(0, |it| it.job_timeout_ms);
                 format!(
-                    "{waiting}, no step was committed for {}; look into the workers' logs, or raise the job timeout",
+                    "{}, no step was committed for {}; look into the workers' logs, or raise the job timeout",
+                    waiting(),
                     seconds(job_ms)
                 )
             }
@@ -211,7 +288,7 @@ impl Job {
         match deadline {
             Deadline::Form | Deadline::Step => true,
             // What only the disk holds up, another generation would not mend.
-            Deadline::Save => !self.members_may_go() && !self.late().is_empty(),
+            Deadline::Save => !self.members_may_go() && self.late_members().next().is_some(),
             _ => false,
         }
     }

@@ -252,7 +252,8 @@ impl Job {
 
     /// Spares of a job that ends may serve another.
     fn release_spares(&mut self, reason: &str, actions: &mut Vec<Action>) {
-        for (incarnation, _) in std::mem::take(&mut self.spares) {
+        let spares: Vec<Incarnation> = self.spares.drain().collect();
+        for incarnation in spares {
             self.stop(incarnation, reason.to_owned(), actions);
         }
     }
@@ -263,6 +264,7 @@ impl Job {
             return;
         };
         gone.extend(rank);
+        self.members.touch(incarnation);
         if gone.len() == self.members.len() {
             self.leave(actions);
         }

@@ -1,9 +1,11 @@
 //! Forming: ranks are given, members load (or move the state that some hold) and say what they found, which must be alike.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::phase::Phase;
 use super::{Action, Job, note};
+use crate::ids::listed;
 use crate::{
     Activity, Cause, CoordinatorMessage, Generation, Incarnation, Outcome, Rank, Record, RunFacts,
 };
@@ -20,6 +22,7 @@ impl Job {
             member.activity = (Activity::default(), now_ms);
             member.slow = 0;
         }
+        self.addresses = self.members.values().map(|it| it.address.clone()).collect();
         self.said = None;
         self.suspected.clear();
         self.phase = Phase::Forming {
@@ -31,14 +34,14 @@ impl Job {
             generation: self.generation,
             members: self.members.keys().copied().collect(),
         }));
-        let names: Vec<_> = self.members.keys().map(|it| self.name(*it)).collect();
+        let names = self.members.keys().map(|it| self.name(*it));
         actions.push(note(
             "form",
             format!(
                 "generation {} goes on from step {}: {}",
                 self.generation,
                 self.committed,
-                names.join(", ")
+                listed(names, ", ")
             ),
         ));
         for incarnation in self.members.keys() {
@@ -50,7 +53,7 @@ impl Job {
         let rank = self.members.get(&incarnation).and_then(|it| it.rank);
         CoordinatorMessage::Form {
             rank: rank.expect("a Form goes to members, which have ranks from Forming on"),
-            addresses: self.members.values().map(|it| it.address.clone()).collect(),
+            addresses: Arc::clone(&self.addresses),
             secret: self.spec.secret,
             committed: self.committed,
             resume: self.newest.path.clone().filter(|_| self.base.is_none()),
@@ -147,12 +150,14 @@ impl Job {
             committed: self.committed.0,
             ..self.facts.clone().unwrap_or_else(|| facts.clone())
         };
-        let others = ready.iter().map(|(rank, it)| (format!("rank {rank}"), it));
-        let all = [("the journal".to_string(), &journal)]
+        // Those who are ready have said the same: the first stands for all.
+        let first = ready.first_key_value();
+        let others = [(None, &journal)]
             .into_iter()
-            .chain(others);
-        for (other, theirs) in all {
+            .chain(first.map(|(rank, it)| (Some(*rank), it)));
+        for (other, theirs) in others {
             if let Some((fact, here, there)) = facts.first_difference(theirs) {
+                let other = other.map_or("the journal".into(), |rank| format!("rank {rank}"));
                 return Some(format!(
                     "{name} found {fact} {here}, {other} has {there}: all workers must read the same model and data \
                      that the run began with"

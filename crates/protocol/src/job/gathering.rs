@@ -159,7 +159,6 @@ impl Job {
     ) {
         let name = self.name(incarnation);
         let committed = self.committed;
-        let welcome = self.welcome(true);
         let Some(spare) = self.spares.get_mut(&incarnation) else {
             return;
         };
@@ -171,7 +170,7 @@ impl Job {
                 ..
             } if spare.held.is_none() => {
                 spare.pulse.beat(now_ms);
-                self.send(incarnation, welcome, actions);
+                self.send(incarnation, self.welcome(true), actions);
             }
             // What else it says that it waits for is of a generation that it is about to leave.
             WorkerMessage::Beat { .. } => {

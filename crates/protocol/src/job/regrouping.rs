@@ -5,6 +5,7 @@
 //! they roll forward to (invariant M4). A rewind to the newest checkpoint is the last resort.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::phase::Phase;
 use super::{Action, Job, note};
@@ -69,9 +70,9 @@ impl Job {
         innocent: impl Fn(&super::Member) -> bool,
         actions: &mut Vec<Action>,
     ) {
-        let late = self.late().into_iter();
-        let late: Vec<Incarnation> = late.filter_map(|rank| self.incarnation_of(rank)).collect();
-        let guilty = late.into_iter().filter(|it| !innocent(&self.members[it]));
+        let guilty = self
+            .late_members()
+            .filter(|it| !innocent(&self.members[it]));
         let guilty: Vec<Incarnation> = guilty.collect();
         if guilty.len() < self.members.len() {
             for incarnation in guilty {
@@ -314,7 +315,7 @@ impl Job {
         if base.is_none() && self.committed != self.newest.step {
             self.rewind(actions);
         }
-        self.base = base;
+        self.base = base.map(Arc::new);
     }
 
     /// Whether a checkpoint is about to become visible, so that a rewind now would go back behind it.
@@ -346,8 +347,9 @@ impl Job {
         let most = self.elastic().map_or(0, |it| it.workers_max as usize);
         let ready = self.spares.iter().filter(|(_, it)| it.held.is_some());
         let (loaded, cold): (Vec<_>, Vec<_>) = ready.partition(|(_, it)| it.loaded.is_some());
+        let wanted = self.wanted();
         let spares = loaded.into_iter().map(|it| (it.0, most));
-        let spares = spares.chain(cold.into_iter().map(|it| (it.0, most.min(self.wanted()))));
+        let spares = spares.chain(cold.into_iter().map(|it| (it.0, most.min(wanted))));
         for (incarnation, limit) in spares {
             if next.len() < limit {
                 next.insert(*incarnation);
@@ -357,7 +359,7 @@ impl Job {
             let mut without = next.clone();
             without.remove(incarnation);
             let held = self.layout_of(&without).is_some() || self.layout_of(&next).is_none();
-            if held && without.len() >= self.wanted() {
+            if held && without.len() >= wanted {
                 next = without;
             }
         }

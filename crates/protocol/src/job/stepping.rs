@@ -52,8 +52,8 @@ impl Job {
             );
             return self.fail(Cause::Fatal, reason, None, actions);
         }
-        // A vote may be repeated, by its rank or another, but never with other bits.
-        let difference = prepared.iter().find_map(|(other, theirs)| {
+        // A vote may be repeated, by its rank or another, but never with other bits: the first stands for all.
+        let difference = prepared.first_key_value().and_then(|(other, theirs)| {
             let difference = vote.report.first_difference(&theirs.report)?;
             Some((*other, difference))
         });

@@ -3,7 +3,8 @@
 use std::fmt;
 
 use super::Job;
-use super::phase::Phase;
+use super::phase::{Member, Phase};
+use crate::ids::listed;
 use crate::{Generation, Incarnation, Pulse, Rank, Step};
 
 /// What a job waits for.
@@ -149,15 +150,33 @@ pub struct WorkerView {
 impl Job {
     /// What it waits for.
     pub fn waiting(&self) -> Waiting {
-        let ranks = self.late();
+        let late = self.late_members();
+        let ranks: Vec<Rank> = late.filter_map(|it| self.members[&it].rank).collect();
+        self.waiting_for(!ranks.is_empty(), ranks)
+    }
+
+    /// The same without the ranks: quickly told, to be asked after every word of thousands.
+    pub fn waiting_in_short(&self) -> Waiting {
+        let members = self.members.len();
+        let somebody = match &self.phase {
+            // Nobody is counted who is no member.
+            Phase::Forming { ready, .. } => ready.len() < members,
+            Phase::Stepping { prepared, .. } => prepared.len() < members,
+            _ => self.late_members().next().is_some(),
+        };
+        self.waiting_for(somebody, Vec::new())
+    }
+
+    /// Given whether somebody is late, and who.
+    fn waiting_for(&self, late: bool, ranks: Vec<Rank>) -> Waiting {
         if let (Phase::Stepping { .. } | Phase::Draining { .. }, Some(step)) =
             (&self.phase, self.evaluating)
-            && ranks.is_empty()
+            && !late
         {
             return Waiting::Evaluated { step };
         }
         match &self.phase {
-            Phase::Regrouping { reason, .. } if !ranks.is_empty() => Waiting::Left {
+            Phase::Regrouping { reason, .. } if late => Waiting::Left {
                 generation: self.generation,
                 ranks,
                 reason: reason.clone(),
@@ -185,10 +204,10 @@ impl Job {
             }
             Phase::Draining { step, .. } => {
                 let step = self.awaited_save().unwrap_or(*step);
-                if ranks.is_empty() {
-                    Waiting::Checkpoint { step }
-                } else {
+                if late {
                     Waiting::Saved { step, ranks }
+                } else {
+                    Waiting::Checkpoint { step }
                 }
             }
             Phase::Finishing { .. } => Waiting::Finished { ranks },
@@ -198,7 +217,7 @@ impl Job {
 
     /// Its workers, by rank once they have one, then its spares.
     pub fn workers(&self) -> Vec<WorkerView> {
-        let view = |spare, incarnation: &Incarnation, member: &super::Member| WorkerView {
+        let view = |spare, incarnation: &Incarnation, member: &Member| WorkerView {
             incarnation: *incarnation,
             name: member.name.clone(),
             rank: member.rank,
@@ -218,16 +237,15 @@ impl Job {
         members.chain(spares).collect()
     }
 
-    /// Ranks that have not done what the phase waits for.
-    pub(super) fn late(&self) -> Vec<Rank> {
-        let late = self.members.keys().filter(|it| !self.has_done(**it));
-        late.filter_map(|it| self.members[it].rank).collect()
+    /// Members with a rank that have not done what the phase waits for.
+    pub(super) fn late_members(&self) -> impl Iterator<Item = Incarnation> {
+        let ranked = self.members.iter().filter(|(_, it)| it.rank.is_some());
+        ranked
+            .filter(|(it, member)| !self.has_done(**it, member))
+            .map(|(it, _)| *it)
     }
 
-    fn has_done(&self, incarnation: Incarnation) -> bool {
-        let Some(member) = self.members.get(&incarnation) else {
-            return true;
-        };
+    fn has_done(&self, incarnation: Incarnation, member: &Member) -> bool {
         let Some(rank) = member.rank else {
             return false;
         };
@@ -261,7 +279,7 @@ impl Job {
             };
         }
         let member = self.members.get(&incarnation);
-        let done = member.is_some() && self.has_done(incarnation);
+        let done = member.is_some_and(|it| self.has_done(incarnation, it));
         let next = self.committed.next();
         let save = self.awaited_save().unwrap_or(self.committed);
         match (&self.phase, done) {
@@ -285,9 +303,8 @@ impl Job {
 
 /// `rank 1`, `ranks 0, 2`.
 pub(super) fn ranks_text(ranks: &[Rank]) -> String {
-    let list: Vec<_> = ranks.iter().map(Rank::to_string).collect();
-    match list.as_slice() {
+    match ranks {
         [one] => format!("rank {one}"),
-        _ => format!("ranks {}", list.join(", ")),
+        _ => format!("ranks {}", listed(ranks.iter(), ", ")),
     }
 }

@@ -47,7 +47,7 @@ impl Job {
     /// How each worker fares at `now_ms`.
     pub fn liveness(&self, now_ms: u64) -> Vec<(Incarnation, Liveness)> {
         let timeout_ms = self.spec.policy.heartbeat_timeout_ms;
-        let all = self.members.iter().chain(&self.spares);
+        let all = self.members.iter().chain(self.spares.iter());
         let liveness = all.map(|(it, worker)| (*it, worker.pulse.liveness(now_ms, timeout_ms)));
         liveness.collect()
     }
@@ -129,17 +129,18 @@ impl Job {
             let it = &vote.phases;
             it.data + it.forward + it.head + it.backward
         };
-        for (rank, vote) in votes {
-            let peers = votes.iter().filter(|(it, _)| *it != rank);
-            let mut peers: Vec<f64> = peers.map(|(_, vote)| busy(vote)).collect();
-            peers.sort_by(f64::total_cmp);
-            let Some(median) = peers.get(peers.len() / 2).copied() else {
+        let mut times: Vec<f64> = votes.values().map(busy).collect();
+        times.sort_by(f64::total_cmp);
+        let ranked = self.members.iter();
+        let ranked = ranked.filter_map(|(it, member)| Some((member.rank?, *it)));
+        for (rank, incarnation) in ranked.collect::<Vec<_>>() {
+            let Some(vote) = votes.get(&rank) else {
                 continue;
             };
-            let Some(incarnation) = self.incarnation_of(*rank) else {
+            let own = busy(vote);
+            let Some(median) = median_of_peers(&times, own) else {
                 continue;
             };
-            let (name, own) = (self.name(incarnation), busy(vote));
             let Some(member) = self.members.get_mut(&incarnation) else {
                 continue;
             };
@@ -149,12 +150,41 @@ impl Job {
             }
             member.slow = member.slow.saturating_add(1);
             if member.slow == SLOW_STEPS {
+                let name = self.name(incarnation);
                 let text = format!(
                     "{name} is slow: it computes {:.1} times as long as the median of its peers ({own:.3} s against \
                      {median:.3} s), {SLOW_STEPS} steps in a row; all wait for it",
                     own / median
                 );
                 actions.push(note("slow", text));
+            }
+        }
+    }
+}
+
+/// The upper median of all `times`, which are sorted, but one that is `own`; `None` where there is no other.
+fn median_of_peers(times: &[f64], own: f64) -> Option<f64> {
+    let middle = (times.len() - 1) / 2;
+    let at = times.partition_point(|it| it.total_cmp(&own).is_lt());
+    times
+        .get(if at <= middle { middle + 1 } else { middle })
+        .copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::median_of_peers;
+
+    #[test]
+    fn the_median_of_peers_is_that_of_all_others() {
+        let times = [0.5, 1.0, 1.0, 1.0, 2.0, 3.0, f64::NAN];
+        for world in 1..=times.len() {
+            for own in 0..world {
+                let mut peers = times[..world].to_vec();
+                peers.remove(own);
+                let slowly = peers.get(peers.len() / 2).map(|it| it.to_bits());
+                let quickly = median_of_peers(&times[..world], times[own]);
+                assert_eq!(quickly.map(f64::to_bits), slowly, "{own} of {world}");
             }
         }
     }

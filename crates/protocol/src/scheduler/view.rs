@@ -98,6 +98,11 @@ impl Scheduler {
         Some((incarnation, self.pool.get(incarnation)?))
     }
 
+    /// The job that a connected worker works for.
+    pub fn job_of(&self, incarnation: Incarnation) -> Option<&JobId> {
+        self.pool.get(incarnation)?.job.as_ref()
+    }
+
     /// What the head of the queue waits for, if anything does.
     pub fn waiting(&self) -> Option<String> {
         let head = &self.jobs[&self.head()?];

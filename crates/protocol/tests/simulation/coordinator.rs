@@ -1,6 +1,7 @@
 //! The coordinator's shell: it executes what a job says in order, and dies between any two actions.
 
 use std::collections::BTreeSet;
+use std::mem::discriminant;
 
 use protocol::{
     Action, Cause, CoordinatorMessage, Event, Generation, Incarnation, Job, JobId, JobSpec,
@@ -43,6 +44,16 @@ impl World {
     pub fn handle(&mut self, event: Event) {
         let Some(job) = &mut self.job else { return };
         let actions = job.handle(self.now_ms, event);
+        assert!(
+            job.deadlines_agree(),
+            "the table of deadlines is not what it would be if it were computed anew"
+        );
+        let (long, short) = (job.waiting(), job.waiting_in_short());
+        assert_eq!(
+            discriminant(&short),
+            discriminant(&long),
+            "{short:?} {long:?}"
+        );
         self.execute(actions);
     }
 

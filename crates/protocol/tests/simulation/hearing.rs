@@ -1,5 +1,7 @@
 //! What a simulated worker does with what it is told, and what must be true of that.
 
+use std::sync::Arc;
+
 use protocol::{Afterwards, CoordinatorMessage, Copies, Layout, Rank, ToWorker, WorkerMessage};
 
 use crate::disk::{Disk, Oracle};
@@ -203,7 +205,7 @@ impl Worker {
                 "a wrong checkpoint"
             );
         }
-        self.base = base;
+        self.base = base.map(Arc::unwrap_or_clone);
         self.doing = Doing::Connecting;
         vec![Effect::Collective { step: 0 }]
     }

@@ -2,6 +2,9 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+use std::mem::discriminant;
+use std::sync::Arc;
+
 use protocol::{
     Action, Activity, Awaits, Cause, CommitRecord, CoordinatorMessage, Copies, Elastic, Event,
     FromWorker, Generation, Held, Incarnation, Job, JobId, JobPolicy, JobSpec, Layout, MetricsRow,
@@ -153,7 +156,11 @@ impl Play {
     }
 
     pub fn event(&mut self, event: Event) -> Vec<Action> {
-        self.job.handle(self.now_ms, event)
+        let actions = self.job.handle(self.now_ms, event);
+        assert!(self.job.deadlines_agree());
+        let (long, short) = (self.job.waiting(), self.job.waiting_in_short());
+        assert_eq!(discriminant(&short), discriminant(&long));
+        actions
     }
 
     /// A worker speaks in the job's generation.
@@ -386,6 +393,7 @@ pub fn formed(actions: &[Action]) -> Vec<Formed> {
             ..
         } => {
             let members = addresses.len();
+            let base = base.map(Arc::unwrap_or_clone);
             Some((to, rank.0, members, committed.0, apply, base, resume))
         }
         _ => None,
