@@ -31,6 +31,7 @@ use hub::Hub;
 /// A state folder, token or address that cannot be used; a journal that cannot be written.
 pub fn serve(config: &ServiceConfig) -> anyhow::Result<u8> {
     let token = token(&config.security)?;
+    raise_open_files();
     let jobs = jobs::open(&config.state)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -80,4 +81,15 @@ pub fn serve(config: &ServiceConfig) -> anyhow::Result<u8> {
         anyhow::Ok(signalled.load(Ordering::Relaxed))
     })?;
     Ok(128 + signal)
+}
+
+/// Raises the limit of open files as far as this user may: each worker's connection is one, and a shell's limit is often 1024.
+fn raise_open_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    match setrlimit(Resource::Nofile, limit) {
+        Ok(()) => tracing::debug!(files = ?limit.current, "open files"),
+        Err(error) => tracing::warn!("the limit of open files stays: {error}"),
+    }
 }

@@ -4,14 +4,15 @@
 //! All but health asks for the service's token, where it has one (invariant S1).
 
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use protocol::{FromWorker, Incarnation};
-use tokio::net::TcpListener;
+use protocol::{FromWorker, Incarnation, ToWorker};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::{BroadcastStream, ReceiverStream, TcpListenerStream};
 use tokio_stream::{Stream, StreamExt, wrappers::errors::BroadcastStreamRecvError};
 use tonic::service::interceptor::InterceptedService;
@@ -33,8 +34,18 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 /// How long a worker that was let go may take to end its side, so that what it was told last arrives.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// Between two tries to accept a connection, when files or memory are used up.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Connections that ended before they were accepted, which says nothing of the next.
+const GONE_AGAIN: [io::ErrorKind; 3] = [
+    io::ErrorKind::ConnectionAborted,
+    io::ErrorKind::ConnectionReset,
+    io::ErrorKind::Interrupted,
+];
+
 /// Where a session's messages go.
-pub type ToSession = mpsc::Sender<Result<proto::ToWorker, Status>>;
+pub type ToSession = mpsc::Sender<Result<ToWorker, Status>>;
 
 /// Who listens to a session, and may hand it on.
 #[derive(Clone, Debug)]
@@ -129,9 +140,25 @@ pub async fn serve(
         ))
         .add_service(JobsServer::with_interceptor(doors.clone(), guard.clone()))
         .add_service(ClusterServer::with_interceptor(doors, guard))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown)
+        .serve_with_incoming_shutdown(incoming(listener), shutdown)
         .await?;
     Ok(())
+}
+
+/// Connections. Where no more can be accepted the next try has a pause before it: it would fail at once, and the one after it.
+fn incoming(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> {
+    TcpListenerStream::new(listener).then(async |accepted| {
+        if let Err(error) = &accepted
+            && !GONE_AGAIN.contains(&error.kind())
+        {
+            tracing::warn!(
+                "cannot accept a connection: {error}; each worker is an open file, whose limit `ulimit -n` tells (systemd: \
+                 LimitNOFILE)"
+            );
+            sleep(ACCEPT_PAUSE).await;
+        }
+        accepted
+    })
 }
 
 type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -154,7 +181,9 @@ impl Workers for Doors {
             first: Some((answers, route)),
         };
         tokio::spawn(session.run(request.into_inner()));
-        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
+        // What thousands are told at once they share, until it is on its way.
+        let outgoing = ReceiverStream::new(outgoing).map(|message| message.map(Into::into));
+        Ok(Response::new(Box::pin(outgoing)))
     }
 }
 
@@ -302,7 +331,7 @@ struct Session {
     /// Given to whoever listens first: where answers go, and to whom the session may be handed on.
     first: Option<(ToSession, watch::Sender<Route>)>,
     /// Where answers go, as long as somebody holds it; then the stream ends.
-    told: mpsc::WeakSender<Result<proto::ToWorker, Status>>,
+    told: mpsc::WeakSender<Result<ToWorker, Status>>,
 }
 
 impl Session {

@@ -230,8 +230,13 @@ impl Hub {
                     reason,
                 })
             }
-            // Said between its job's end and its session's; it waits for nothing here.
             _ => {
+                if let Some(id) = self.scheduler.job_of(incarnation).cloned() {
+                    // Said while its session was handed on.
+                    self.pass_on(&id, vec![Input::Message(message)]);
+                    return Ok(());
+                }
+                // Otherwise said between its job's end and its session's; it waits for nothing here.
                 // Who holds a job's state takes silence for a broken connection.
                 let heard = CoordinatorMessage::Heard { committed: Step(0) };
                 self.tell(incarnation, heard);
@@ -251,7 +256,7 @@ impl Hub {
             message,
         };
         // One that does not read is noticed by its silence.
-        drop(waiting.session.answers.try_send(Ok(message.into())));
+        drop(waiting.session.answers.try_send(Ok(message)));
     }
 
     fn hear_attempt(&mut self, told: Told) -> anyhow::Result<()> {
@@ -361,17 +366,32 @@ impl Hub {
             inputs: inputs.clone(),
         };
         let over = Input::Disconnected(incarnation, session.session);
-        let gone = session.route.send(route).is_err();
+        let route_to = session.route.clone();
         let mut first = vec![Input::Connected(session)];
         if let Some(mut join) = join {
             join.job = id.clone();
             first.push(Input::Message(join));
         }
-        if gone {
-            // It ended meanwhile, and told nobody but this hub.
-            first.push(over);
+        // Only then may it speak there: a job takes who has not joined for somebody else's worker.
+        if let Ok(places) = inputs.try_reserve_many(first.len()) {
+            places
+                .zip(first)
+                .for_each(|(place, input)| place.send(input));
+            if route_to.send(route).is_err() {
+                // It ended meanwhile, and told nobody but this hub.
+                self.pass_on(id, vec![over]);
+            }
+            return;
         }
-        self.pass_on(id, first);
+        // Beside the loop: a driver that is busy may have a full queue.
+        tokio::spawn(async move {
+            for input in first {
+                drop(inputs.send(input).await);
+            }
+            if route_to.send(route).is_err() {
+                drop(inputs.send(over).await);
+            }
+        });
     }
 
     /// Tells a running job something, in this order. One that is gone has ended.
