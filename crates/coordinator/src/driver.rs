@@ -8,8 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Context;
 use checkpoint::{ManifestInfo, RankFile, Retention};
 use protocol::{
-    Action, Afterwards, Cause, CoordinatorMessage, Event, FromWorker, Incarnation, Job, Note,
-    Outcome, Record, RunFacts, Step, ToWorker, Waiting, WorkerMessage,
+    Action, Afterwards, Cause, CoordinatorMessage, Event, FromWorker, Generation, Incarnation, Job,
+    Note, Outcome, Record, RunFacts, Step, ToWorker, Waiting, WorkerMessage,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -25,6 +25,10 @@ use crate::run_directory::{RunDirectory, RunDirectoryError};
 use crate::server::{Connected, SessionId};
 use crate::summary::ReferenceCounts;
 use crate::ui::Console;
+
+/// A Form that a session carries already is not said in it again for so long. Who speaks as if it had not heard it has not got to
+/// it yet, and a stream loses nothing: the Forms of thousands, said again at each of their beats, would keep them from it.
+const FORM_PAUSE: Duration = Duration::from_secs(5);
 
 /// What reaches the driver. The queue that carries it is bounded; senders wait.
 #[derive(Debug)]
@@ -73,7 +77,7 @@ pub struct Driver<'a> {
     monitor: Monitor,
     /// For the results of work that is done beside the loop.
     inputs: mpsc::Sender<Input>,
-    sessions: BTreeMap<Incarnation, Connected>,
+    sessions: BTreeMap<Incarnation, Line>,
     references: BTreeMap<Incarnation, ReferenceCounts>,
     /// Worker processes of this machine that ended since the step that was committed then.
     exits: (Step, u32),
@@ -81,6 +85,12 @@ pub struct Driver<'a> {
     publishing: Option<JoinHandle<()>>,
     start: Instant,
     outcome: Option<Outcome>,
+}
+
+/// A session of the job, and the last Form that it carries.
+struct Line {
+    session: Connected,
+    formed: Option<(Generation, Instant)>,
 }
 
 /// How a job ended.
@@ -212,7 +222,11 @@ impl<'a> Driver<'a> {
     fn event(&mut self, input: Input) -> Option<Event> {
         match input {
             Input::Connected(it) => {
-                self.sessions.insert(it.incarnation, it);
+                let line = Line {
+                    session: it,
+                    formed: None,
+                };
+                self.sessions.insert(line.session.incarnation, line);
                 None
             }
             Input::Message(message) => {
@@ -233,7 +247,7 @@ impl<'a> Driver<'a> {
             Input::Disconnected(incarnation, session) => {
                 // A worker that connected again has another session, and the end of the old one says nothing.
                 let known = self.sessions.get(&incarnation);
-                if known.is_some_and(|it| it.session != session) {
+                if known.is_some_and(|it| it.session.session != session) {
                     return None;
                 }
                 self.sessions.remove(&incarnation);
@@ -466,11 +480,22 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    fn send(&mut self, message: ToWorker) {
+    fn send(&mut self, mut message: ToWorker) {
         let incarnation = message.incarnation;
-        let Some(session) = self.sessions.get(&incarnation) else {
+        let Some(Line { session, formed }) = self.sessions.get_mut(&incarnation) else {
             return;
         };
+        if let CoordinatorMessage::Form { committed, .. } = message.message {
+            let now = Instant::now();
+            let carries = |(generation, at): (Generation, Instant)| {
+                generation == message.generation && now.duration_since(at) < FORM_PAUSE
+            };
+            if formed.is_some_and(carries) {
+                message.message = CoordinatorMessage::Heard { committed };
+            } else {
+                *formed = Some((message.generation, now));
+            }
+        }
         let last = matches!(message.message, CoordinatorMessage::Stop { .. });
         let sent = session.answers.try_send(Ok(message));
         if sent.is_err() {
