@@ -149,6 +149,8 @@ impl<'a> Driver<'a> {
     ) -> anyhow::Result<Driven> {
         self.execute(first)?;
         self.watch_again()?;
+        // In a row, without a look at the clock.
+        let mut taken = 0;
         while self.outcome.is_none() {
             let deadline = self
                 .job
@@ -158,9 +160,16 @@ impl<'a> Driver<'a> {
                 });
             // What has arrived goes first, so that a coordinator that slept does not take its workers for silent. Where thousands
             // speak something nearly always has, and the timer is not set anew for each word.
-            let event = if let Ok(input) = queue.try_recv() {
+            let overdue = Instant::now() >= deadline && taken >= queue.max_capacity();
+            let event = if overdue {
+                // All that had arrived by then is taken; more is never at an end.
+                taken = 0;
+                Some(Event::Tick)
+            } else if let Ok(input) = queue.try_recv() {
+                taken += 1;
                 self.event(input)
             } else {
+                taken = 0;
                 tokio::select! {
                     biased;
                     input = queue.recv() => match input {
