@@ -541,6 +541,8 @@ async fn hear(
                 });
             }
             CoordinatorMessage::Abort { reason } => shared.abort(generation, reason),
+            // All is durable: the stream's end is the job's.
+            CoordinatorMessage::Finish => shared.state().elastic = None,
             CoordinatorMessage::Welcome { spare, job, .. } => {
                 let mut state = shared.state();
                 state.spare = *spare;

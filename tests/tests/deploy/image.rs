@@ -139,3 +139,24 @@ fn versions_are_the_workspaces() {
         "no {image} in {arguments:?}"
     );
 }
+
+/// Cargo reads the manifests of all members, also of those that are not built.
+#[test]
+fn every_member_of_the_workspace_is_in_the_build_context() {
+    let read = |name: &str| fs::read_to_string(workspace_root().join(name)).expect(name);
+    let workspace: toml::Table = read("Cargo.toml").parse().expect("TOML");
+    let members = workspace["workspace"]["members"].as_array();
+    let ignored = read(".dockerignore");
+    for member in members.expect("members") {
+        let member = member.as_str().expect("a path");
+        let folder = member.split_once("/*").map_or(member, |(folder, _)| folder);
+        let taken = [format!("!{folder}"), format!("!{folder}/Cargo.toml")];
+        let found = ignored
+            .lines()
+            .any(|line| taken.iter().any(|it| it == line));
+        assert!(
+            found,
+            "{member} is not in the build context of .dockerignore"
+        );
+    }
+}
