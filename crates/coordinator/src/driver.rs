@@ -293,9 +293,11 @@ impl<'a> Driver<'a> {
             self.exits = (committed, 0);
         }
         self.exits.1 += 1;
-        let most = self.job.spec().policy.elastic.as_ref();
-        let again =
-            most.is_some_and(|it| self.exits.1 < it.failures_max.max(self.job.spec().policy.world));
+        let policy = &self.job.spec().policy;
+        // All of them at once are one failure, which the job counts.
+        let most = |failures_max: u32| failures_max.max(policy.world);
+        let elastic = policy.elastic.as_ref();
+        let again = elastic.is_some_and(|it| self.exits.1 < most(it.failures_max));
         let begins = matches!(self.job.waiting(), Waiting::Join { .. });
         // One that cannot even begin says why; one that was killed does not.
         if again && !(begins && exit.code.is_some()) {

@@ -1,13 +1,15 @@
 //! One worker process: a session with the coordinator around one process's training.
 //!
 //! ```text
-//! cli ─► agent: connect ─► Join ─► Welcome ─► Form ─► load, connect ranks, reference pass ─► Ready
-//!          session task (tokio): beats, messages in and out     │
-//!          training thread: trainer::Trainer::run over Gate ◄───┘
+//! cli ─► agent: connect ─► Join ─► Welcome ─► entrance: Held ─► Form ─► load, connect ranks, reference pass ─► Ready
+//!          session task (tokio): beats, messages in and out  ▲          │
+//!          training thread: trainer::Trainer::run over Gate ─┘ ◄────────┘
+//!                                                           the next generation
 //! ```
 //! The session task never computes and the training thread never touches the network of the control plane, so a long step
-//! cannot silence the beats. When the session ends or is told to stop, the collective is aborted and the training thread
-//! finds out at its next wait.
+//! cannot silence the beats. When a generation or the session is over, the collective is aborted and the training thread
+//! finds out at its next wait; it enters the next generation with what it holds. The session of an elastic job outlives its
+//! stream.
 //!
 //! Not here: the step itself (`trainer`), message formats (`wire`), decisions about a job (`protocol`).
 
