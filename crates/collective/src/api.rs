@@ -40,7 +40,7 @@ pub enum Region {
     HostF64(Vec<f64>),
     /// Opaque bytes, for [`Op::Broadcast`] alone; ranks other than the root get the root's length.
     HostBytes(Vec<u8>),
-    /// Memory of a GPU. TCP refuses it.
+    /// Memory of a GPU, where [`Collective::takes_devices`].
     Device(DeviceRegion),
 }
 
@@ -142,6 +142,11 @@ pub trait Collective: Send {
 
     /// The generation that the connections belong to.
     fn generation(&self) -> u64;
+
+    /// Whether it takes regions of device memory.
+    fn takes_devices(&self) -> bool {
+        false
+    }
 
     /// Starts `op` on `region` in the background. Operations run in the order of their starts.
     ///

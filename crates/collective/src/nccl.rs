@@ -27,6 +27,7 @@ mod engine;
 mod ffi;
 mod id;
 mod load;
+mod pair;
 mod plan;
 mod state;
 mod version;
@@ -40,6 +41,7 @@ use std::{
 pub use device::{Buffer, Device};
 pub use id::{UNIQUE_ID_BYTES, UniqueId, UniqueIdError};
 pub use load::{CUDA_NAMES, Driver, Library, LoadError, NCCL_NAMES};
+pub use pair::Pair;
 pub use state::Member;
 pub use version::{KNOWN_BAD, OLDEST, Version};
 
@@ -115,7 +117,7 @@ impl Nccl {
     }
 
     /// [`Nccl::connect`] for the ranks of `door`, a collective of the same generation over which rank 0 tells the others its id.
-    /// The door is not needed afterwards; kept, it notices a lost rank that NCCL would not.
+    /// The door is not needed afterwards; kept in a [`Pair`], it takes the regions of the host.
     ///
     /// # Errors
     /// As `connect`; the door's.
@@ -188,6 +190,10 @@ impl Collective for Nccl {
 
     fn generation(&self) -> u64 {
         self.state.member.generation
+    }
+
+    fn takes_devices(&self) -> bool {
+        true
     }
 
     fn start(

@@ -53,6 +53,10 @@ impl Collective for Single {
         self.generation
     }
 
+    fn takes_devices(&self) -> bool {
+        true
+    }
+
     fn start(
         &mut self,
         op: Op,

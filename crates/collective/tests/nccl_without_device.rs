@@ -7,6 +7,7 @@ mod suite;
 
 use std::{
     fs,
+    net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     process::Command,
     sync::{Barrier, LazyLock},
@@ -15,7 +16,9 @@ use std::{
 
 use collective::{
     Collective, CollectiveError, Element, Op, Region,
-    nccl::{Device, Driver, Library, Member, Nccl, UniqueId, Version, deterministic_environment},
+    nccl::{
+        Device, Driver, Library, Member, Nccl, Pair, UniqueId, Version, deterministic_environment,
+    },
     tcp::Rendezvous,
 };
 use suite::{Sums, soon, within};
@@ -479,4 +482,106 @@ fn a_library_without_a_needed_function_is_refused() {
 fn the_environment_for_equal_bits_leaves_nccl_no_choice() {
     let names = deterministic_environment().map(|(name, _)| name);
     assert_eq!(names, ["NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE"]);
+}
+
+/// [`group`] with a door of TCP kept beside NCCL.
+fn pairs<R: Send>(
+    name: &str,
+    script: &str,
+    world: usize,
+    body: impl Fn(Pair) -> R + Sync,
+) -> Vec<R> {
+    let doors: Vec<_> = (0..world)
+        .map(|_| Rendezvous::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap())
+        .collect();
+    let addresses: Vec<String> = doors.iter().map(Rendezvous::address).collect();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = doors
+            .into_iter()
+            .enumerate()
+            .map(|(rank, door)| {
+                let (addresses, body) = (&addresses, &body);
+                scope.spawn(move || {
+                    let tcp = door.connect(rank, addresses, GENERATION, [2; 32], soon());
+                    let nccl = connect(name, script, rank, world, soon()).unwrap();
+                    body(Pair::new(tcp.unwrap(), nccl))
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    })
+}
+
+#[test]
+fn a_pair_follows_the_suite_with_regions_of_both_kinds() {
+    for world in 1..=4 {
+        let name = format!("pair-{world}");
+        pairs(&name, "", world, |mut pair| {
+            assert!(pair.takes_devices());
+            let device = device(pair.rank());
+            suite::healthy(&mut pair, Sums::InTheOrderOfRanks);
+            suite::sends(&mut pair);
+            suite::device::sums(&mut pair, &device, Sums::InTheOrderOfRanks);
+            suite::device::gathers(&mut pair, &device);
+            suite::device::mirrors(&mut pair, &device);
+            suite::device::broadcasts(&mut pair, &device);
+            Box::new(pair).close(soon()).unwrap();
+        });
+        for rank in 0..world {
+            assert_eq!(count(&name, rank, "abort"), 0);
+            // What lies on the host has gone over TCP: bytes travel over NCCL once, in the device's broadcasts.
+            let bytes = log(&name, rank)
+                .iter()
+                .filter(|it| it.contains("type 1,"))
+                .count();
+            assert_eq!(bytes, 1, "{:?}", log(&name, rank));
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_is_gone_ends_both_ways_with_the_next_operation_over_tcp() {
+    let results = pairs("pair-lost", "hang=0", 2, |mut pair| {
+        let device = device(pair.rank());
+        let buffer = device.allocate(400).unwrap();
+        let region = Region::Device(buffer.region(100, Element::F32));
+        let ticket = pair.start(Op::AllReduceSum, region, GENERATION).unwrap();
+        if pair.rank() == 1 {
+            return None;
+        }
+        let error = pair.run(Op::AllReduceSum, floats(10), within(60_000));
+        Some((
+            error.unwrap_err(),
+            pair.wait(ticket, within(60_000)).unwrap_err(),
+        ))
+    });
+    let (lost, other) = results.into_iter().flatten().next().unwrap();
+    assert_eq!(lost.suspect().map(|peer| peer.rank), Some(1), "{lost}");
+    assert!(
+        other.to_string().contains("the other way failed"),
+        "{other}"
+    );
+}
+
+#[test]
+fn an_abort_ends_both_ways_and_gives_the_hosts_regions_back() {
+    pairs("pair-abort", "hang=0", 2, |mut pair| {
+        let device = device(pair.rank());
+        let buffer = device.allocate(400).unwrap();
+        let region = Region::Device(buffer.region(100, Element::F32));
+        let there = pair.start(Op::AllReduceSum, region, GENERATION).unwrap();
+        let here = pair.start(Op::AllReduceSum, floats(10), GENERATION);
+        drop(here.unwrap());
+        pair.aborter().abort(GENERATION + 1, "another generation");
+        pair.aborter().abort(GENERATION, "the job stops");
+        let error = pair.wait(there, soon()).unwrap_err().to_string();
+        assert!(error.contains("the job stops"), "{error}");
+        assert!(pair.check().is_err());
+        let regions = Box::new(pair).reclaim();
+        assert_eq!(regions.len(), 1);
+        assert_eq!(regions[0].len(), 10);
+    });
 }

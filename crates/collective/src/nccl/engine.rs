@@ -254,6 +254,13 @@ impl Engine<'_> {
                 Call::Broadcast { range, root } => {
                     failed("ncclBroadcast", comm.broadcast(on, region, range, *root))
                 }
+                Call::Move { range, from, to } if *from == rank => {
+                    failed("ncclSend", comm.send(on, region, range, *to))
+                }
+                Call::Move { range, from, to } if *to == rank => {
+                    failed("ncclRecv", comm.receive(on, region, range, *from))
+                }
+                Call::Move { .. } => None,
             };
         }
         let ended = failed("ncclGroupEnd", comm.group_end());

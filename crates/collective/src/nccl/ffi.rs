@@ -120,6 +120,8 @@ table! { NcclTable {
     all_gather = "ncclAllGather" (u64, u64, usize, i32, usize, usize) -> i32;
     reduce = "ncclReduce" (u64, u64, usize, i32, i32, i32, usize, usize) -> i32;
     broadcast = "ncclBroadcast" (u64, u64, usize, i32, i32, usize, usize) -> i32;
+    send = "ncclSend" (u64, usize, i32, i32, usize, usize) -> i32;
+    receive = "ncclRecv" (u64, usize, i32, i32, usize, usize) -> i32;
     group_start = "ncclGroupStart" () -> i32;
     group_end = "ncclGroupEnd" () -> i32;
     get_error_string = "ncclGetErrorString" (i32) -> *const c_char;
@@ -345,6 +347,32 @@ impl Comm {
         let root = root as i32;
         // SAFETY: as for all-reduce.
         unsafe { (self.nccl.broadcast)(at, at, count, kind, root, self.handle, on.handle) }
+    }
+
+    /// A range to rank `to`, which receives as many elements from this one in the same group.
+    pub(super) fn send(
+        &self,
+        on: &Stream,
+        region: &DeviceRegion,
+        range: &Range<usize>,
+        to: usize,
+    ) -> i32 {
+        let (at, count, kind) = span(region, range);
+        // SAFETY: as for all-reduce.
+        unsafe { (self.nccl.send)(at, count, kind, to as i32, self.handle, on.handle) }
+    }
+
+    /// A range from rank `from`, which sends as many elements to this one in the same group.
+    pub(super) fn receive(
+        &self,
+        on: &Stream,
+        region: &DeviceRegion,
+        range: &Range<usize>,
+        from: usize,
+    ) -> i32 {
+        let (at, count, kind) = span(region, range);
+        // SAFETY: as for all-reduce.
+        unsafe { (self.nccl.receive)(at, count, kind, from as i32, self.handle, on.handle) }
     }
 }
 

@@ -23,6 +23,12 @@ pub(super) enum Call {
     Reduce { range: Range<usize>, root: usize },
     /// One rank's range at all ranks.
     Broadcast { range: Range<usize>, root: usize },
+    /// One rank's range at another.
+    Move {
+        range: Range<usize>,
+        from: usize,
+        to: usize,
+    },
 }
 
 /// The calls for `op` on `len` elements, all in one group.
@@ -41,8 +47,16 @@ pub(super) fn plan(op: Op, len: usize, world: usize) -> Vec<Call> {
             root,
         }],
         Op::ReduceScatterSum if even => vec![Call::ReduceScatter { count }],
-        // Sending to one rank alone would be half the work of a world of three, and less of larger ones.
-        Op::AllGather | Op::Mirror if even => vec![Call::AllGather { count }],
+        Op::AllGather if even => vec![Call::AllGather { count }],
+        Op::Mirror if world == 1 => Vec::new(),
+        // Every rank has something to do in it, as in any other operation.
+        Op::Mirror if count > 0 => shards()
+            .map(|(range, from)| Call::Move {
+                range,
+                from,
+                to: (from + 1) % world,
+            })
+            .collect(),
         Op::ReduceScatterSum => shards()
             .filter(filled)
             .map(|(range, root)| Call::Reduce { range, root })
@@ -71,7 +85,8 @@ mod tests {
                 Call::ReduceScatter { count } => rank * count..(rank + 1) * count,
                 Call::AllGather { count } => 0..world * count,
                 Call::Reduce { range, root } if *root == rank => range.clone(),
-                Call::Reduce { .. } => 0..0,
+                Call::Move { range, to, .. } if *to == rank => range.clone(),
+                Call::Reduce { .. } | Call::Move { .. } => 0..0,
             })
             .collect();
         held.sort_unstable();
@@ -102,6 +117,21 @@ mod tests {
                     if let Call::Broadcast { range, root } = call {
                         assert_eq!(range, shard_range(len, world, root));
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_mirror_brings_every_rank_the_shard_of_the_one_before_it() {
+        for world in WORLDS {
+            for len in world..70 {
+                let calls = plan(Op::Mirror, len, world);
+                for rank in 0..world {
+                    let before = shard_range(len, world, (rank + world - 1) % world);
+                    let before = if world == 1 { 0..0 } else { before };
+                    let before: Vec<usize> = before.collect();
+                    assert_eq!(results(&calls, rank, world), before, "{len} over {world}");
                 }
             }
         }

@@ -62,7 +62,7 @@ typedef struct {
 } Event;
 
 typedef struct {
-    char kind; /* a all-reduce, s reduce-scatter, g all-gather, r reduce, b broadcast */
+    char kind; /* a all-reduce, s reduce-scatter, g all-gather, r reduce, b broadcast, > send to and < receive from root */
     char *from, *to;
     size_t count;
     int type, root;
@@ -176,7 +176,35 @@ static void add(char *sum, const char *value, size_t count, int type) {
     }
 }
 
+static bool moves(const Call *call) { return call->kind == '>' || call->kind == '<'; }
+
+/* What rank `to` receives from rank `from` in this operation. */
+static Call *receiver(Entry *to, int from) {
+    for (int i = 0; i < to->calls; i++)
+        if (to->call[i].kind == '<' && to->call[i].root == from) return &to->call[i];
+    return NULL;
+}
+
+/* Whether every element that is sent is received. */
+static bool paired(Entry **entry, int world) {
+    int sent = 0, received = 0;
+    for (int rank = 0; rank < world; rank++)
+        for (int i = 0; i < entry[rank]->calls; i++) {
+            Call *call = &entry[rank]->call[i];
+            if (!moves(call)) return false;
+            if (call->kind == '<') {
+                received++;
+                continue;
+            }
+            Call *there = receiver(entry[call->root], rank);
+            if (!there || there->count != call->count || there->type != call->type) return false;
+            sent++;
+        }
+    return sent == received;
+}
+
 static bool same(Entry **entry, int world) {
+    if (moves(&entry[0]->call[0])) return paired(entry, world);
     for (int rank = 1; rank < world; rank++) {
         if (entry[rank]->calls != entry[0]->calls) return false;
         for (int i = 0; i < entry[0]->calls; i++) {
@@ -199,6 +227,16 @@ static char *sum(Entry **entry, int world, int i, size_t skip, size_t count, int
 }
 
 static void execute(Entry **entry, int world) {
+    if (moves(&entry[0]->call[0])) {
+        /* What is sent is not received into: the order does not show. */
+        for (int rank = 0; rank < world; rank++)
+            for (int i = 0; i < entry[rank]->calls; i++) {
+                Call *call = &entry[rank]->call[i];
+                if (call->kind == '>')
+                    memcpy(receiver(entry[call->root], rank)->to, call->from, call->count * size_of(call->type));
+            }
+        return;
+    }
     for (int i = 0; i < entry[0]->calls; i++) {
         Call *call = &entry[0]->call[i];
         size_t bytes = call->count * size_of(call->type);
@@ -503,6 +541,14 @@ int ncclReduce(char *from, char *to, size_t count, int type, int op, int root, C
 
 int ncclBroadcast(char *from, char *to, size_t count, int type, int root, Comm *comm, Stream *stream) {
     return call('b', from, to, count, type, root, comm, stream);
+}
+
+int ncclSend(char *from, size_t count, int type, int peer, Comm *comm, Stream *stream) {
+    return call('>', from, from, count, type, peer, comm, stream);
+}
+
+int ncclRecv(char *to, size_t count, int type, int peer, Comm *comm, Stream *stream) {
+    return call('<', to, to, count, type, peer, comm, stream);
 }
 
 /* ---- the CUDA driver ---- */

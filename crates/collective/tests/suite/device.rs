@@ -13,6 +13,7 @@ use super::{LENS, Sums, bits, check_equal_everywhere, check_sums, soon, values};
 pub fn healthy(nccl: &mut Nccl, device: &Device, rule: Sums) {
     sums(nccl, device, rule);
     gathers(nccl, device);
+    mirrors(nccl, device);
     broadcasts(nccl, device);
     flights(nccl, device);
     refusals(nccl, device);
@@ -45,7 +46,7 @@ fn read_floats(buffer: &Buffer, len: usize) -> Vec<f32> {
         .collect()
 }
 
-pub fn sums(nccl: &mut Nccl, device: &Device, rule: Sums) {
+pub fn sums(nccl: &mut dyn Collective, device: &Device, rule: Sums) {
     let (rank, world) = (nccl.rank(), nccl.world());
     for len in LENS {
         let buffer = floats(device, &values(rank, len));
@@ -79,7 +80,7 @@ fn halves(len: usize) -> Vec<u8> {
         .collect()
 }
 
-pub fn gathers(nccl: &mut Nccl, device: &Device) {
+pub fn gathers(nccl: &mut dyn Collective, device: &Device) {
     for len in LENS {
         let mut mine = vec![0xff; len * 2];
         let own = shard_range(len, nccl.world(), nccl.rank());
@@ -92,7 +93,31 @@ pub fn gathers(nccl: &mut Nccl, device: &Device) {
     }
 }
 
-pub fn broadcasts(nccl: &mut Nccl, device: &Device) {
+pub fn mirrors(nccl: &mut dyn Collective, device: &Device) {
+    let (rank, world) = (nccl.rank(), nccl.world());
+    for len in LENS {
+        let mut mine = vec![0xff; len * 4];
+        let all: Vec<u8> = values(9, len)
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        let bytes = |shard: std::ops::Range<usize>| shard.start * 4..shard.end * 4;
+        let own = bytes(shard_range(len, world, rank));
+        mine[own.clone()].copy_from_slice(&all[own.clone()]);
+        let buffer = buffer_of(device, &mine);
+        let region = Region::Device(buffer.region(len, Element::F32));
+        nccl.run(Op::Mirror, region, soon()).unwrap();
+        let two = read(&buffer, len * 4);
+        for shard in [
+            own,
+            bytes(shard_range(len, world, (rank + world - 1) % world)),
+        ] {
+            assert!(two[shard.clone()] == all[shard], "{len} elements");
+        }
+    }
+}
+
+pub fn broadcasts(nccl: &mut dyn Collective, device: &Device) {
     let op = Op::Broadcast {
         root: nccl.world() - 1,
     };
