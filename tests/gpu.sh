@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Checks and times everything on a GPU, and prints one table: the fused kernels against the host's, transformers' goldens in f32
-# and bf16, NCCL, a run on the GPU against the same run on the CPU, and pairs per second beside TRL on the same card.
+# and bf16, NCCL, a run on the GPU against the same run on the CPU, a job of two workers over NCCL, and pairs per second beside TRL on the same card.
 #
-# usage: tests/gpu.sh [kernels|goldens|nccl|agree|speed|probe ...]      all but the probe without an argument
+# usage: tests/gpu.sh [larger|kernels|goldens|nccl|agree|job|speed|probe ...]      all but the probe without an argument
 #
 # MODEL         a Hugging Face directory to time; by default random weights in the shape of SmolLM2-135M
 # TOKENIZER     whose tokenizer (and shape) random models get, by default ../shared/models/smollm2-135m-instruct
 # PAIRS         preference pairs, by default ../shared/data/chat-preferences-1024.jsonl: at least 192 of them
+# SHORT         short pairs for 60 steps on the CPU too, by default ../shared/data/instruction-preferences.jsonl
 # TOKENS        tokens at once to try, by default "8192 16384"
 # PEER_PYTHON   a Python with torch, transformers and trl, by default python3; PEER_MICRO its micro-batches, by default "8 16"
 # GPU_BIN       a folder with programs that were built elsewhere (coordinator, kernels_cuda, model_golden, collective_nccl, gpu_probe);

@@ -1,15 +1,17 @@
 """The checks and timings of tests/gpu.sh, which says what they are and what they need."""
-import json, os, subprocess, sys, tempfile, time
+import json, os, signal, socket, subprocess, sys, tempfile, time
 
 BIN = os.path.abspath(os.environ["GPU_BIN"])
 OUT = os.path.abspath(os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpu-"))
 TOKENIZER = os.environ.get("TOKENIZER", "../shared/models/smollm2-135m-instruct")
 PAIRS = os.environ.get("PAIRS", "../shared/data/chat-preferences-1024.jsonl")
+SHORT = os.path.abspath(os.environ.get("SHORT", "../shared/data/instruction-preferences.jsonl"))
 PEER = os.environ.get("PEER", "../shared/tools/peer_dpo.py")
 TOKENS = [int(tokens) for tokens in os.environ.get("TOKENS", "8192 16384").split()]
+os.makedirs(OUT, exist_ok=True)
 SCRATCH = tempfile.mkdtemp(prefix="gpu-")
 START = time.time()
-ROWS, FAILED = [], []
+ROWS, FAILED, LATER = [], [], []
 
 
 def say(*words):
@@ -95,6 +97,125 @@ def agree():
             f"first step's log-ratios {first:g}; the {len(pairs)} means of at least 10 nats differ by {100 * worst:.2f} % at most, {100 * yardstick[key[1]]:.1f} % allowed")
 
 
+def larger():
+    """60 steps of DPO with a model of SmolLM2's shape and random weights: bf16 on the GPU against f32 on the CPU, which takes minutes and
+    runs beside the other parts."""
+    model = random_model("smollm2-135m-agree", "--like")
+    runs = {}
+    for backend, dtype in (("cpu", "f32"), ("cuda", "f32"), ("cuda", "bf16")):
+        output = os.path.join(SCRATCH, f"larger-{backend}-{dtype}")
+        settings = {"cluster.backend": backend, "model.dtype": dtype, "job.output": output, "cluster.workers": 1, "model.path": model, "data.train": json.dumps([SHORT]),
+                    "data.eval": "[]", "evaluate.every_steps": 60, "checkpoint.every_steps": 0, "data.max_length": 192, "objective.beta": 0.1, "train.steps": 60,
+                    "train.batch_pairs": 8, "optimizer.learning_rate": 2e-5, "reference.store": os.path.join(SCRATCH, "references-larger")}
+        command = [os.path.join(BIN, "coordinator"), "--config", "configs/quickstart-dpo.toml"]
+        for key, value in settings.items():
+            command += ["--set", f"{key}={value}"]
+        log = open(os.path.join(OUT, f"larger-{backend}-{dtype}.txt"), "w")
+        runs[backend, dtype] = (output, log, subprocess.Popen(command, stdout=log, stderr=log))
+        if backend == "cuda":
+            runs[backend, dtype][2].wait(timeout=120)
+
+    def finish():
+        rows = {}
+        for key, (output, log, process) in runs.items():
+            try:
+                status = process.wait(timeout=240)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                status = "no end in time"
+            if status != 0:
+                FAILED.append("larger")
+                return row(f"60 steps of SmolLM2's shape, {' '.join(key)}", f"FAILED ({status})", open(log.name).read()[-300:])
+            rows[key] = [json.loads(line) for line in open(os.path.join(output, "metrics.jsonl"))]
+        names = ("log_ratios/chosen", "log_ratios/rejected")
+        for key in (("cuda", "f32"), ("cuda", "bf16")):
+            means = [(a[name], b[name]) for a, b in zip(rows["cpu", "f32"], rows[key]) for name in names if abs(a[name]) >= 10]
+            worst = max((abs(a - b) / abs(a) for a, b in means), default=1.0)
+            first = max(abs(rows[key][0][name]) for name in names)
+            good = first == 0.0 and means and worst <= 0.05
+            if not good:
+                FAILED.append("larger")
+            row(f"60 steps of SmolLM2's shape, {key[1]}, against the CPU's f32", "passed" if good else "FAILED",
+                f"first step's log-ratios {first:g}; the {len(means)} means of at least 10 nats differ by {100 * worst:.2f} % at most")
+
+    LATER.append(finish)
+
+
+def job():
+    """Two workers that share the card and reduce over NCCL, against one worker alone: the same losses up to the order of sums, the same
+    bits twice, and a worker that is killed on the way.
+
+    NCCL before 2.30 refuses two ranks on one GPU of one host, so each is told a host of its own, and they talk over sockets.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        listen = "127.0.0.1:%d" % probe.getsockname()[1]
+    program = os.path.join(BIN, "coordinator")
+    folder = os.path.join(SCRATCH, "service")
+    logs = [open(os.path.join(OUT, f"job-{name}.txt"), "w") for name in ("coordinator", "a", "b")]
+    service = [program, "--cluster", "--set", f"cluster.listen={listen}", "--set", f"cluster.state={folder}"]
+    exact = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "NCCL_NVLS_ENABLE": "0", "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
+
+    def worker(name, log):
+        command = [program, "worker", "--coordinator", f"http://{listen}", "--name", name, "--backend", "cuda", "--collective", "nccl"]
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **exact, "NCCL_HOSTID": name})
+
+    def submit(name, workers, *settings):
+        output = os.path.join(SCRATCH, "job-" + name)
+        command = [program, "submit", "configs/quickstart-dpo.toml", "--coordinator", f"http://{listen}", "--watch", "--set", f"job.name={name}",
+                   "--set", f"job.output={output}", "--set", "train.steps=60", "--set", f"cluster.workers={workers}", "--set", "cluster.min_workers=1",
+                   "--set", f"reference.store={os.path.join(SCRATCH, 'references')}"]
+        for setting in settings:
+            command += ["--set", setting]
+        return output, command
+
+    def rows(output):
+        return [json.loads(line) for line in open(os.path.join(output, "metrics.jsonl"))]
+
+    def result(name, workers, *settings):
+        output, command = submit(name, workers, *settings)
+        status, log = run("job-" + name, command, 120)
+        if status != 0:
+            raise RuntimeError(f"{name}: {status}: {log[-300:]}")
+        return rows(output)
+
+    processes = [subprocess.Popen(service, stdout=logs[0], stderr=logs[0])]
+    processes += [worker(name, log) for name, log in zip("ab", logs[1:])]
+    try:
+        alone, two, again = result("alone", 1, "cluster.max_workers=1"), result("two", 2), result("again", 2)
+        keys = ("loss", "log_ratios/chosen", "log_ratios/rejected", "grad_norm")
+        differ = max(abs(a[key] - b[key]) / max(abs(a[key]), 1.0) for a, b in zip(alone, two) for key in keys if key in a)
+        same = all(a[key] == b[key] for a, b in zip(two, again) for key in keys if key in a)
+        good = differ <= 0.02 and same and len(two) == 60 and any(key in two[0] for key in keys)
+        if not good:
+            FAILED.append("job")
+        row("job of 2 workers over NCCL, f32", "passed" if good else "FAILED", f"60 steps differ from one worker's by {100 * differ:.3f} % at most; the same bits twice: {same}")
+        output, command = submit("killed", 2, "train.steps=400")
+        follow = subprocess.Popen(command, stdout=logs[0], stderr=logs[0])
+        metrics = os.path.join(output, "metrics.jsonl")
+        deadline = time.time() + 60
+        while time.time() < deadline and not (os.path.exists(metrics) and len(open(metrics).readlines()) >= 40):
+            time.sleep(0.02)
+        before = len(open(metrics).readlines())
+        processes[2].send_signal(signal.SIGKILL)
+        killed = time.time()
+        while time.time() < deadline and len(open(metrics).readlines()) < before + 3:
+            time.sleep(0.02)
+        recovered = time.time() - killed
+        follow.wait(timeout=120)
+        steps = [line["step"] for line in rows(output)]
+        good = follow.returncode == 0 and steps == list(range(1, 401))
+        if not good:
+            FAILED.append("job")
+        row("one of them killed (-9) over NCCL", "passed" if good else "FAILED", f"{before} steps before, three more rows {recovered:.2f} s after; {len(steps)} rows")
+    except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+        FAILED.append("job")
+        row("job of 2 workers over NCCL", "FAILED", str(error)[-300:])
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def random_model(name, *arguments):
     path = os.path.join(SCRATCH, name)
     status, log = run("make-" + name, [sys.executable, "tests/gpu/random_model.py", TOKENIZER, path, *arguments], 180)
@@ -177,8 +298,8 @@ def probe():
     print(output)
 
 
-PARTS = dict(kernels=kernels, goldens=goldens, nccl=nccl, agree=agree, speed=speed, probe=probe)
-wanted = sys.argv[1:] or ["kernels", "goldens", "nccl", "agree", "speed"]
+PARTS = dict(kernels=kernels, goldens=goldens, nccl=nccl, agree=agree, larger=larger, job=job, speed=speed, probe=probe)
+wanted = sys.argv[1:] or ["larger", "kernels", "goldens", "nccl", "agree", "job", "speed"]
 for name in wanted:
     if name not in PARTS:
         raise SystemExit(f"{name} is none of {', '.join(PARTS)}")
@@ -186,6 +307,8 @@ status, facts = run("device", ["nvidia-smi", "--query-gpu=name,driver_version,me
 say(facts.strip())
 for name in wanted:
     PARTS[name]()
+for finish in LATER:
+    finish()
 print("\n| what | result | |\n|---|---|---|")
 for what, result, note in ROWS:
     print(f"| {what} | {result} | {note if isinstance(note, str) else ';'.join(note)} |")

@@ -12,6 +12,7 @@ use collective::{Collective, tcp::Rendezvous};
 use model::Device;
 use serde_json::Value;
 use spec::Spec;
+use trainer::plan::Peers;
 use trainer::{
     EvaluationRow, GateClosed, Membership, Next, Sample, SavedReporter, SavedShard, Setup,
     StepGate, StepReport, Trainer, Verdict,
@@ -182,7 +183,7 @@ fn go(spec: &Spec, stretch: Stretch, checkpoints: &Path, resume: Option<&Path>) 
                     ready: false,
                     reports: Vec::new(),
                 };
-                rank.train(spec, membership, world)
+                rank.train(spec, membership)
             })
         });
         let ranks: Vec<_> = ranks.collect();
@@ -213,13 +214,8 @@ struct Rank {
 }
 
 impl Rank {
-    fn train(
-        mut self,
-        spec: &Spec,
-        membership: Membership,
-        world: usize,
-    ) -> (Vec<StepReport>, ManifestInfo) {
-        let setup = Setup::load(spec, &Device::flex(), world, &mut |_, _, _| Ok(()));
+    fn train(mut self, spec: &Spec, membership: Membership) -> (Vec<StepReport>, ManifestInfo) {
+        let setup = Setup::load(spec, &Device::flex(), Peers::NONE, &mut |_, _, _| Ok(()));
         let setup = setup.expect("model and data");
         let facts = setup.facts();
         let trainer = Trainer::new(setup, membership, &mut |_, _, _| Ok(()));

@@ -13,8 +13,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("refcache", &["storage"]),
     ("collective", &[]),
     ("data", &["storage"]),
-    ("gpu", &["storage"]),
-    ("kernels", &["gpu"]),
+    ("gpu", &["collective", "storage"]),
+    ("kernels", &["collective", "gpu"]),
     // kernels reaches it through cubecl and [patch.crates-io]; nobody names it.
     ("cubecl-llvm", &[]),
     ("model", &["kernels"]),

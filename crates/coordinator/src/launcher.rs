@@ -32,6 +32,10 @@ pub struct Launch {
     pub threads: usize,
     /// `auto`, `cpu` or `cuda`.
     pub backend: String,
+    /// `auto`, `tcp` or `nccl`.
+    pub collective: String,
+    /// Number of each worker's GPU, by worker; their own numbers where there is none.
+    pub gpus: Vec<u32>,
     /// The token they show.
     pub token_file: Option<PathBuf>,
     /// Folder of their logs.
@@ -103,13 +107,15 @@ impl Worker {
         let file = File::options().append(true).create(true).open(log);
         let file = file.with_context(|| format!("open {}", log.display()))?;
         let same = file.try_clone().context("share a log file")?;
+        let gpu = launch.gpus.get(*number as usize).unwrap_or(number);
         let mut command = Command::new(program);
         command
             .arg("worker")
             .args(["--coordinator", &launch.url, "--once", "--child"])
             .args(["--name", &format!("worker-{number}")])
             .args(["--threads", &launch.threads.to_string()])
-            .args(["--backend", &launch.backend])
+            .args(["--backend", &launch.backend, "--gpu", &gpu.to_string()])
+            .args(["--collective", &launch.collective])
             .args(["--log", if launch.json_logs { "json" } else { "text" }])
             .args(
                 launch
@@ -117,6 +123,7 @@ impl Worker {
                     .iter()
                     .flat_map(|file| ["--token-file".as_ref(), file.as_os_str()]),
             )
+            .envs(equal_bits())
             .stdin(Stdio::piped())
             .stdout(same)
             .stderr(file)
@@ -167,6 +174,16 @@ impl Workers {
             }
         }
     }
+}
+
+/// What has a worker's sums repeat between runs, as far as the user has not said otherwise.
+fn equal_bits() -> impl Iterator<Item = (&'static str, &'static str)> {
+    #[cfg(feature = "local")]
+    let wanted = worker::environment();
+    #[cfg(not(feature = "local"))]
+    let wanted: Vec<(&str, &str)> = Vec::new();
+    let missing = |(name, _): &(&str, &str)| std::env::var_os(name).is_none();
+    wanted.into_iter().filter(missing)
 }
 
 fn tail(log: &Path) -> String {

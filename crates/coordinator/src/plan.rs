@@ -119,7 +119,7 @@ pub fn plan(
     let memory = job
         .is_on_cpu()
         .then(|| memory(config, &job, machine, cadence.saves_on_the_way()));
-    let gpu = gpu_memory(&job, workers, card_bytes);
+    let gpu = gpu_memory(&job, workers, config.cluster.mirror, card_bytes);
     let fits = memory.as_ref().is_none_or(|it| it.fits)
         && gpu.as_ref().is_none_or(|it| it.fits)
         && disk.iter().all(|it| it.fits);
@@ -246,13 +246,18 @@ fn memory(config: &Config, job: &Job, machine: Option<MachineMemory>, saves: boo
 }
 
 /// `card_bytes` of GPUs that are not here; without, the GPU of this machine, if the job computes on one.
-fn gpu_memory(job: &Job, workers: usize, card_bytes: Option<u64>) -> Option<GpuMemory> {
+fn gpu_memory(
+    job: &Job,
+    workers: usize,
+    mirror: bool,
+    card_bytes: Option<u64>,
+) -> Option<GpuMemory> {
     let [available_bytes, total_bytes] = match card_bytes {
         Some(total) => [total.saturating_sub(CONTEXT_BYTES), total],
         None => job.gpu_bytes()?,
     };
     let workload = job.workload();
-    let knobs = workload.gpu_knobs(workers);
+    let knobs = workload.gpu_knobs(workers, mirror);
     let worker = workload.memory(&knobs, Program::NONE, false);
     let fits = worker.certain_bytes() <= available_bytes;
     let cures = || workload.cures(&knobs, Program::NONE, false, available_bytes);

@@ -185,6 +185,8 @@ fn describe(config: &Config, show: &Show, url: &str) -> Launch {
         threads: config.cluster.threads_per_worker(cores),
         token_file: config.security.token_file.clone(),
         backend: config.cluster.backend.as_str().to_owned(),
+        collective: config.cluster.collective.as_str().to_owned(),
+        gpus: config.cluster.gpus.clone().unwrap_or_default(),
         logs: config.job.output.join("logs"),
         json_logs: show.json,
     }

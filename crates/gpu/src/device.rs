@@ -140,7 +140,10 @@ impl Gpu {
     }
 
     /// Where it sits, such as `0000:3b:00.0`.
-    pub(crate) fn pci_address(&self) -> Result<String, GpuError> {
+    ///
+    /// # Errors
+    /// A device that stopped working.
+    pub fn pci_address(&self) -> Result<String, GpuError> {
         let mut text = [0u8; 32];
         // SAFETY: the driver writes at most so many bytes, the last of them 0.
         unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), 32, self.device) }

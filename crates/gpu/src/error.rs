@@ -79,7 +79,7 @@ pub enum GpuError {
 impl GpuError {
     /// Whether this machine simply has no such device, rather than one that cannot be used.
     pub fn is_absence(&self) -> bool {
-        matches!(self, Self::NoDriver | Self::NoDevice { .. })
+        matches!(self, Self::NoDriver | Self::NoDevice { count: 0, .. })
     }
 
     /// For `map_err`: what a call of the driver answered.

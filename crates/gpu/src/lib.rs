@@ -34,6 +34,8 @@ mod memory;
 mod product;
 #[cfg(feature = "cuda")]
 mod program;
+#[cfg(feature = "cuda")]
+mod region;
 #[cfg(any(feature = "cuda", test))]
 mod spans;
 #[cfg(feature = "cuda")]

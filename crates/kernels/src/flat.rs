@@ -1,6 +1,8 @@
 //! Flat weights: every parameter as a range of a few large buckets. Only the memory; what a bucket holds is the layout's
 //! business (`model`), what is done to it the optimizer's (`trainer`).
 
+use collective::DeviceRegion;
+
 use crate::{Device, Precision, Tensor};
 
 /// Where one parameter lies: `len` elements from `offset` of bucket `bucket`.
@@ -104,6 +106,22 @@ impl Flat {
         let part = |bucket: &Tensor<1>| Some(bucket.array()?.view.slice(range.clone()));
         let weights = part(self.buckets.get(bucket)?)?;
         Some((weights, self.operands.get(bucket).and_then(part)))
+    }
+
+    /// A bucket's f32 weights as a region of a collective, when they are memory of a GPU: nothing may use them until the region is
+    /// given back, after which [`Flat::refresh`] is due.
+    ///
+    /// # Panics
+    /// If the device fails.
+    pub fn region(&self, bucket: usize) -> Option<DeviceRegion> {
+        self.buckets[bucket].region()
+    }
+
+    /// Makes operands of weights that were changed where they lie.
+    pub fn refresh(&mut self) {
+        for (operand, bucket) in self.operands.iter_mut().zip(&self.buckets) {
+            *operand = self.precision.operand(bucket);
+        }
     }
 
     /// The device that holds the weights.

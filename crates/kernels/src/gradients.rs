@@ -1,6 +1,8 @@
 //! Flat gradients: the sums into which every backward adds, laid out like [`crate::Flat`]. On flex plain host memory,
 //! so that a product accumulates in place and the collective gets it without a copy.
 
+use collective::DeviceRegion;
+
 use crate::{Device, Slot, Tensor};
 
 /// The gradient of every parameter, in the buckets of its weights. Buckets may be elsewhere for a while: split off, or taken.
@@ -180,6 +182,17 @@ impl Gradients {
         (0..self.lens.len())
             .map(|bucket| self.take(bucket))
             .collect()
+    }
+
+    /// A bucket as a region of a collective, when it is memory of a GPU: nothing may add to it until the region is given back.
+    ///
+    /// # Panics
+    /// If the bucket is not here, or the device fails.
+    pub fn region(&self, bucket: usize) -> Option<DeviceRegion> {
+        match &self.buckets {
+            Buckets::Host(_) => None,
+            Buckets::Device(buckets) => buckets[bucket].as_ref().unwrap_or_else(|| gone()).region(),
+        }
     }
 
     /// Sets all sums that are here to zero.

@@ -54,13 +54,17 @@ pub fn prepare_update(device: &Device) {
     let _ = device;
 }
 
-/// Σx² over all gradients, in f64: finite exactly when every element is. `None` when they do not lie on a GPU.
-pub fn sum_of_squares(gradients: &Gradients) -> Option<f64> {
+/// Σx² over a range of each bucket of the gradients, in f64: finite exactly when every element is. `None` when they do not lie on
+/// a GPU.
+pub fn sum_of_squares(
+    gradients: &Gradients,
+    ranges: impl IntoIterator<Item = Range<usize>>,
+) -> Option<f64> {
     #[cfg(feature = "cuda")]
-    return crate::cuda::sum_of_squares(gradients);
+    return crate::cuda::sum_of_squares(gradients, ranges);
     #[cfg(not(feature = "cuda"))]
     {
-        let _ = gradients;
+        let _ = (gradients, ranges);
         None
     }
 }

@@ -419,6 +419,15 @@ impl<const D: usize> std::fmt::Debug for Tensor<D> {
 }
 
 impl Tensor<1> {
+    /// As a region of a collective, when it is memory of a GPU.
+    pub(crate) fn region(&self) -> Option<collective::DeviceRegion> {
+        match &self.0 {
+            Place::Burn(_) => None,
+            #[cfg(feature = "cuda")]
+            Place::Gpu(array) => Some(crate::cuda::done(array.view.region())),
+        }
+    }
+
     /// Elements `range`, the same memory where the place allows it: on flex and on a GPU.
     #[must_use]
     pub fn slice(&self, range: std::ops::Range<usize>) -> Self {

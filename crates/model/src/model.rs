@@ -364,6 +364,11 @@ impl Model {
         }
     }
 
+    /// To be called after the trained weights were changed where they lie.
+    pub fn refresh(&mut self) {
+        self.trained_weights().refresh();
+    }
+
     fn trained_weights(&mut self) -> &mut Flat {
         match &mut self.adapter {
             Some(adapter) => &mut adapter.weights,

@@ -23,6 +23,9 @@ use crate::shards::{Buckets, Place, Reduced, ShardedOptimizer, Stretch, Ungather
 use crate::shared_sums::{SharedSums, early_stages, late_stages};
 use crate::warm_up::warm_up;
 
+/// How long ranks that are done wait for each other.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(20);
+
 /// The policy, its optimizer's share, and the way to the other ranks.
 pub(crate) struct Learner {
     pub model: Model,
@@ -38,7 +41,7 @@ pub(crate) struct Learner {
     pub shift: RunningMean,
     gradients: Gradients,
     lanes: Lanes,
-    /// Whether weights, moments and gradient stay on a GPU from step to step: a rank alone has nobody to send them to.
+    /// Whether weights, moments and gradient stay on a GPU from step to step.
     resident: bool,
     /// How long to wait for the other ranks in any one operation.
     patience: Duration,
@@ -166,7 +169,9 @@ impl Learner {
         let deadline = self.deadline();
         let collective = self.collective.as_mut();
         let reduced = if self.resident {
-            ShardedOptimizer::norm(&self.gradients)
+            let gradients = &self.gradients;
+            self.optimizer
+                .reduced_in_place(collective, tickets, gradients, deadline)?
         } else {
             self.optimizer.reduced(collective, tickets, deadline)?
         };
@@ -189,6 +194,8 @@ impl Learner {
         batch: &Batch<'_>,
         derivatives: &(dyn Fn(usize, [f32; 2]) -> [f32; 2] + Sync),
     ) -> Result<(OwnLogps, Vec<Ticket>), TrainError> {
+        // A rank alone has its sums.
+        let alone = self.resident && self.collective.world() == 1;
         let resident = self.resident;
         let Self {
             model,
@@ -204,9 +211,9 @@ impl Learner {
         let head = model.head_slot().bucket;
         let shared = model.trains_itself() && model.device().is_host();
         let mut head_sums = shared.then(|| gradients.take(head));
-        let reduction = Mutex::new(Reduction::new(collective.as_mut(), model));
+        let reduction = Mutex::new(Reduction::new(collective.as_mut(), model, resident));
         let ready = |stage: Stage, gradients: &mut Gradients| {
-            if resident {
+            if alone {
                 return;
             }
             let mut reduction = reduction.lock().unwrap_or_else(PoisonError::into_inner);
@@ -261,7 +268,7 @@ impl Learner {
         let mut reduction = reduction
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
-        if resident {
+        if alone {
             times.add_packs(start.elapsed().as_secs_f64(), &busy);
             return Ok((own, Vec::new()));
         }
@@ -321,16 +328,30 @@ impl Learner {
     /// A gather that was interrupted; the update of what this rank holds is made all the same.
     pub fn apply(&mut self, reduced: Reduced, learning_rate: f64) -> Result<(), CollectiveError> {
         let start = Instant::now();
+        let alone = self.collective.world() == 1;
+        if !(self.resident && alone) {
+            self.pulse.turn_to(Work::Exchanges);
+        }
+        let deadline = self.deadline();
         if self.resident {
             let (model, gradients) = (&self.model, &self.gradients);
-            self.optimizer
-                .apply_in_place(model, gradients, reduced.norm, learning_rate);
+            let (collective, scale) = (self.collective.as_mut(), (reduced.norm, learning_rate));
+            let ended = self
+                .optimizer
+                .apply_in_place(collective, model, gradients, scale, deadline);
+            match ended {
+                Ok(()) if alone => (),
+                Ok(()) => self.model.refresh(),
+                Err(_) => {
+                    // The device has let go of the weights when this returns.
+                    drop(self.disband());
+                    self.weights = Weights::Shards;
+                }
+            }
             self.gradients.zero();
             self.times.update += start.elapsed().as_secs_f64();
-            return Ok(());
+            return ended;
         }
-        self.pulse.turn_to(Work::Exchanges);
-        let deadline = self.deadline();
         let weights = self.model.take_weights();
         let collective = self.collective.as_mut();
         let applied = self
@@ -398,19 +419,25 @@ impl Learner {
     /// [`Learner::apply`] for a committed step whose group is no more.
     pub fn apply_here(&mut self, reduced: &Reduced, learning_rate: f64, alone: bool) {
         if self.resident {
-            // A rank alone has nobody to gather from.
             let (model, gradients) = (&self.model, &self.gradients);
+            let scale = (reduced.norm, learning_rate);
+            self.optimizer.apply_here_in_place(model, gradients, scale);
+        } else {
+            let mut weights = self.model.take_weights();
             self.optimizer
-                .apply_in_place(model, gradients, reduced.norm, learning_rate);
-            return;
+                .apply_here(&mut weights, reduced, learning_rate);
+            self.model.put_weights(weights);
         }
-        let mut weights = self.model.take_weights();
-        self.optimizer
-            .apply_here(&mut weights, reduced, learning_rate);
-        self.model.put_weights(weights);
         if !alone {
             self.weights = Weights::Shards;
         }
+    }
+
+    /// Leaves the other ranks in order, after the last operation with them: peers may still be reading a GPU's memory.
+    pub fn leave(&mut self) -> Result<(), CollectiveError> {
+        let deadline = Instant::now() + self.patience.min(LEAVE_PATIENCE);
+        let alone = collective::single(self.collective.generation());
+        std::mem::replace(&mut self.collective, Box::new(alone)).close(deadline)
     }
 
     /// Ends the group, so that nobody waits for this rank in it; what it still had comes back.
@@ -466,6 +493,8 @@ impl Learner {
     /// Takes up these shards of the present group, with a fresh gradient; returns the shards before them.
     pub fn take_up(&mut self, shards: ShardedOptimizer) -> ShardedOptimizer {
         self.resident = is_resident(&self.model, self.collective.as_ref());
+        // First those that are there: a device need not have room for both.
+        self.gradients = Gradients::zeros(&[], self.model.device());
         self.gradients = self.model.zero_gradients();
         std::mem::replace(&mut self.optimizer, shards)
     }
@@ -547,7 +576,7 @@ impl Learner {
 
 /// Whether weights, moments and gradient stay on a GPU.
 fn is_resident(model: &Model, collective: &dyn Collective) -> bool {
-    model.device().is_gpu() && collective.world() == 1
+    model.device().is_gpu() && collective.takes_devices()
 }
 
 /// Fresh moments of a rank's shards.
@@ -582,17 +611,20 @@ type OwnLogps = Vec<(usize, [f32; 2])>;
 struct Reduction<'a> {
     collective: &'a mut dyn Collective,
     model: &'a Model,
+    /// Whether gradients stay where they are, on a GPU.
+    resident: bool,
     /// By bucket.
     tickets: Vec<Option<Ticket>>,
     failure: Option<CollectiveError>,
 }
 
 impl<'a> Reduction<'a> {
-    fn new(collective: &'a mut dyn Collective, model: &'a Model) -> Self {
+    fn new(collective: &'a mut dyn Collective, model: &'a Model, resident: bool) -> Self {
         let buckets = model.trained().buckets.iter();
         Self {
             collective,
             model,
+            resident,
             tickets: buckets.map(|_| None).collect(),
             failure: None,
         }
@@ -605,7 +637,11 @@ impl<'a> Reduction<'a> {
             if self.failure.is_some() {
                 return;
             }
-            let region = Region::HostF32(gradients.take(bucket));
+            let region = if self.resident {
+                Region::Device(gradients.region(bucket).expect("a gradient on a GPU"))
+            } else {
+                Region::HostF32(gradients.take(bucket))
+            };
             match self
                 .collective
                 .start(Op::ReduceScatterSum, region, generation)

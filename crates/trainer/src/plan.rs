@@ -20,7 +20,7 @@ use spec::Spec;
 pub(crate) use gpu::check as check_gpu;
 
 pub use cures::{Change, Cure};
-pub use gpu::{CONTEXT_BYTES, GpuRefusal};
+pub use gpu::{CONTEXT_BYTES, GpuRefusal, Peers};
 pub use memory::{Knobs, Moment, Parts, WorkerMemory};
 pub use probe::{Probe, ProbeRequest};
 

@@ -12,7 +12,7 @@ use spec::{Dtype, Spec};
 use crate::adapter::Adapter;
 use crate::error::TrainError;
 use crate::gate::GateClosed;
-use crate::plan::{Program, Workload, check_gpu};
+use crate::plan::{Peers, Program, Workload, check_gpu};
 
 /// Hears how far a long phase is: its name, units done, units in all. An error ends the phase, which nobody waits for any more.
 pub type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64) -> Result<(), GateClosed>;
@@ -52,14 +52,14 @@ pub struct Facts {
 }
 
 impl Setup {
-    /// Validates `spec` and reads what it names, for one of `world` workers.
+    /// Validates `spec` and reads what it names, for one of `peers`.
     ///
     /// # Errors
     /// The first thing that cannot be used, or a GPU without room for the job.
     pub fn load(
         spec: &Spec,
         device: &Device,
-        world: usize,
+        peers: Peers,
         progress: Progress<'_>,
     ) -> Result<Self, TrainError> {
         spec.validate()?;
@@ -70,7 +70,7 @@ impl Setup {
         } = Tokens::load(spec, Kept::Always, progress)?;
         let mismatched = MismatchedPairs::of(spec, &train, eval.as_ref())?;
         let scored = held_out(spec, eval.as_ref());
-        check_gpu(spec, &train.pairs, scored, world, device)?;
+        check_gpu(spec, &train.pairs, scored, peers, device)?;
         progress("load model", 0, 1)?;
         let mut model = Model::load(&spec.model.path, device)?;
         if spec.model.gradient_checkpointing {

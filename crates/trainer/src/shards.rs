@@ -152,9 +152,7 @@ impl ShardedOptimizer {
     /// # Panics
     /// If neither the own nor the mirrored shard does.
     pub fn holding(&self, bucket: usize, range: &Range<usize>) -> &Shard {
-        let shards = self.buckets.get(bucket).into_iter();
-        let mut shards = shards.chain(self.mirrored.get(bucket));
-        let found = shards.find(|shard| shard.covers(range));
+        let found = self.holders(bucket).find(|shard| shard.covers(range));
         found.unwrap_or_else(|| panic!("{range:?} of bucket {bucket} is not held"))
     }
 
@@ -167,6 +165,12 @@ impl ShardedOptimizer {
         let mut shards = shards.chain(self.mirrored.get_mut(bucket));
         let found = shards.find(|shard| shard.covers(range));
         found.unwrap_or_else(|| panic!("{range:?} of bucket {bucket} is not held"))
+    }
+
+    /// The own shard of a bucket, and the mirrored one.
+    fn holders(&self, bucket: usize) -> impl Iterator<Item = &Shard> {
+        let own = self.buckets.get(bucket).into_iter();
+        own.chain(self.mirrored.get(bucket))
     }
 
     /// Updates applied so far.
@@ -293,29 +297,105 @@ impl ShardedOptimizer {
     }
 }
 
+/// The same where everything stays on a GPU. A rank alone has nobody to exchange anything with.
 impl ShardedOptimizer {
-    /// As [`ShardedOptimizer::reduced`] for a rank alone whose gradient stays on a GPU.
-    pub fn norm(gradients: &Gradients) -> Reduced {
-        let squares = kernels::sum_of_squares(gradients);
-        Reduced {
-            buckets: Vec::new(),
-            norm: squares.expect("a gradient on a GPU").sqrt(),
+    /// As [`ShardedOptimizer::reduced`].
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// If the gradient does not lie on a GPU.
+    pub fn reduced_in_place(
+        &self,
+        collective: &mut dyn Collective,
+        tickets: Vec<Ticket>,
+        gradients: &Gradients,
+        deadline: Instant,
+    ) -> Result<Reduced, CollectiveError> {
+        let generation = collective.generation();
+        let mut mirrors = Vec::new();
+        for (bucket, ticket) in tickets.into_iter().enumerate() {
+            drop(collective.wait(ticket, deadline)?);
+            if !self.mirrored.is_empty() {
+                let region = gradients.region(bucket).expect("a gradient on a GPU");
+                mirrors.push(collective.start(Op::Mirror, Region::Device(region), generation)?);
+            }
         }
+        let own = self.buckets.iter().map(|shard| shard.range.clone());
+        let squares = kernels::sum_of_squares(gradients, own).expect("a gradient on a GPU");
+        for ticket in mirrors {
+            drop(collective.wait(ticket, deadline)?);
+        }
+        let total = collective.run(Op::AllReduceSum, Region::HostF64(vec![squares]), deadline)?;
+        Ok(Reduced {
+            buckets: Vec::new(),
+            norm: total.into_f64()[0].sqrt(),
+        })
     }
 
-    /// As [`ShardedOptimizer::apply`] for a rank alone that has everything on a GPU.
+    /// As [`ShardedOptimizer::apply`], after which the model's operands are not those of its weights ([`Model::refresh`]) if there
+    /// are other ranks.
+    ///
+    /// # Errors
+    /// What the collective says, with the own and the mirrored shards updated.
     ///
     /// # Panics
     /// If the gradient is not finite: such a step is skipped, not applied.
     pub fn apply_in_place(
         &mut self,
+        collective: &mut dyn Collective,
         model: &Model,
         gradients: &Gradients,
-        norm: f64,
-        learning_rate: f64,
+        (norm, learning_rate): (f64, f64),
+        deadline: Instant,
+    ) -> Result<(), CollectiveError> {
+        let generation = collective.generation();
+        let update = self.next_update(norm, learning_rate);
+        let (mut tickets, mut failure) = (Vec::new(), None);
+        for bucket in 0..self.buckets.len() {
+            self.update_in_place(&update, bucket, model, gradients);
+            if collective.world() == 1 || failure.is_some() {
+                continue;
+            }
+            let region = model.flat().region(bucket).expect("weights on a GPU");
+            match collective.start(Op::AllGather, Region::Device(region), generation) {
+                Ok(ticket) => tickets.push(ticket),
+                Err(error) => failure = Some(error),
+            }
+        }
+        for ticket in tickets {
+            if failure.is_none() {
+                failure = collective.wait(ticket, deadline).err();
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// [`ShardedOptimizer::apply_in_place`] without the gather.
+    ///
+    /// # Panics
+    /// If the gradient is not finite.
+    pub fn apply_here_in_place(
+        &mut self,
+        model: &Model,
+        gradients: &Gradients,
+        (norm, learning_rate): (f64, f64),
     ) {
         let update = self.next_update(norm, learning_rate);
-        for (index, shard) in self.buckets.iter().enumerate() {
+        for bucket in 0..self.buckets.len() {
+            self.update_in_place(&update, bucket, model, gradients);
+        }
+    }
+
+    fn update_in_place(
+        &self,
+        update: &Update,
+        bucket: usize,
+        model: &Model,
+        gradients: &Gradients,
+    ) {
+        for shard in self.holders(bucket) {
             for stretch in &shard.stretches {
                 let range = stretch.range.clone();
                 let own = range.start - shard.range.start..range.end - shard.range.start;
@@ -327,7 +407,7 @@ impl ShardedOptimizer {
                 let second = second.expect("second moments on a GPU");
                 let moments = (first.as_ref(), &second);
                 let (clip, rule) = (update.clip(), update.rule(stretch.decay));
-                kernels::update(model.flat(), index, range, gradients, moments, clip, &rule);
+                kernels::update(model.flat(), bucket, range, gradients, moments, clip, &rule);
             }
         }
     }

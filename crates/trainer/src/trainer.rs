@@ -263,6 +263,10 @@ impl Trainer {
             Next::Save { last } => self.save(last, gate)?,
             Next::Finish => {
                 self.saver.finish();
+                // The job is done, whatever becomes of the group.
+                if let Err(error) = self.learner.leave() {
+                    tracing::debug!("the ranks did not leave together: {error}");
+                }
                 tell_memory();
                 return Ok(Some(End::Finished));
             }

@@ -13,6 +13,7 @@ use protocol::{
 };
 use spec::{JobError, Spec};
 use tokio::runtime::Handle;
+use trainer::plan::Peers;
 use trainer::{End, Facts, GateClosed, Membership, Setup, TrainError, Trainer};
 
 use crate::entrance::{Entrance, Formed};
@@ -20,6 +21,7 @@ use crate::gate::{Gate, ProgressTeller};
 use crate::memory::{self, MemoryError};
 use crate::presence::Presence;
 use crate::session::{Door, Session, SessionError};
+use crate::transport::Transport;
 
 /// Version that all members of a job must share.
 pub(crate) const BUILD: &str = env!("CARGO_PKG_VERSION");
@@ -36,6 +38,8 @@ pub(crate) struct Options {
     pub device_text: String,
     /// Where the other ranks reach this one.
     pub listen: IpAddr,
+    /// What they can reduce over.
+    pub transport: Transport,
     /// What people call it.
     pub name: String,
     /// How long it tries to reach its coordinator.
@@ -177,6 +181,7 @@ fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError>
     same_disk(&checkpoints, &probe, &options.name)?;
     let entrance = Entrance {
         rendezvous: &rendezvous,
+        transport: &options.transport,
         checkpoints,
         terms,
     };
@@ -229,7 +234,7 @@ fn train(
         let held = Vec::new();
         session.voice().say(WorkerMessage::Held { held })?;
         // It may become one of two or more.
-        loaded = Some(load(options, session, spec, 2, None)?);
+        loaded = Some(load(options, session, spec, entrance.peers(2), None)?);
     }
     let mut place: Option<(Formed, Membership)> = None;
     loop {
@@ -295,12 +300,12 @@ fn load(
     options: &Options,
     session: &Session,
     spec: &Spec,
-    world: usize,
+    peers: Peers,
     generation: Option<Generation>,
 ) -> Result<Setup, AgentError> {
     let voice = session.voice();
     let mut teller = ProgressTeller::new(voice.clone());
-    let setup = Setup::load(spec, &options.device, world, &mut |phase, done, total| {
+    let setup = Setup::load(spec, &options.device, peers, &mut |phase, done, total| {
         teller.tell(phase, done, total);
         voice.check(generation)
     });
@@ -319,9 +324,11 @@ fn prepare(
 ) -> Result<(Trainer, WorkerMessage), AgentError> {
     let voice = session.voice();
     let generation = Some(form.generation);
-    let setup = match loaded {
-        Some(setup) => setup,
-        None => load(options, session, spec, form.addresses.len(), generation)?,
+    let setup = if let Some(setup) = loaded {
+        setup
+    } else {
+        let peers = entrance.peers(form.addresses.len());
+        load(options, session, spec, peers, generation)?
     };
     if form.rank == 0 {
         let notes = setup.notes().iter().map(|note| format!("{note}\n"));
@@ -331,8 +338,8 @@ fn prepare(
         setup.keep_source(&entrance.checkpoints)?;
     }
     if options.device == Device::flex() {
-        let mirror = entrance.terms.is_some_and(|it| it.mirror);
-        memory::check(&setup, form.addresses.len(), form.neighbors(), mirror)?;
+        let peers = entrance.peers(form.addresses.len());
+        memory::check(&setup, peers.workers, form.neighbors(), peers.mirror)?;
     }
     let facts = setup.facts();
     let mut teller = ProgressTeller::new(voice.clone());

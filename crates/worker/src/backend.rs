@@ -21,45 +21,50 @@ pub enum Backend {
 #[error("{0}")]
 pub struct BackendError(String);
 
-/// The device for `backend`.
+/// The device for `backend`, the GPU of number `gpu` if it is one.
 ///
 /// # Errors
 /// If CUDA is asked for and cannot be had.
-pub fn device(backend: Backend) -> Result<Device, BackendError> {
+pub fn device(backend: Backend, gpu: usize) -> Result<Device, BackendError> {
     match backend {
         Backend::Cpu => Ok(Device::flex()),
-        Backend::Auto => auto(),
-        Backend::Cuda => cuda(),
+        Backend::Auto => auto(gpu),
+        Backend::Cuda => cuda(gpu),
     }
 }
 
 #[cfg(feature = "cuda")]
-fn cuda() -> Result<Device, BackendError> {
-    // One process has one GPU: the first of those that it sees.
-    Device::cuda(0).map_err(|error| unusable(&error))
+fn cuda(gpu: usize) -> Result<Device, BackendError> {
+    Device::cuda(gpu).map_err(|error| unusable(&error))
 }
 
 #[cfg(feature = "cuda")]
-fn auto() -> Result<Device, BackendError> {
-    match Device::cuda(0) {
+fn auto(gpu: usize) -> Result<Device, BackendError> {
+    match Device::cuda(gpu) {
         Err(error) if !error.is_absence() => Err(unusable(&error)),
         found => Ok(found.unwrap_or_else(|_| Device::flex())),
     }
 }
 
 #[cfg(feature = "cuda")]
-fn unusable(error: &impl std::fmt::Display) -> BackendError {
-    BackendError(format!("{error}; or use --backend cpu"))
+fn unusable(error: &gpu::GpuError) -> BackendError {
+    let cure = match error {
+        gpu::GpuError::NoDevice { count: 1.., .. } => {
+            "each worker has a GPU of its own: start fewer (cluster.workers), or name those that they share (cluster.gpus)"
+        }
+        _ => "or use --backend cpu",
+    };
+    BackendError(format!("{error}; {cure}"))
 }
 
 #[cfg(not(feature = "cuda"))]
 #[allow(clippy::unnecessary_wraps, reason = "as with the feature")]
-fn auto() -> Result<Device, BackendError> {
+fn auto(_: usize) -> Result<Device, BackendError> {
     Ok(Device::flex())
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda() -> Result<Device, BackendError> {
+fn cuda(_: usize) -> Result<Device, BackendError> {
     let cure = "build with --features cuda, or use --backend cpu";
     Err(BackendError(format!(
         "this program was built without CUDA; {cure}"
@@ -72,8 +77,8 @@ mod tests {
 
     #[test]
     fn a_build_without_cuda_says_so_and_auto_falls_back_to_the_cpu() {
-        let error = device(Backend::Cuda).expect_err("no CUDA in this build");
+        let error = device(Backend::Cuda, 0).expect_err("no CUDA in this build");
         assert!(error.to_string().contains("--features cuda"));
-        assert!(device(Backend::Auto).is_ok());
+        assert!(device(Backend::Auto, 3).is_ok());
     }
 }

@@ -22,6 +22,7 @@ use crate::backend::{Backend, device};
 use crate::log::{self, LogFormat};
 use crate::presence::{EXIT_DRAINED, Presence};
 use crate::session::{Door, EXIT_TEMPORARY, SessionError};
+use crate::transport::{Choice, Transport};
 
 /// How long a worker tries to reach its coordinator before it says so; a serving worker then tries again.
 const CONNECT_PATIENCE: Duration = Duration::from_mins(1);
@@ -63,6 +64,9 @@ struct Serve {
     /// Address of this machine on which the other workers reach this one.
     #[arg(long, value_name = "IP", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     listen: IpAddr,
+    /// What gradients are reduced over between workers.
+    #[arg(long, value_enum, default_value_t)]
+    collective: Choice,
     /// What people call this worker; by default the host's name and the process id.
     #[arg(long)]
     name: Option<String>,
@@ -87,6 +91,9 @@ struct Compute {
     /// Where to compute.
     #[arg(long, value_enum, default_value_t)]
     backend: Backend,
+    /// Number of the GPU, among those that this process sees (`CUDA_VISIBLE_DEVICES`).
+    #[arg(long, default_value_t = 0)]
+    gpu: usize,
     /// Threads of this process on the CPU; by default one a core.
     #[arg(long)]
     threads: Option<usize>,
@@ -349,6 +356,7 @@ fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Presence, Runtime)> {
             once: arguments.once,
         },
         device_text: Compute::describe(&device),
+        transport: Transport::open(arguments.collective, &device)?,
         device,
         listen: arguments.listen,
         name,
@@ -400,7 +408,7 @@ impl Compute {
                 .build_global()
                 .context("start compute threads")?;
         }
-        Ok(device(self.backend)?)
+        Ok(device(self.backend, self.gpu)?)
     }
 
     /// The device in words.

@@ -10,10 +10,12 @@ use protocol::{
     Awaits, CoordinatorMessage, Generation, Held, Layout, Rank, RunFacts, Step, Terms,
     WorkerMessage,
 };
+use trainer::plan::Peers;
 use trainer::{GateClosed, Membership, Past, Reformation};
 
 use crate::gate::{REPEAT, closed};
 use crate::session::Session;
+use crate::transport::Transport;
 
 /// How long ranks wait for each other's connections; all of them were just formed.
 const RENDEZVOUS_PATIENCE: Duration = Duration::from_mins(1);
@@ -26,6 +28,7 @@ const COLLECTIVE_PATIENCE: Duration = Duration::from_hours(1);
 /// How a worker enters the generations of one job.
 pub(crate) struct Entrance<'a> {
     pub(crate) rendezvous: &'a Rendezvous,
+    pub(crate) transport: &'a Transport,
     pub(crate) checkpoints: PathBuf,
     /// What holds in a job that goes on without a lost member.
     pub(crate) terms: Option<Terms>,
@@ -70,7 +73,7 @@ impl Entrance<'_> {
                 // The coordinator believed an old message: it hears what is true.
                 continue;
             }
-            match form.connect(self.rendezvous, self.patience(RENDEZVOUS_PATIENCE)) {
+            match self.connect(&form) {
                 Ok(collective) => {
                     voice.enter(form.generation, &collective.aborter());
                     return Ok((form, collective));
@@ -87,6 +90,19 @@ impl Entrance<'_> {
         }
     }
 
+    fn connect(&self, form: &Formed) -> Result<Box<dyn Collective>, CollectiveError> {
+        let (rank, generation) = (form.rank as usize, form.generation.0);
+        if form.addresses.len() == 1 {
+            return Ok(Box::new(single(generation)));
+        }
+        let deadline = Instant::now() + self.patience(RENDEZVOUS_PATIENCE);
+        let (addresses, secret) = (&form.addresses, form.secret);
+        let tcp = self
+            .rendezvous
+            .connect(rank, addresses, generation, secret, deadline)?;
+        self.transport.connect(tcp, deadline)
+    }
+
     /// Tells that the present generation's collective broke, unless that was the coordinator's wish.
     pub(crate) fn accuse(&self, session: &Session, error: &CollectiveError) {
         if !self.is_elastic() || matches!(error, CollectiveError::Aborted { .. }) {
@@ -99,6 +115,14 @@ impl Entrance<'_> {
         };
         // A session that ended is noticed where its answer is needed.
         drop(session.voice().say(message));
+    }
+
+    /// The job's workers, if there are so many.
+    pub(crate) fn peers(&self, workers: usize) -> Peers {
+        Peers {
+            workers,
+            mirror: self.terms.is_some_and(|it| it.mirror),
+        }
     }
 
     /// What training is told of its place in a generation.
@@ -232,23 +256,5 @@ impl Formed {
             it.generation == base.generation && (it.applied == self.committed || behind)
         };
         !named || held.iter().any(reaches)
-    }
-
-    fn connect(
-        &self,
-        rendezvous: &Rendezvous,
-        patience: Duration,
-    ) -> Result<Box<dyn Collective>, CollectiveError> {
-        if self.addresses.len() == 1 {
-            return Ok(Box::new(single(self.generation.0)));
-        }
-        let tcp = rendezvous.connect(
-            self.rank as usize,
-            &self.addresses,
-            self.generation.0,
-            self.secret,
-            Instant::now() + patience,
-        )?;
-        Ok(Box::new(tcp))
     }
 }

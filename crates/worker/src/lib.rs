@@ -25,5 +25,14 @@ pub mod plan;
 mod presence;
 pub mod report;
 mod session;
+mod transport;
 #[cfg(feature = "cuda")]
 mod watch;
+
+/// Variables with which a worker is to be started so that its sums repeat between runs.
+pub fn environment() -> Vec<(&'static str, &'static str)> {
+    #[cfg(feature = "cuda")]
+    return collective::nccl::deterministic_environment().into();
+    #[cfg(not(feature = "cuda"))]
+    Vec::new()
+}

@@ -41,7 +41,7 @@ impl Job {
             "cuda" => Backend::Cuda,
             _ => Backend::Auto,
         };
-        Self::read(sections, Some(backend::device(backend)?), threads)
+        Self::read(sections, Some(backend::device(backend, 0)?), threads)
     }
 
     /// As [`Job::load`], for GPUs that are not here: nothing of it can be run.

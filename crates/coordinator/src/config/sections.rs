@@ -134,6 +134,11 @@ pub struct ClusterSection {
     pub threads: Option<usize>,
     /// What workers compute on.
     pub backend: Backend,
+    /// What workers reduce their gradients over.
+    pub collective: Reduction,
+    /// Number of the GPU of each worker that is started here; a GPU may stand there more than once. Default: 0, 1, 2 …
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpus: Option<Vec<u32>>,
     /// Silence after which a worker counts as lost.
     #[schemars(range(min = 0.001, max = TIMEOUT_SECONDS_MAX))]
     pub heartbeat_timeout_seconds: f64,
@@ -188,6 +193,29 @@ impl Backend {
             Self::Auto => "auto",
             Self::Cpu => "cpu",
             Self::Cuda => "cuda",
+        }
+    }
+}
+
+/// What workers reduce their gradients over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Reduction {
+    /// NCCL where every worker has a GPU of its own and the library, else TCP.
+    Auto,
+    /// TCP, through the host's memory.
+    Tcp,
+    /// NCCL, or an error that says what is missing.
+    Nccl,
+}
+
+impl Reduction {
+    /// As in the configuration and on a worker's command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Tcp => "tcp",
+            Self::Nccl => "nccl",
         }
     }
 }
@@ -307,6 +335,8 @@ impl ClusterSection {
             mirror: section.required("mirror")?,
             threads: section.optional("threads")?,
             backend: section.required("backend")?,
+            collective: section.required("collective")?,
+            gpus: section.optional("gpus")?,
             heartbeat_timeout_seconds,
             abort_timeout_seconds,
             collective_timeout_seconds: collective.unwrap_or(between.min(COLLECTIVE_SECONDS)),
@@ -339,6 +369,16 @@ impl ClusterSection {
         if self.threads == Some(0) {
             let reason = "must be at least 1; leave it out to share the cores evenly";
             return Err(("cluster.threads", reason.into()));
+        }
+        if let Some(gpus) = &self.gpus
+            && gpus.len() != self.workers as usize
+        {
+            let reason = format!(
+                "must name one GPU for each of the {} workers (cluster.workers), got {}",
+                self.workers,
+                gpus.len()
+            );
+            return Err(("cluster.gpus", reason));
         }
         let (min, most) = (self.min_workers, self.max_workers);
         if min == 0 || min > self.workers {

@@ -17,22 +17,25 @@ pub(crate) fn prepare_update(gpu: &Gpu) {
     done(gpu.prepare(&Program::plain(SOURCE, "squares")));
 }
 
-/// Σx² over all gradients.
-pub(crate) fn sum_of_squares(gradients: &Gradients) -> Option<f64> {
+/// Σx² over a range of each bucket.
+pub(crate) fn sum_of_squares(
+    gradients: &Gradients,
+    ranges: impl IntoIterator<Item = Range<usize>>,
+) -> Option<f64> {
     let gpu = gradients.device().gpu()?;
     let doubles = |count: usize| empty(gpu, [2 * count], Element::F32).view;
     let (partial, total) = (doubles(SQUARES_BLOCKS), doubles(1));
     done(total.clear());
-    for bucket in gradients.arrays() {
+    for (bucket, range) in gradients.arrays().zip(ranges) {
+        let part = bucket.view.slice(range);
+        if part.is_empty() {
+            continue;
+        }
         launch(
             gpu,
             &Program::plain(SOURCE, "squares"),
             Launch::new(SQUARES_BLOCKS, THREADS),
-            &[
-                Arg::View(&bucket.view),
-                Arg::View(&partial),
-                long(bucket.view.len()),
-            ],
+            &[Arg::View(&part), Arg::View(&partial), long(part.len())],
         );
         launch(
             gpu,

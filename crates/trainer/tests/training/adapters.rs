@@ -6,6 +6,7 @@ use std::fs;
 use crate::support::{Folder, Script, relative_error, run};
 use checkpoint::Checkpoint;
 use model::{Device, Lora, Model, ModelConfig, Targets};
+use trainer::plan::Peers;
 use trainer::{ScoreRequest, ScoredPair, Setup, TrainError, score};
 
 const CAL_DPO: &str = "objective = { kind = \"cal_dpo\", beta = 0.1 }\n";
@@ -140,9 +141,12 @@ fn an_adapter_of_peft_is_trained_on_and_scored_with() {
 fn another_adapter_is_another_start_and_unknown_targets_are_refused() {
     let folder = Folder::new(4);
     let facts = |lines: &str| {
-        let setup = Setup::load(&folder.spec(lines), &Device::flex(), 1, &mut |_, _, _| {
-            Ok(())
-        });
+        let setup = Setup::load(
+            &folder.spec(lines),
+            &Device::flex(),
+            Peers::NONE,
+            &mut |_, _, _| Ok(()),
+        );
         setup.map(|setup| (setup.facts().model_digest, setup.notes().to_vec()))
     };
     let (plain, notes) = facts("").unwrap();

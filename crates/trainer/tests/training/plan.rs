@@ -6,7 +6,7 @@ use crate::support::{Folder, Script, run};
 use data::{pack_plan, step_pairs};
 use model::{Device, Layout, ModelConfig};
 use spec::Spec;
-use trainer::plan::{Change, Draft, Knobs, ProbeRequest, Program, WorkerMemory};
+use trainer::plan::{Change, Draft, Knobs, Peers, ProbeRequest, Program, WorkerMemory};
 use trainer::{Setup, score};
 
 /// Reading the pairs needs less than everything after it.
@@ -259,7 +259,7 @@ fn a_probe_counts_the_reference_values_that_the_store_does_not_have() {
 fn a_loaded_run_says_its_memory_in_one_line() {
     let folder = Folder::new(40);
     let (spec, _) = draft(&folder, "");
-    let setup = Setup::load(&spec, &Device::flex(), 1, &mut |_, _, _| Ok(())).unwrap();
+    let setup = Setup::load(&spec, &Device::flex(), Peers::NONE, &mut |_, _, _| Ok(())).unwrap();
     let (workload, program) = setup.workload().unwrap();
     let memory = workload.memory(&workload.knobs(2, 1, false), program, true);
     let line = memory.to_string();

@@ -12,6 +12,7 @@ use collective::Collective;
 use collective::tcp::Rendezvous;
 use model::Device;
 use spec::Spec;
+use trainer::plan::Peers;
 use trainer::{
     End, EvaluationRow, GateClosed, Held, Membership, Next, Past, Reformation, Sample,
     SavedReporter, Setup, StepGate, StepReport, TrainError, Trainer, Verdict,
@@ -434,7 +435,8 @@ fn changing(
                             .unwrap(),
                     )
                 };
-                let setup = Setup::load(spec, &Device::flex(), 1, &mut |_, _, _| Ok(())).unwrap();
+                let setup =
+                    Setup::load(spec, &Device::flex(), Peers::NONE, &mut |_, _, _| Ok(())).unwrap();
                 let membership = membership(collective, 1, None, mirror);
                 let (trainer, _) = Trainer::new(setup, membership, &mut |_, _, _| Ok(())).unwrap();
                 (id, trainer.run(&mut Member { id, director }))
@@ -445,7 +447,8 @@ fn changing(
             threads.push(scope.spawn(move || {
                 drop(director.wait(director.state(), |state| state.joining.contains(&id)));
                 let mut member = Member { id, director };
-                let setup = Setup::load(spec, &Device::flex(), 1, &mut |_, _, _| Ok(())).unwrap();
+                let setup =
+                    Setup::load(spec, &Device::flex(), Peers::NONE, &mut |_, _, _| Ok(())).unwrap();
                 let reformation = member.enter().unwrap();
                 let (trainer, _) =
                     Trainer::join(setup, reformation, &mut |_, _, _| Ok(())).unwrap();

@@ -2,6 +2,7 @@
 
 use crate::support::Folder;
 use model::Device;
+use trainer::plan::Peers;
 use trainer::{Setup, TrainError};
 
 #[test]
@@ -12,9 +13,14 @@ fn a_tokenizer_with_more_words_than_the_model_is_refused_with_the_row() {
     std::fs::write(&tokenizer, text.replace("\"w3\":3", "\"w3\":64")).unwrap();
     let row = "{\"prompt\": \"w2\", \"chosen\": \" w3\", \"rejected\": \" w4\"}\n";
     folder.write("train.jsonl", row);
-    let error = Setup::load(&folder.spec(""), &Device::flex(), 1, &mut |_, _, _| Ok(()))
-        .err()
-        .expect("refused");
+    let error = Setup::load(
+        &folder.spec(""),
+        &Device::flex(),
+        Peers::NONE,
+        &mut |_, _, _| Ok(()),
+    )
+    .err()
+    .expect("refused");
     assert!(
         matches!(error, TrainError::Vocabulary { id: 64, .. }),
         "{error}"

@@ -10,6 +10,7 @@ use checkpoint::{Checkpoint, Kind, ManifestInfo, RankFile};
 use collective::{Collective, tcp::Rendezvous};
 use model::Device;
 use spec::Spec;
+use trainer::plan::Peers;
 use trainer::{
     Cause, End, EvaluationRow, GateClosed, Membership, Next, ReferenceCounts, Sample,
     SavedReporter, SavedShard, Setup, StepGate, StepReport, TrainError, Trainer, Verdict,
@@ -144,9 +145,7 @@ fn run_rank(
     collective: Box<dyn Collective>,
     shared: Arc<Shared>,
 ) -> Result<Rank, TrainError> {
-    let setup = Setup::load(spec, &Device::flex(), collective.world(), &mut |_, _, _| {
-        Ok(())
-    })?;
+    let setup = Setup::load(spec, &Device::flex(), Peers::NONE, &mut |_, _, _| Ok(()))?;
     let facts = setup.facts();
     let membership = Membership {
         collective,
