@@ -106,7 +106,7 @@ def larger():
         output = os.path.join(SCRATCH, f"larger-{backend}-{dtype}")
         settings = {"cluster.backend": backend, "model.dtype": dtype, "job.output": output, "cluster.workers": 1, "model.path": model, "data.train": json.dumps([SHORT]),
                     "data.eval": "[]", "evaluate.every_steps": 60, "checkpoint.every_steps": 0, "data.max_length": 192, "objective.beta": 0.1, "train.steps": 60,
-                    "train.batch_pairs": 8, "optimizer.learning_rate": 2e-5, "reference.store": os.path.join(SCRATCH, "references-larger")}
+                    "train.batch_pairs": 8, "optimizer.learning_rate": 1e-4, "reference.store": os.path.join(SCRATCH, "references-larger")}
         command = [os.path.join(BIN, "coordinator"), "--config", "configs/quickstart-dpo.toml"]
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]

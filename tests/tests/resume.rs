@@ -116,6 +116,49 @@ fn t3_a_run_killed_again_and_again_at_random_moments_ends_in_the_same_bits() {
     expected().check(&run);
 }
 
+/// Takes minutes: `cargo test --release -p tests --test resume -- --ignored --nocapture two_hundred`. CALDPO_TEST_KILLS takes another
+/// number.
+#[test]
+#[ignore = "takes minutes"]
+fn t3_two_hundred_kills_at_any_moment_of_runs_that_save_every_step_end_in_the_same_bits() {
+    let kills = std::env::var("CALDPO_TEST_KILLS").map_or(200, |it| it.parse().expect("a number"));
+    let new = || {
+        let run = Run::new(SMALL).set("train.steps=300");
+        run.set("checkpoint.every_steps=1")
+            .set("evaluate.every_steps=100")
+    };
+    let expected = Expected::of(&new());
+    let (mut state, mut killed, mut saved, mut runs) = (0x5eed_u64, 0, 0, 0);
+    while killed < kills {
+        let run = new();
+        runs += 1;
+        let mut ended = false;
+        while killed < kills && !ended {
+            // A moment between the start of the programs and some dozens of steps.
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            let moment = Instant::now() + Duration::from_micros((state >> 33) % 2_500_000);
+            let mut coordinator = run.start();
+            while Instant::now() < moment && !ended {
+                std::thread::sleep(Duration::from_micros(500));
+                ended = coordinator.ended().is_some();
+            }
+            if ended {
+                break;
+            }
+            coordinator.kill_everything();
+            killed += 1;
+            let kept = run.checkpoints().last().copied().unwrap_or(0);
+            saved += usize::from(kept > 0);
+            assert!(rows(&run).len() >= kept, "a checkpoint without its row");
+        }
+        run.complete();
+        expected.check(&run);
+    }
+    println!("{killed} kills, {saved} of them with a checkpoint, in {runs} runs");
+}
+
 #[test]
 fn t3_a_run_killed_while_a_checkpoint_is_written_ends_in_the_same_bits() {
     killed("a checkpoint being written", |run| {
