@@ -85,10 +85,7 @@ impl World {
                 return self.coordinator_dies();
             }
         }
-        let deadline = self.job.as_ref().and_then(Job::next_deadline);
-        if let Some(at_ms) = deadline {
-            self.after(at_ms.saturating_sub(self.now_ms), Happens::Tick);
-        }
+        self.await_deadline();
     }
 
     fn act(&mut self, action: Action) {
@@ -155,6 +152,7 @@ impl World {
                 let delay_ms = self.random.between(1, 100);
                 let manifest = Happens::Manifest {
                     life,
+                    generation: generation.0,
                     step,
                     shards,
                     best_first,
@@ -294,7 +292,13 @@ impl World {
         self.after(delay_ms, Happens::Start);
     }
 
-    pub fn manifest(&mut self, life: u64, step: u64, shards: &[String], best_first: &[Step]) {
+    pub fn manifest(
+        &mut self,
+        life: u64,
+        (step, generation): (u64, u64),
+        shards: &[String],
+        best_first: &[Step],
+    ) {
         // The process that would write it is gone.
         if life != self.life || self.job.is_none() {
             return;
@@ -309,7 +313,7 @@ impl World {
             }
         } else {
             self.disk
-                .put_checkpoint(step, shards, best_first, &self.oracle);
+                .put_checkpoint((step, generation), shards, best_first, &self.oracle);
             Event::CheckpointCommitted {
                 step: Step(step),
                 path: step.to_string(),

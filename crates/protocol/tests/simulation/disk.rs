@@ -14,6 +14,8 @@ use crate::random::mix;
 pub struct Oracle {
     pub steps_total: u64,
     seed: u64,
+    /// The state after each step, from 0.
+    states: Vec<u64>,
     /// The step whose evaluation ends training early.
     pub stops_after: Option<u64>,
     /// Steps that are evaluated, the first of them 0.
@@ -27,10 +29,16 @@ impl Oracle {
         let mut oracle = Self {
             steps_total,
             seed,
+            states: vec![mix(seed, 77)],
             stops_after: None,
             evaluated: vec![0],
             best: None,
         };
+        for step in 1..=steps_total {
+            let state = oracle.state_after(step - 1);
+            let finite = oracle.report(state, step).finite;
+            oracle.states.push(Self::next_state(state, step, finite));
+        }
         oracle.play(policy);
         oracle
     }
@@ -91,7 +99,7 @@ impl Oracle {
     }
 
     pub fn initial_state(&self) -> u64 {
-        mix(self.seed, 77)
+        self.state_after(0)
     }
 
     /// The state after a verdict on `step`.
@@ -117,11 +125,7 @@ impl Oracle {
 
     /// The state after `step` of an undisturbed run.
     pub fn state_after(&self, step: u64) -> u64 {
-        let mut state = self.initial_state();
-        for step in 1..=step {
-            state = Self::next_state(state, step, self.report(state, step).finite);
-        }
-        state
+        self.states[step as usize]
     }
 }
 
@@ -138,64 +142,87 @@ pub struct Disk {
     pub checkpoints: BTreeMap<u64, u64>,
     /// Steps that ever had a checkpoint.
     pub saved: BTreeSet<u64>,
+    /// The same with the generation that wrote it.
+    pub published: BTreeSet<(u64, u64)>,
+
+    // What the journal says, kept as it grows: reading it all at each word costs the square of its length. At every start of a
+    // coordinator and at the end it is compared with what the journal says read as a whole.
+    commits: Vec<CommitRecord>,
+    evaluated: Vec<u64>,
+    members: Vec<Incarnation>,
+    generation: Generation,
+    rewinds: usize,
+    highest: u64,
+    /// Commits that were ever journaled: generation, step, verdict.
+    verdicts: BTreeSet<(u64, u64, bool)>,
 }
 
 impl Disk {
-    pub fn commits(&self) -> Vec<CommitRecord> {
-        surviving(&self.journal).expect("M3: the journal's commits follow each other")
+    /// The commits that count.
+    pub fn commits(&self) -> &[CommitRecord] {
+        &self.commits
+    }
+
+    /// The same, as the journal is read by a coordinator that starts.
+    pub fn surviving(&self) -> Vec<CommitRecord> {
+        let commits = surviving(&self.journal);
+        let commits = commits.expect("M3: the journal's commits follow each other");
+        // Their reports may hold what is not a number.
+        let which = |it: &CommitRecord| (it.row.generation, it.row.report.step, it.apply);
+        assert!(commits.iter().map(which).eq(self.commits.iter().map(which)));
+        commits
     }
 
     pub fn recover(&self, elastic: bool) -> Recovery {
         let newest = self.checkpoints.keys().next_back().map(|step| Step(*step));
         let recover = if elastic { recover_living } else { recover };
-        recover(&self.journal, newest).expect("M2: the journal covers the checkpoints")
+        let recovery =
+            recover(&self.journal, newest).expect("M2: the journal covers the checkpoints");
+        self.surviving();
+        assert_eq!(recovery.generation, self.generation);
+        assert_eq!(recovery.members, self.members);
+        assert_eq!(recovery.highest_committed.0, self.highest);
+        recovery
     }
 
     /// Rewinds ever journaled.
     pub fn rewinds(&self) -> usize {
-        let rewinds = self.journal.iter();
-        rewinds
-            .filter(|it| matches!(it, Record::Rewind { .. }))
-            .count()
+        self.rewinds
     }
 
     /// The last commit that counts, and the generation that made it.
     pub fn last_commit(&self) -> (u64, u64) {
-        self.last_commit_of(self.journal.len())
+        last_of(&self.commits)
     }
 
     /// The same of the first `records`.
     pub fn last_commit_of(&self, records: usize) -> (u64, u64) {
         let commits = surviving(&self.journal[..records]).expect("M3: it was checked before");
-        let last = commits.last();
-        last.map_or((0, 0), |it| (it.row.report.step, it.row.generation))
+        last_of(&commits)
     }
 
     /// The highest commit ever journaled, rewound or not.
     pub fn highest_commit(&self) -> u64 {
-        let steps = self.journal.iter().filter_map(|record| match record {
-            Record::Commit(commit) => Some(commit.row.report.step),
-            _ => None,
-        });
-        steps.max().unwrap_or(0)
+        self.highest
     }
 
     /// Members of the newest generation.
-    pub fn members(&self) -> Vec<Incarnation> {
-        let mut members = self.journal.iter().rev().filter_map(|record| match record {
-            Record::Generation { members, .. } => Some(members.clone()),
-            _ => None,
-        });
-        members.next().unwrap_or_default()
+    pub fn members(&self) -> &[Incarnation] {
+        &self.members
     }
 
     pub fn append(&mut self, record: Record, oracle: &Oracle) {
         match &record {
-            Record::Generation { generation, .. } => {
+            Record::Generation {
+                generation,
+                members,
+            } => {
                 assert!(
                     *generation > self.generation(),
                     "M2: {generation} was used before"
                 );
+                self.generation = *generation;
+                self.members.clone_from(members);
             }
             Record::Commit(commit) => {
                 let step = commit.row.report.step;
@@ -215,6 +242,15 @@ impl Disk {
                     self.generation().0,
                     "M1: an old generation"
                 );
+                assert_eq!(
+                    step,
+                    self.commits.len() as u64 + 1,
+                    "M3: the journal's commits follow each other"
+                );
+                self.commits.push(*commit);
+                self.highest = self.highest.max(step);
+                self.verdicts
+                    .insert((commit.row.generation, step, commit.apply));
             }
             Record::Checkpoint { step } => {
                 // A newer one may have taken its place already.
@@ -242,55 +278,48 @@ impl Disk {
                     "T3: an undisturbed run stops after another evaluation than {}",
                     row.step
                 );
+                self.evaluated.push(row.step);
             }
-            Record::Facts { .. } | Record::Rewind { .. } => {}
+            Record::Rewind { to, .. } => {
+                assert!(to.0 <= self.commits.len() as u64, "M4: a rewind goes back");
+                self.commits.truncate(to.0 as usize);
+                self.evaluated.retain(|step| *step <= to.0);
+                self.rewinds += 1;
+            }
+            Record::Facts { .. } => {}
         }
         self.journal.push(record);
-        let commits = self.commits();
-        assert!(
-            commits.len() as u64 <= oracle.end(),
-            "M3: more steps than the run has"
-        );
+        let committed = self.commits.len() as u64;
+        assert!(committed <= oracle.end(), "M3: more steps than the run has");
         // What a commit rests on is in the journal before it.
-        let all = oracle.evaluated.iter().copied();
-        let before: Vec<u64> = all.filter(|step| *step < commits.len() as u64).collect();
-        assert_eq!(self.evaluated()[..before.len()], before, "T3: evaluations");
+        let all = oracle.evaluated.iter();
+        let before = all.take_while(|step| **step < committed).count();
+        assert_eq!(
+            self.evaluated.get(..before),
+            Some(&oracle.evaluated[..before]),
+            "T3: evaluations"
+        );
     }
 
     /// Steps of the surviving evaluations.
-    pub fn evaluated(&self) -> Vec<u64> {
-        let mut steps: Vec<u64> = Vec::new();
-        for record in &self.journal {
-            match record {
-                Record::Evaluation { row, .. } => steps.push(row.step),
-                Record::Rewind { to, .. } => steps.retain(|step| *step <= to.0),
-                _ => {}
-            }
-        }
-        steps
+    pub fn evaluated(&self) -> &[u64] {
+        &self.evaluated
     }
 
     /// The highest generation journaled.
     pub fn generation(&self) -> Generation {
-        let generations = self.journal.iter().filter_map(|record| match record {
-            Record::Generation { generation, .. } => Some(*generation),
-            _ => None,
-        });
-        generations.max().unwrap_or_default()
+        self.generation
     }
 
     /// Whether a commit was ever journaled, rewound or not.
     pub fn has_commit(&self, generation: u64, step: u64, apply: bool) -> bool {
-        self.journal.iter().any(|record| {
-            matches!(record, Record::Commit(it)
-                if it.row.generation == generation && it.row.report.step == step && it.apply == apply)
-        })
+        self.verdicts.contains(&(generation, step, apply))
     }
 
     /// Of the older ones only the best that is there stays.
     pub fn put_checkpoint(
         &mut self,
-        step: u64,
+        (step, generation): (u64, u64),
         shards: &[String],
         best_first: &[Step],
         oracle: &Oracle,
@@ -309,9 +338,16 @@ impl Disk {
         );
         self.checkpoints.insert(step, state);
         self.saved.insert(step);
+        self.published.insert((step, generation));
         let mut best_first = best_first.iter().map(|it| it.0);
         let best = best_first.find(|it| self.checkpoints.contains_key(it));
         self.checkpoints
             .retain(|it, _| *it >= step || Some(*it) == best);
     }
+}
+
+/// Step and generation of the last of `commits`.
+fn last_of(commits: &[CommitRecord]) -> (u64, u64) {
+    let last = commits.last();
+    last.map_or((0, 0), |it| (it.row.report.step, it.row.generation))
 }

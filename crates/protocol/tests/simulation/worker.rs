@@ -7,7 +7,7 @@ use protocol::{
     Phases, Rank, RunFacts, Step, StepReport, WIRE_VERSION, Work, WorkerMessage, WorkerProfile,
 };
 
-use crate::disk::Oracle;
+use crate::disk::{Disk, Oracle};
 
 /// What keeps it, in order of a generation.
 #[derive(Clone, Debug, PartialEq)]
@@ -154,7 +154,7 @@ impl Worker {
     }
 
     /// A beat, and beside it whatever may have been lost.
-    pub fn beat(&mut self, oracle: &Oracle) -> Vec<WorkerMessage> {
+    pub fn beat(&mut self, disk: &Disk, oracle: &Oracle) -> Vec<WorkerMessage> {
         let mut said = Vec::new();
         if self.health != Health::Stuck {
             self.progress += 1;
@@ -209,9 +209,12 @@ impl Worker {
             samples: vec![],
         });
         said.extend(evaluated);
-        let saved = self.saved.clone();
-        said.extend(saved.into_iter().map(|((step, asked), shard)| {
-            let (step, asked) = (Step(step), Generation(asked));
+        // Until the checkpoint is in place: together they would be a third of all that is said.
+        self.saved
+            .retain(|(step, asked), _| !disk.published.contains(&(*step, *asked)));
+        said.extend(self.saved.iter().map(|((step, asked), shard)| {
+            let (step, asked) = (Step(*step), Generation(*asked));
+            let shard = shard.clone();
             WorkerMessage::Saved { step, asked, shard }
         }));
         said.push(WorkerMessage::Beat {

@@ -9,6 +9,7 @@ use protocol::{
 
 use crate::disk::{Disk, Oracle};
 use crate::network::Partition;
+use crate::queue::Queue;
 use crate::random::{Random, mix};
 use crate::worker::{Doing, Health, Worker};
 
@@ -82,6 +83,7 @@ pub enum Happens {
     /// The manifest is in place; its word may still be lost in a crash of the coordinator.
     Manifest {
         life: u64,
+        generation: u64,
         step: u64,
         shards: Vec<String>,
         best_first: Vec<Step>,
@@ -101,8 +103,9 @@ pub enum Happens {
 pub struct World {
     pub setting: Setting,
     pub now_ms: u64,
-    pub queue: BTreeMap<(u64, u64), Happens>,
-    sequence: u64,
+    queue: Queue<Happens>,
+    /// When the next tick comes that is in the queue.
+    ticks_ms: Option<u64>,
     pub random: Random,
     pub disk: Disk,
     pub oracle: Oracle,
@@ -165,8 +168,8 @@ impl World {
         let mut world = Self {
             setting,
             now_ms: 0,
-            queue: BTreeMap::new(),
-            sequence: 0,
+            queue: Queue::new(),
+            ticks_ms: None,
             random,
             disk: Disk::default(),
             oracle: Oracle::new(mix(seed, 5), steps_total, &policy),
@@ -219,7 +222,7 @@ impl World {
     /// Runs until the job is complete.
     pub fn run(&mut self) {
         while !self.completed {
-            let ((at_ms, _), happens) = self.queue.pop_first().expect("the launcher never rests");
+            let (at_ms, happens) = self.queue.pop().expect("the launcher never rests");
             assert!(at_ms >= self.now_ms, "time goes forward");
             self.now_ms = at_ms;
             self.events += 1;
@@ -235,7 +238,7 @@ impl World {
             }
             self.happen(happens);
         }
-        let commits = self.disk.commits();
+        let commits = self.disk.surviving();
         let steps: Vec<u64> = commits.iter().map(|it| it.row.report.step).collect();
         let end = self.oracle.end();
         let all: Vec<u64> = (1..=end).collect();
@@ -299,9 +302,19 @@ impl World {
     }
 
     pub fn after(&mut self, delay_ms: u64, happens: Happens) {
-        self.sequence += 1;
-        self.queue
-            .insert((self.now_ms + delay_ms, self.sequence), happens);
+        self.queue.push(self.now_ms + delay_ms, happens);
+    }
+
+    /// A tick comes at the job's next deadline; one that is in the queue for an earlier time finds out when that is.
+    pub fn await_deadline(&mut self) {
+        let Some(at_ms) = self.job.as_ref().and_then(Job::next_deadline) else {
+            return;
+        };
+        let at_ms = at_ms.max(self.now_ms);
+        if self.ticks_ms.is_none_or(|comes_ms| comes_ms > at_ms) {
+            self.ticks_ms = Some(at_ms);
+            self.queue.push(at_ms, Happens::Tick);
+        }
     }
 
     fn happen(&mut self, happens: Happens) {
@@ -310,13 +323,18 @@ impl World {
             Happens::ToCoordinator(from) => self.arrives(from),
             Happens::Event { life, event } if life == self.life => self.handle(event),
             Happens::Event { .. } => {}
-            Happens::Tick => self.tick(),
+            Happens::Tick => {
+                self.ticks_ms.take_if(|at_ms| *at_ms <= self.now_ms);
+                self.tick();
+                self.await_deadline();
+            }
             Happens::Manifest {
                 life,
+                generation,
                 step,
                 shards,
                 best_first,
-            } => self.manifest(life, step, &shards, &best_first),
+            } => self.manifest(life, (step, generation), &shards, &best_first),
             Happens::Launcher => self.launch(),
             Happens::Fault => self.fault(),
             Happens::Evicted { incarnation } => self.exit(incarnation),
@@ -395,7 +413,7 @@ impl World {
                 .or_default()
                 .insert(from.incarnation.0);
             if self.setting.planted == Planted::NoQuorum {
-                for incarnation in self.disk.members() {
+                for incarnation in self.disk.members().to_vec() {
                     let forged = FromWorker {
                         incarnation,
                         ..from.clone()
@@ -419,7 +437,7 @@ impl World {
                     worker.rejoin();
                 }
             }
-            for message in worker.beat(&self.oracle) {
+            for message in worker.beat(&self.disk, &self.oracle) {
                 self.say(incarnation, message);
             }
         }
