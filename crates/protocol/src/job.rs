@@ -24,6 +24,7 @@ mod hearing;
 mod phase;
 mod regrouping;
 mod roster;
+mod spoken;
 mod stepping;
 mod view;
 mod watching;
@@ -38,6 +39,7 @@ use crate::{
 use deadline::Table;
 use phase::{Failing, Member, Newest, Phase, Save};
 use roster::Roster;
+use spoken::Spoken;
 
 pub use event::{Action, Event, JobSpec};
 pub use view::{Waiting, WorkerView};
@@ -86,8 +88,8 @@ pub struct Job {
     apply: bool,
     /// The generation that committed `committed`.
     since: Generation,
-    /// The newest generation that each worker has spoken in: what it said in an older one is stale (invariant M1).
-    spoke: BTreeMap<Incarnation, Generation>,
+    /// Which words are stale.
+    spoken: Spoken,
     /// Highest generation that a worker knew.
     known: Generation,
     /// Highest commit of this life, rewound ones included.
@@ -109,12 +111,13 @@ impl Job {
     ///
     /// # Panics
     /// On a policy that [`crate::JobPolicy::check`] refuses.
-    pub fn new(spec: JobSpec, now_ms: u64) -> (Self, Vec<Action>) {
+    pub fn new(mut spec: JobSpec, now_ms: u64) -> (Self, Vec<Action>) {
         assert_eq!(
             spec.policy.check(),
             Ok(()),
             "checked with the configuration"
         );
+        let spoken = Spoken::new(std::mem::take(&mut spec.recovery.spoke));
         let recovery = &spec.recovery;
         let selection = spec.policy.selection.as_ref();
         let early_stop = recovery.early_stop.clone();
@@ -147,7 +150,7 @@ impl Job {
             base: None,
             apply: recovery.apply,
             since: recovery.since,
-            spoke: recovery.spoke.clone(),
+            spoken,
             known: Generation(0),
             highest: recovery.highest_committed.max(recovery.committed),
             suspected: BTreeMap::new(),
@@ -177,6 +180,7 @@ impl Job {
         if job.spec.recovery.completed {
             job.end(Outcome::Completed, &mut actions);
         }
+        job.forget_gone();
         job.refresh();
         (job, actions)
     }

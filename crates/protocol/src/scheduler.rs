@@ -241,7 +241,11 @@ impl Scheduler {
                 profile,
                 job,
             } => self.joined(now_ms, incarnation, profile, job, &mut actions),
-            SchedulerEvent::Heard { incarnation } => self.pool.heard(now_ms, incarnation),
+            SchedulerEvent::Heard { incarnation } => {
+                // Nearly all that happens: a beat changes nothing but one deadline, and what else is due has a Tick.
+                self.pool.heard(now_ms, incarnation);
+                return actions;
+            }
             SchedulerEvent::Leaving {
                 incarnation,
                 reason,
@@ -286,6 +290,12 @@ impl Scheduler {
         let remind = self.reminded_ms.map(|at_ms| at_ms + policy.remind_ms);
         let workers = idle.into_iter().chain(returning);
         workers.chain(retry).chain(limit).chain(remind).min()
+    }
+
+    /// Whether the pool's orders in time are what they would be if they were made anew. For tests.
+    #[doc(hidden)]
+    pub fn orders_agree(&self) -> bool {
+        self.pool.orders_agree()
     }
 
     /// Whether every job has stopped after [`SchedulerEvent::ShutdownRequested`].

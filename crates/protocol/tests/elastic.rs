@@ -436,3 +436,29 @@ fn a_step_that_loses_a_worker_again_and_again_for_one_reason_ends_the_attempt() 
     ];
     failed(&ended, &parts);
 }
+
+#[test]
+fn m1_of_thousands_that_come_and_go_few_are_remembered_and_a_member_always_is() {
+    let mut play = Play::elastic(2, 2, 9);
+    let beat = WorkerMessage::Beat {
+        committed: Step(0),
+        awaits: Awaits::Nothing,
+        activity: Activity::default(),
+    };
+    for name in 100..9_100 {
+        play.join(name);
+        // It was told to leave a generation that it was never in, and so knows its number.
+        play.held(name, 1, vec![]);
+        assert_eq!(play.say_in(name, 0, beat.clone()), [], "stale");
+        play.lose(name);
+        assert!(
+            play.job.remembered() <= 1_100,
+            "{} are",
+            play.job.remembered()
+        );
+    }
+    for member in 1..=2 {
+        assert_eq!(play.say_in(member, 0, beat.clone()), [], "stale");
+    }
+    assert_eq!(play.say_in(9_099, 0, beat), [], "it has only just gone");
+}

@@ -1,6 +1,9 @@
 //! What a worker says: its fences are checked, then it is acted on; and what a beat is answered with.
 
+use std::collections::BTreeSet;
+
 use super::phase::{Phase, Vote};
+use super::spoken::GONE_MAX;
 use super::{Action, Job};
 use crate::{
     Awaits, Cause, CoordinatorMessage, FromWorker, Generation, Incarnation, Rank, Step,
@@ -29,11 +32,10 @@ impl Job {
             return self.fail(Cause::Fatal, reason, None, actions);
         }
         if self.elastic().is_some() {
-            let spoke = self.spoke.entry(incarnation).or_default();
-            if generation < *spoke {
+            if self.spoken.is_stale(incarnation, generation) {
                 return; // it has said newer things since, and hears the answers to those
             }
-            *spoke = generation;
+            self.forget_gone();
         }
         if let WorkerMessage::Join(profile) = message {
             return self.join(now_ms, incarnation, profile, actions);
@@ -130,6 +132,26 @@ impl Job {
                 self.collective_failed(now_ms, incarnation, suspect, &reason, actions);
             }
         }
+    }
+
+    /// Keeps the memory of who spoke bounded.
+    pub(super) fn forget_gone(&mut self) {
+        // Whoever outlived the coordinator may be back soon.
+        let last = &self.spec.recovery.members;
+        let here = self.members.len() + self.spares.len() + last.len();
+        if self.spoken.len() > here + GONE_MAX {
+            let (members, spares) = (&self.members, &self.spares);
+            let last: BTreeSet<Incarnation> = last.iter().copied().collect();
+            self.spoken.forget(|it| {
+                members.contains_key(it) || spares.contains_key(it) || last.contains(it)
+            });
+        }
+    }
+
+    /// How many workers are remembered that have spoken. For tests.
+    #[doc(hidden)]
+    pub fn remembered(&self) -> usize {
+        self.spoken.len()
     }
 
     /// A word of a worker that has no rank yet.

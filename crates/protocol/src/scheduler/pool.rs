@@ -1,6 +1,6 @@
 //! The workers of a coordinator: who waits, who works for which job, who is to leave.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{Incarnation, JobId, WorkerProfile};
 
@@ -22,8 +22,12 @@ pub struct PoolWorker {
 #[derive(Default)]
 pub(super) struct Pool {
     workers: BTreeMap<Incarnation, PoolWorker>,
+    /// Those without a job in the order of their last word: thousands of them beat twice a second.
+    heard: BTreeSet<(u64, Incarnation)>,
     /// By name, those whose job let them go, and until when they are expected to come back.
     returning: BTreeMap<String, u64>,
+    /// The same in the order of that time.
+    expected: BTreeSet<(u64, String)>,
 }
 
 impl Pool {
@@ -41,18 +45,28 @@ impl Pool {
             draining: false,
             last_heard_ms: now_ms,
         };
-        self.returning.remove(&worker.profile.name);
+        if let Some(until_ms) = self.returning.remove(&worker.profile.name) {
+            let name = worker.profile.name.clone();
+            self.expected.remove(&(until_ms, name));
+        }
+        self.remove(incarnation);
+        self.heard.insert((now_ms, incarnation));
         self.workers.insert(incarnation, worker);
     }
 
     pub(super) fn heard(&mut self, now_ms: u64, incarnation: Incarnation) {
         if let Some(worker) = self.workers.get_mut(&incarnation) {
-            worker.last_heard_ms = now_ms;
+            let before_ms = std::mem::replace(&mut worker.last_heard_ms, now_ms);
+            if self.heard.remove(&(before_ms, incarnation)) {
+                self.heard.insert((now_ms, incarnation));
+            }
         }
     }
 
     pub(super) fn remove(&mut self, incarnation: Incarnation) -> Option<PoolWorker> {
-        self.workers.remove(&incarnation)
+        let worker = self.workers.remove(&incarnation)?;
+        self.heard.remove(&(worker.last_heard_ms, incarnation));
+        Some(worker)
     }
 
     pub(super) fn get(&self, incarnation: Incarnation) -> Option<&PoolWorker> {
@@ -103,6 +117,7 @@ impl Pool {
     pub(super) fn assign(&mut self, workers: &[Incarnation], id: &JobId) {
         for incarnation in workers {
             if let Some(worker) = self.workers.get_mut(incarnation) {
+                self.heard.remove(&(worker.last_heard_ms, *incarnation));
                 worker.job = Some(id.clone());
                 worker.holds = None;
             }
@@ -112,23 +127,27 @@ impl Pool {
     /// An attempt ended: its workers leave their sessions, and come back under other incarnations, until `expected_ms` unless
     /// they are lost.
     pub(super) fn forget_job(&mut self, id: &JobId, expected_ms: u64) {
-        for worker in self.workers.values() {
-            if worker.job.as_ref() == Some(id) && !worker.draining {
-                let name = worker.profile.name.clone();
-                self.returning.insert(name, expected_ms);
-            }
+        let of = |_: &Incarnation, it: &mut PoolWorker| it.job.as_ref() == Some(id);
+        let forgotten: Vec<PoolWorker> = self.workers.extract_if(.., of).map(|it| it.1).collect();
+        for worker in forgotten.into_iter().filter(|it| !it.draining) {
+            self.expect(worker.profile.name, expected_ms);
         }
-        self.workers.retain(|_, it| it.job.as_ref() != Some(id));
     }
 
     /// A worker of that name is expected to come back by then.
     pub(super) fn expect(&mut self, name: String, until_ms: u64) {
-        self.returning.insert(name, until_ms);
+        if let Some(before_ms) = self.returning.insert(name.clone(), until_ms) {
+            self.expected.remove(&(before_ms, name.clone()));
+        }
+        self.expected.insert((until_ms, name));
     }
 
     /// Forgets workers that were expected by now.
     pub(super) fn expect_no_longer(&mut self, now_ms: u64) {
-        self.returning.retain(|_, until_ms| *until_ms > now_ms);
+        let later = self.expected.split_off(&(now_ms + 1, String::new()));
+        for (_, name) in std::mem::replace(&mut self.expected, later) {
+            self.returning.remove(&name);
+        }
     }
 
     /// Workers that are expected to come back.
@@ -138,7 +157,7 @@ impl Pool {
 
     /// When the first of these is expected no longer.
     pub(super) fn first_expected(&self) -> Option<u64> {
-        self.returning.values().copied().min()
+        self.expected.first().map(|it| it.0)
     }
 
     /// Workers that work for `id`.
@@ -173,22 +192,31 @@ impl Pool {
         now_ms: u64,
         timeout_ms: u64,
     ) -> Vec<(Incarnation, PoolWorker)> {
-        let silent: Vec<Incarnation> = self
-            .jobless()
-            .filter(|(_, it)| now_ms >= it.last_heard_ms + timeout_ms)
-            .map(|(incarnation, _)| incarnation)
-            .collect();
+        let mut silent = Vec::new();
+        while let Some((heard_ms, incarnation)) = self.heard.first().copied()
+            && now_ms >= heard_ms + timeout_ms
+        {
+            let worker = self.remove(incarnation);
+            silent.push((incarnation, worker.expect("whoever was heard is here")));
+        }
         silent
-            .into_iter()
-            .filter_map(|it| Some((it, self.workers.remove(&it)?)))
-            .collect()
     }
 
     /// When the first waiting worker will have been silent for too long.
     pub(super) fn first_silent(&self, timeout_ms: u64) -> Option<u64> {
-        self.jobless()
-            .map(|(_, it)| it.last_heard_ms + timeout_ms)
-            .min()
+        self.heard.first().map(|it| it.0 + timeout_ms)
+    }
+
+    /// Whether the orders in time are what they would be if they were made anew.
+    pub(super) fn orders_agree(&self) -> bool {
+        let heard = self
+            .jobless()
+            .map(|(it, worker)| (worker.last_heard_ms, it));
+        let expected = self
+            .returning
+            .iter()
+            .map(|(name, at_ms)| (*at_ms, name.clone()));
+        self.heard == heard.collect() && self.expected == expected.collect()
     }
 
     pub(super) fn workers(&self) -> impl Iterator<Item = (Incarnation, &PoolWorker)> {

@@ -319,3 +319,30 @@ fn a_shutdown_saves_running_jobs_and_a_restart_finds_all_of_them_again() {
     again.join(4);
     assert_eq!(again.running[&JobId("runs".into())], [4]);
 }
+
+#[test]
+fn a_beat_of_one_of_thousands_moves_one_deadline() {
+    let mut play = Play::new();
+    let count = 5_000;
+    for worker in 1..=count {
+        let joined = SchedulerEvent::Joined {
+            incarnation: Incarnation(worker),
+            profile: profile(&format!("w{worker}"), "build", WIRE_VERSION),
+            job: None,
+        };
+        play.scheduler.handle(0, joined);
+    }
+    for now_ms in 1..=100 {
+        for worker in 2..=count {
+            let incarnation = Incarnation(worker);
+            let heard = SchedulerEvent::Heard { incarnation };
+            assert_eq!(play.scheduler.handle(now_ms, heard), []);
+            assert_eq!(play.scheduler.next_deadline(), Some(5_000), "of the first");
+        }
+    }
+    play.now_ms = 5_000;
+    let lost = play.event(SchedulerEvent::Tick);
+    let dismissed: Vec<u64> = dismissed(&lost).iter().map(|it| it.0).collect();
+    assert_eq!(dismissed, [1]);
+    assert_eq!(play.scheduler.next_deadline(), Some(5_100));
+}

@@ -130,6 +130,7 @@ impl Play {
 
     pub fn event(&mut self, event: SchedulerEvent) -> Vec<SchedulerAction> {
         let actions = self.scheduler.handle(self.now_ms, event);
+        assert!(self.scheduler.orders_agree());
         self.take(actions)
     }
 
