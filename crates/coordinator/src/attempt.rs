@@ -121,6 +121,7 @@ impl<'a> Attempt<'a> {
             checkpoint_dir: config.checkpoint.path.display().to_string(),
             probe: probe.name.clone(),
             secret,
+            fence: self.directory.take_over()?,
             recovery: self.recovery.clone(),
             resume: self.resume.as_ref().map(|path| path.display().to_string()),
         };

@@ -345,7 +345,11 @@ impl<'a> Driver<'a> {
                     shards,
                     best_first,
                     ..
-                } => self.commit_checkpoint(step, shards, &best_first),
+                } => {
+                    // It would become visible beside those of the coordinator that goes on.
+                    self.directory.check_journal()?;
+                    self.commit_checkpoint(step, shards, &best_first);
+                }
                 Action::RecordStep(row) => {
                     self.directory.record_step(row)?;
                     self.feed.tell(Kind::Step(row.into()));
@@ -477,6 +481,7 @@ impl<'a> Driver<'a> {
         for incarnation in self.sessions.keys().copied().collect::<Vec<_>>() {
             self.send(ToWorker {
                 incarnation,
+                fence: self.job.spec().fence,
                 generation,
                 message: CoordinatorMessage::Stop {
                     reason: reason.clone(),

@@ -190,7 +190,8 @@ impl JobMetrics {
             }
             Record::Rewind { .. } => state.counts.rewinds += 1,
             Record::Facts { facts } => state.steps_planned = facts.steps_total,
-            Record::Generation { .. }
+            Record::Opened
+            | Record::Generation { .. }
             | Record::Commit(_)
             | Record::Evaluation { .. }
             | Record::Completed { .. } => {}

@@ -3,7 +3,7 @@
 //! ```text
 //! run.json        what makes the run this run; another run is refused by it
 //! config.toml     resolved configuration
-//! journal.log     the truth: one checksummed record per decision (storage::log)
+//! journal.log     the truth: one checksummed record per decision (storage::log), under the fence of who wrote it
 //! metrics.jsonl   projection of the surviving commits, one row a step
 //! eval.jsonl      one row per evaluation
 //! samples.jsonl   greedy continuations before and after
@@ -20,6 +20,7 @@
 
 mod error;
 mod events;
+mod journal;
 mod projection;
 mod run_file;
 
@@ -29,13 +30,14 @@ use std::{
 };
 
 use protocol::{
-    EarlyStop, EvaluationRow, MetricsRow, Note, Record, RunFacts, Sample, Step, early_stop,
+    EarlyStop, EvaluationRow, Fence, MetricsRow, Note, Record, RunFacts, Sample, Step, early_stop,
     surviving,
 };
 use serde_json::{Value, json};
-use storage::{LineFile, Lock, atomic_write, create_directory, log::Log};
+use storage::{LineFile, Lock, atomic_write, create_directory};
 
 use crate::{monitor::Warning, plots::Drawing, summary::Summary, timestamp::rfc3339};
+use journal::{Journal, OpenedJournal};
 use projection::Projection;
 use run_file::RunFile;
 
@@ -56,7 +58,7 @@ const OWN_FILES: [&str; 7] = [
 /// A run's directory, held by this process alone.
 pub struct RunDirectory {
     path: PathBuf,
-    journal: Log,
+    journal: Journal,
     metrics: Projection<MetricsRow>,
     evaluations: Projection<EvaluationRow>,
     samples: Projection<SampleRow>,
@@ -94,8 +96,11 @@ impl RunDirectory {
         let run = enter(path, identity)?;
         atomic_write(&path.join("config.toml"), config_toml.as_bytes())?;
         let journal_path = path.join("journal.log");
-        let opened = Log::open(&journal_path)?;
-        let records = parse_records(&journal_path, &opened.records)?;
+        let OpenedJournal {
+            journal,
+            records,
+            torn_bytes,
+        } = Journal::open(&journal_path)?;
         let commits = surviving(&records).map_err(|source| RunDirectoryError::Contradiction {
             path: journal_path,
             source,
@@ -105,7 +110,7 @@ impl RunDirectory {
         let events_path = path.join("events.jsonl");
         let directory = Self {
             path: path.to_owned(),
-            journal: opened.log,
+            journal,
             metrics: Projection::of(&path.join("metrics.jsonl"), rows)?,
             evaluations: Projection::open(&path.join("eval.jsonl"), committed)?,
             samples: Projection::open(&path.join("samples.jsonl"), committed)?,
@@ -118,14 +123,32 @@ impl RunDirectory {
         Ok(Opened {
             directory,
             records,
-            torn_bytes: opened.torn_bytes,
+            torn_bytes,
         })
     }
 
+    /// Takes the run over from any coordinator before, durably: the fence of all that is written and said from here on.
+    ///
+    /// # Errors
+    /// [`RunDirectoryError::Replaced`]: another one was quicker.
+    pub fn take_over(&mut self) -> Result<Fence, RunDirectoryError> {
+        self.journal.take_over()
+    }
+
+    /// Whether no other coordinator has opened the journal since.
+    ///
+    /// # Errors
+    /// [`RunDirectoryError::Replaced`].
+    pub fn check_journal(&self) -> Result<(), RunDirectoryError> {
+        self.journal.check()
+    }
+
     /// Appends to the journal; durable when it returns. A rewind also removes the later rows everywhere.
+    ///
+    /// # Errors
+    /// [`RunDirectoryError::Replaced`]: nothing may be said or written any more.
     pub fn journal(&mut self, record: &Record) -> Result<(), RunDirectoryError> {
-        let payload = serde_json::to_vec(record).expect("a record has only strings for keys");
-        self.journal.append(&payload)?;
+        self.journal.append(record.clone())?;
         match record {
             Record::Rewind { to, .. } => {
                 self.metrics.rewind(to.0)?;
@@ -315,15 +338,4 @@ fn enter(path: &Path, identity: &Value) -> Result<RunFile, RunDirectoryError> {
     // First of all files, so that a crash during the first start does not leave something that looks foreign.
     run.write(&run_path)?;
     Ok(run)
-}
-
-fn parse_records(path: &Path, payloads: &[Vec<u8>]) -> Result<Vec<Record>, RunDirectoryError> {
-    let records = payloads.iter().enumerate().map(|(index, payload)| {
-        serde_json::from_slice(payload).map_err(|error| RunDirectoryError::Record {
-            path: path.to_owned(),
-            index: index + 1,
-            reason: error.to_string(),
-        })
-    });
-    records.collect()
 }

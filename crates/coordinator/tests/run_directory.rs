@@ -9,8 +9,8 @@ use coordinator::{
     run_directory::{Opened, RunDirectory, RunDirectoryError},
 };
 use protocol::{
-    CommitRecord, EarlyStop, EvaluationRow, Generation, Incarnation, MetricsRow, Note, Phases,
-    Record, RunFacts, Sample, Statistics, Step, StepReport,
+    CommitRecord, EarlyStop, Entry, EvaluationRow, Fence, Generation, Incarnation, MetricsRow,
+    Note, Phases, Record, RunFacts, Sample, Statistics, Step, StepReport,
 };
 use serde_json::{Value, json};
 use storage::log::Log;
@@ -523,4 +523,69 @@ fn an_early_stop_is_known_while_its_step_is_the_last() {
     assert_eq!(directory.early_stop(), None, "it was taken back");
     drop(directory);
     assert_eq!(open(folder.path()).unwrap().directory.early_stop(), None);
+}
+
+#[test]
+fn m2_a_coordinator_whose_journal_another_opened_writes_no_more() {
+    let folder = run(2);
+    let mut old = open(folder.path()).unwrap().directory;
+    let fence = old.take_over().unwrap();
+    commit(&mut old, 3);
+    // The lock file is gone with a folder that was moved and made anew, or its file system forgot it.
+    fs::remove_file(folder.path().join(".lock")).unwrap();
+    let mut new = open(folder.path()).unwrap().directory;
+    old.check_journal().unwrap();
+    assert_eq!(new.take_over().unwrap(), Fence(fence.0 + 1));
+    let row = row(4);
+    let record = Record::Commit(CommitRecord { apply: true, row });
+    for _ in 0..2 {
+        let refused = old.journal(&record).unwrap_err();
+        assert!(matches!(refused, RunDirectoryError::Replaced { .. }));
+        assert!(
+            refused
+                .to_string()
+                .contains("another one has taken the run over")
+        );
+    }
+    old.check_journal().unwrap_err();
+    commit(&mut new, 4);
+    drop((old, new));
+    let opened = open(folder.path()).unwrap();
+    assert_eq!(opened.directory.metrics().len(), 4);
+}
+
+#[test]
+fn of_two_that_have_opened_the_journal_the_first_to_take_over_has_it() {
+    let folder = run(1);
+    let mut slow = open(folder.path()).unwrap().directory;
+    fs::remove_file(folder.path().join(".lock")).unwrap();
+    let mut quick = open(folder.path()).unwrap().directory;
+    quick.take_over().unwrap();
+    slow.take_over().unwrap_err();
+    commit(&mut quick, 2);
+}
+
+#[test]
+fn m2_a_journal_with_a_record_of_a_replaced_coordinator_is_refused() {
+    let folder = run(1);
+    open(folder.path()).unwrap().directory.take_over().unwrap();
+    let path = folder.path().join("journal.log");
+    let late = Entry {
+        fence: Fence(1),
+        record: Record::Checkpoint { step: Step(1) },
+    };
+    let mut log = Log::open(&path).unwrap().log;
+    log.append(&serde_json::to_vec(&late).unwrap()).unwrap();
+    drop(log);
+    let parts = ["journal.log", "fence 1", "under 2", "restore the journal"];
+    check_refused(open(folder.path()), &parts);
+}
+
+#[test]
+fn who_only_looks_at_a_run_changes_nothing_of_its_journal() {
+    let folder = run(1);
+    let read = || fs::read(folder.path().join("journal.log")).unwrap();
+    let before = read();
+    drop(open(folder.path()).unwrap());
+    assert!(before == read());
 }

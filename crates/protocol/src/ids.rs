@@ -30,12 +30,29 @@ number! {
     Incarnation(u64)
 }
 number! {
+    /// One coordinator's hold on a job, a fencing token: from 1, and higher with every opening of the job's journal. Fences what
+    /// a coordinator writes and says that was replaced and does not know it, such as one that was suspended: the journal refuses
+    /// its records, and workers its words.
+    Fence(u64)
+}
+number! {
     /// An optimizer step, from 1; 0 is the state before the first.
     Step(u64)
 }
 number! {
     /// A member's place in its generation, from 0.
     Rank(u32)
+}
+
+impl Fence {
+    /// Takes in the fence of what was heard. False for the word of a coordinator that has been replaced, which is to be ignored.
+    ///
+    /// 0 is no job's: a coordinator without one says nothing but Heard and Stop, which change nothing of what a worker holds.
+    pub fn admits(&mut self, heard: Self) -> bool {
+        let admitted = heard == Self(0) || heard >= *self;
+        *self = heard.max(*self);
+        admitted
+    }
 }
 
 impl Step {

@@ -264,6 +264,7 @@ impl Job {
     ) {
         actions.push(Action::Send(ToWorker {
             incarnation,
+            fence: self.spec.fence,
             generation: self.generation,
             message,
         }));

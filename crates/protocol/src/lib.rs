@@ -9,6 +9,10 @@
 //! which lets the optimizer step. The journaled record is the commit. Beside the report each member says where its time went
 //! ([`Phases`]), which no two have alike and nothing is decided by: the record has the means.
 //!
+//! Who may write and speak: a coordinator takes a job over by opening its journal under a higher [`Fence`], which is durable
+//! before it says anything. Every record and every word carries it ([`Entry`], [`ToWorker`]), so that of one that was replaced
+//! and does not know it the journal accepts nothing and workers believe nothing.
+//!
 //! What an evaluation decides: its row is journaled, with an early stop if it brings one, before the next step commits and
 //! before the step's checkpoint becomes visible. So the decision is a function of the journal alone, and a resumed run makes
 //! the same one ([`Selection`]).
@@ -36,7 +40,7 @@ mod report;
 mod scheduler;
 mod selection;
 
-pub use ids::{Generation, Incarnation, JobId, NAME_RULE, Rank, Step, is_name};
+pub use ids::{Fence, Generation, Incarnation, JobId, NAME_RULE, Rank, Step, is_name};
 pub use job::{Action, Event, Job, JobSpec, Waiting, WorkerView};
 pub use layout::{Copies, Held, Layout, mirror_of};
 pub use liveness::{Liveness, Pulse};
@@ -47,8 +51,8 @@ pub use message::{
 pub use phases::Phases;
 pub use policy::{Elastic, JobPolicy, PolicyError};
 pub use record::{
-    CommitRecord, Outcome, Record, Recovery, RecoveryError, early_stop, recover, recover_living,
-    surviving,
+    CommitRecord, Entry, Outcome, Record, Recovery, RecoveryError, early_stop, fenced, recover,
+    recover_living, surviving,
 };
 pub use report::{EvaluationRow, MetricsRow, Sample, Statistics, StepReport};
 pub use scheduler::{

@@ -11,12 +11,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    EvaluationRow, Generation, Held, Incarnation, JobId, Layout, Phases, Rank, Sample, Step,
+    EvaluationRow, Fence, Generation, Held, Incarnation, JobId, Layout, Phases, Rank, Sample, Step,
     StepReport,
 };
 
 /// Version of these messages. A worker that speaks another one is refused. A field that may be absent makes no new one.
-pub const WIRE_VERSION: u32 = 4;
+pub const WIRE_VERSION: u32 = 5;
 
 /// A worker's message with its fences.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,6 +37,8 @@ pub struct FromWorker {
 pub struct ToWorker {
     /// Receiver.
     pub incarnation: Incarnation,
+    /// Who says it: a worker ignores what has a lower one than it has heard of its job ([`Fence::admits`]).
+    pub fence: Fence,
     /// The generation that is true now.
     pub generation: Generation,
     /// What is said.

@@ -5,12 +5,27 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Cause, EarlyStop, EvaluationRow, Generation, Incarnation, MetricsRow, RunFacts, Step};
+use crate::{
+    Cause, EarlyStop, EvaluationRow, Fence, Generation, Incarnation, MetricsRow, RunFacts, Step,
+};
+
+/// A record as the journal has it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Who wrote it. Absent, which is 0, in journals of versions that did not fence.
+    #[serde(default)]
+    pub fence: Fence,
+    /// What is written.
+    #[serde(flatten)]
+    pub record: Record,
+}
 
 /// One record of the journal.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "snake_case")]
 pub enum Record {
+    /// A coordinator opened the journal, and from here on no other's records are accepted. Its first, before it says anything.
+    Opened,
     /// A generation was formed.
     Generation {
         /// Its number, never used again.
@@ -152,6 +167,19 @@ pub enum RecoveryError {
         /// The journal's last commit.
         committed: Step,
     },
+    /// Whoever opens the journal later has a higher fence, and only it may write.
+    #[error(
+        "record {index} was written under fence {fence}, after another coordinator had opened the journal under {newest}: \
+         two coordinators worked on one run; restore the journal as it was before"
+    )]
+    Replaced {
+        /// The record's place, from 1.
+        index: usize,
+        /// Its own.
+        fence: Fence,
+        /// The highest before it.
+        newest: Fence,
+    },
     /// A rewind must go back.
     #[error("the journal rewinds to step {to} from step {committed}")]
     RewindForward {
@@ -160,6 +188,28 @@ pub enum RecoveryError {
         /// The commit it starts from.
         committed: Step,
     },
+}
+
+/// The journal's records, and the fence of whoever opens it next.
+///
+/// # Errors
+/// A record of a coordinator that had been replaced when it was written.
+pub fn fenced(entries: Vec<Entry>) -> Result<(Vec<Record>, Fence), RecoveryError> {
+    let mut newest = Fence(0);
+    for (index, entry) in entries.iter().enumerate() {
+        let opens = entry.record == Record::Opened;
+        if entry.fence < newest || (opens && entry.fence == newest) {
+            return Err(RecoveryError::Replaced {
+                index: index + 1,
+                fence: entry.fence,
+                newest,
+            });
+        }
+        newest = entry.fence;
+    }
+    let records = entries.into_iter().map(|it| it.record);
+    let records = records.filter(|it| *it != Record::Opened);
+    Ok((records.collect(), Fence(newest.0 + 1)))
 }
 
 /// The commits that count: the journal minus its rewinds, in order, one a step (invariant M3).
@@ -294,7 +344,7 @@ pub fn recover_living(
                 let voted = recovery.members.iter().map(|it| (*it, recovery.generation));
                 recovery.spoke.extend(voted);
             }
-            Record::Checkpoint { .. } | Record::Evaluation { .. } => {}
+            Record::Opened | Record::Checkpoint { .. } | Record::Evaluation { .. } => {}
         }
     }
     (recovery.evaluations, recovery.early_stop) = evaluated(records, committed);

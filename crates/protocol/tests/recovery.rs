@@ -5,8 +5,8 @@
 mod support;
 
 use protocol::{
-    Generation, Incarnation, Phases, Record, Recovery, RecoveryError, Statistics, Step, recover,
-    surviving,
+    Entry, Fence, Generation, Incarnation, Phases, Record, Recovery, RecoveryError, Statistics,
+    Step, fenced, recover, surviving,
 };
 use support::{commit, facts};
 
@@ -232,4 +232,85 @@ fn phases_have_their_names_in_rows_and_read_back_from_their_values() {
     assert_eq!(phases.total(), 45.0);
     assert_eq!(Phases::mean([&phases, &Phases::default()]).wait, 4.5);
     assert_eq!(Phases::mean([]), Phases::default());
+}
+
+fn entry(fence: u64, record: Record) -> Entry {
+    let fence = Fence(fence);
+    Entry { fence, record }
+}
+
+#[test]
+fn m2_whoever_opens_the_journal_has_a_higher_fence_and_records_under_lower_ones_are_refused() {
+    let opened = |fence| entry(fence, Record::Opened);
+    assert_eq!(fenced(vec![]), Ok((vec![], Fence(1))));
+    let twice = vec![
+        opened(1),
+        entry(1, generation(1)),
+        entry(1, commit(1, 1, true)),
+        opened(2),
+        entry(2, generation(2)),
+    ];
+    let records = vec![generation(1), commit(1, 1, true), generation(2)];
+    assert_eq!(fenced(twice.clone()), Ok((records, Fence(3))));
+    let (index, fence, newest) = (6, Fence(1), Fence(2));
+    let mut late = twice.clone();
+    late.push(entry(1, commit(2, 1, true)));
+    let replaced = RecoveryError::Replaced {
+        index,
+        fence,
+        newest,
+    };
+    assert_eq!(fenced(late), Err(replaced));
+    let mut same = twice;
+    same.push(opened(2));
+    let replaced = RecoveryError::Replaced {
+        index,
+        fence: newest,
+        newest,
+    };
+    assert_eq!(fenced(same), Err(replaced));
+}
+
+#[test]
+fn an_entry_is_its_record_with_the_fence_and_one_from_before_there_were_fences_has_0() {
+    let texts = [
+        r#"{"fence":3,"record":"opened"}"#,
+        r#"{"fence":3,"record":"generation","generation":7,"members":[18446744073709551615]}"#,
+        r#"{"fence":3,"record":"checkpoint","step":4}"#,
+    ];
+    for text in texts {
+        let entry: Entry = serde_json::from_str(text).unwrap();
+        assert_eq!(entry.fence, Fence(3));
+        assert_eq!(serde_json::to_string(&entry).unwrap(), text);
+    }
+    let old: Entry = serde_json::from_str(OLD_COMMIT).unwrap();
+    let (records, next) = fenced(vec![entry(0, generation(1)), old]).unwrap();
+    assert_eq!((records.len(), next), (2, Fence(1)));
+    // What is not a number reads back as such, through the fence and the tag.
+    let skipped = entry(1, commit(1, 1, false));
+    let text = serde_json::to_string(&skipped).unwrap();
+    let back: Entry = serde_json::from_str(&text).unwrap();
+    assert_eq!(format!("{back:?}"), format!("{skipped:?}"));
+    assert!(serde_json::from_str::<Entry>(r#"{"fence":3}"#).is_err());
+}
+
+#[test]
+fn a_word_under_a_lower_fence_is_not_admitted_and_one_of_no_job_is() {
+    let mut newest = Fence(0);
+    let heard = [
+        (1, true),
+        (1, true),
+        (4, true),
+        (3, false),
+        (0, true),
+        (4, true),
+        (5, true),
+    ];
+    for (fence, admitted) in heard {
+        assert_eq!(
+            newest.admits(Fence(fence)),
+            admitted,
+            "{fence} after {newest}"
+        );
+    }
 }

@@ -48,7 +48,7 @@ fn a_worker_of_another_build_or_wire_version_is_refused_and_others_may_join() {
     let other_version = play.say_in(1, 0, join_message("build", WIRE_VERSION + 1));
     let reason = stop_reason(&other_version);
     assert!(
-        reason.contains("it speaks wire version 5, the coordinator 4"),
+        reason.contains("it speaks wire version 6, the coordinator 5"),
         "{reason}"
     );
     assert!(matches!(

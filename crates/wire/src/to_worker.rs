@@ -4,8 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use protocol::{
-    Afterwards, CoordinatorMessage, Copies, Generation, Incarnation, JobId, Layout, Rank, Step,
-    Terms, ToWorker,
+    Afterwards, CoordinatorMessage, Copies, Fence, Generation, Incarnation, JobId, Layout, Rank,
+    Step, Terms, ToWorker,
 };
 
 use crate::error::{address, from_one, required, text};
@@ -16,6 +16,7 @@ impl From<ToWorker> for proto::ToWorker {
     fn from(it: ToWorker) -> Self {
         Self {
             incarnation: it.incarnation.0,
+            fence: it.fence.0,
             generation: it.generation.0,
             message: Some(it.message.into()),
         }
@@ -28,6 +29,7 @@ impl TryFrom<proto::ToWorker> for ToWorker {
     fn try_from(it: proto::ToWorker) -> Result<Self, WireError> {
         Ok(Self {
             incarnation: Incarnation(from_one("ToWorker.incarnation", it.incarnation)?),
+            fence: Fence(it.fence),
             generation: Generation(it.generation),
             message: required("ToWorker.message", it.message)?.try_into()?,
         })

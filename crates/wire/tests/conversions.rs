@@ -4,9 +4,9 @@
 
 use prost::Message as _;
 use protocol::{
-    Activity, Afterwards, Awaits, Cause, CoordinatorMessage, Copies, EvaluationRow, FromWorker,
-    Generation, Held, Incarnation, JobId, Layout, MetricsRow, Phases, Rank, RunFacts, Sample,
-    Statistics, Step, StepReport, Terms, ToWorker, Work, WorkerMessage, WorkerProfile,
+    Activity, Afterwards, Awaits, Cause, CoordinatorMessage, Copies, EvaluationRow, Fence,
+    FromWorker, Generation, Held, Incarnation, JobId, Layout, MetricsRow, Phases, Rank, RunFacts,
+    Sample, Statistics, Step, StepReport, Terms, ToWorker, Work, WorkerMessage, WorkerProfile,
 };
 use wire::{WireError, proto};
 
@@ -272,6 +272,7 @@ fn said(message: WorkerMessage) -> FromWorker {
 fn told(message: CoordinatorMessage) -> ToWorker {
     ToWorker {
         incarnation: Incarnation(1),
+        fence: Fence(5),
         generation: Generation(3),
         message,
     }

@@ -1,7 +1,7 @@
 //! The status that a coordinator serves is that of its job.
 
 use protocol::{
-    Event, FromWorker, Generation, Incarnation, Job, JobId, JobPolicy, JobSpec, JobSummary,
+    Event, Fence, FromWorker, Generation, Incarnation, Job, JobId, JobPolicy, JobSpec, JobSummary,
     JobSummaryState, Recovery, Step, WorkerMessage, WorkerProfile,
 };
 use wire::proto::JobState;
@@ -28,6 +28,7 @@ fn job() -> Job {
         checkpoint_dir: "c".into(),
         probe: String::new(),
         secret: [0; 32],
+        fence: Fence(1),
         recovery: Recovery::default(),
         resume: None,
     };

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use collective::Aborter;
 use protocol::{
-    Activity, Afterwards, Awaits, CoordinatorMessage, FromWorker, Generation, Incarnation, JobId,
-    Step, Terms, ToWorker, Work, WorkerMessage, WorkerProfile,
+    Activity, Afterwards, Awaits, CoordinatorMessage, Fence, FromWorker, Generation, Incarnation,
+    JobId, Step, Terms, ToWorker, Work, WorkerMessage, WorkerProfile,
 };
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -116,6 +116,8 @@ struct State {
     elastic: Option<(WorkerProfile, Terms)>,
     /// Whether it waits to be admitted.
     spare: bool,
+    /// The highest that it has heard.
+    fence: Fence,
     /// The newest that it has heard of. Never goes back.
     generation: Generation,
     /// Up to which generation it shall take part in none, and why.
@@ -147,6 +149,7 @@ impl Session {
                 job: JobId::default(),
                 elastic: None,
                 spare: false,
+                fence: Fence::default(),
                 generation: Generation::default(),
                 over: None,
                 committed: Step::default(),
@@ -526,6 +529,11 @@ async fn hear(
         };
         if message.incarnation != shared.incarnation {
             continue; // meant for another life of this process
+        }
+        if !shared.state().fence.admits(message.fence) {
+            // Whoever replaced it may be the next to answer at this address.
+            sleep(DIAL_PAUSE_MAX).await;
+            return closed("another coordinator has taken its place".into());
         }
         let generation = message.generation;
         // Said by a coordinator that is no more. Who owns no generation has none.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
 use protocol::{
-    Cause, CoordinatorMessage, FromWorker, Generation, Incarnation, JobId, Note, Outcome,
+    Cause, CoordinatorMessage, Fence, FromWorker, Generation, Incarnation, JobId, Note, Outcome,
     Scheduler, SchedulerAction, SchedulerEvent, SchedulerPolicy, Step, ToWorker, WorkerMessage,
 };
 use tokio::runtime::Handle;
@@ -248,6 +248,7 @@ impl Hub {
         };
         let message = ToWorker {
             incarnation,
+            fence: Fence(0),
             generation: Generation(0),
             message,
         };

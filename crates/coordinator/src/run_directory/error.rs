@@ -2,7 +2,7 @@
 
 use std::{fmt, io, path::PathBuf};
 
-use protocol::RecoveryError;
+use protocol::{Fence, RecoveryError};
 use storage::{FileError, LockError, log::LogError};
 
 /// A value that is one thing in the directory and another in the configuration.
@@ -107,6 +107,16 @@ pub enum RunDirectoryError {
         /// Where.
         #[source]
         source: RecoveryError,
+    },
+    /// Another coordinator has opened the journal since, and this one must not go on.
+    #[error(
+        "{path} is not as this coordinator left it under fence {fence}: another one has taken the run over; let that one go on"
+    )]
+    Replaced {
+        /// The journal.
+        path: PathBuf,
+        /// This coordinator's.
+        fence: Fence,
     },
     /// A file cannot be read.
     #[error("read {path}: {source}")]

@@ -1,7 +1,7 @@
 //! What a job is made of, what it hears, and what it answers.
 
 use crate::{
-    EvaluationRow, FromWorker, Generation, Incarnation, JobId, JobPolicy, MetricsRow, Note,
+    EvaluationRow, Fence, FromWorker, Generation, Incarnation, JobId, JobPolicy, MetricsRow, Note,
     Outcome, Rank, Record, Recovery, Sample, Step, ToWorker,
 };
 
@@ -22,6 +22,8 @@ pub struct JobSpec {
     pub probe: String,
     /// Key of the collective handshakes, which tell generations apart by their number.
     pub secret: [u8; 32],
+    /// That of the coordinator's opening of the journal.
+    pub fence: Fence,
     /// What to go on from.
     pub recovery: Recovery,
     /// The checkpoint that holds `recovery.checkpoint`; `None` at step 0.
@@ -76,7 +78,7 @@ pub enum Event {
 /// What to do, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
-    /// Append to the journal and sync; go on only when it is durable.
+    /// Append to the journal under [`JobSpec::fence`] and sync; go on only when it is durable.
     Journal(Record),
     /// Send, if the worker is still connected.
     Send(ToWorker),

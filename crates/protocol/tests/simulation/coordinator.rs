@@ -33,6 +33,7 @@ impl World {
             checkpoint_dir: "checkpoints".into(),
             probe: ".probe".into(),
             secret: [0; 32],
+            fence: self.disk.open(),
             recovery,
             resume: (checkpoint > 0).then(|| checkpoint.to_string()),
         };
@@ -116,6 +117,8 @@ impl World {
                     }
                     _ => {}
                 }
+                let fence = self.job.as_ref().map(|job| job.spec().fence);
+                assert_eq!(fence, Some(self.disk.fence()), "M2: it was replaced");
                 self.disk.append(record, &self.oracle);
             }
             Action::Send(to) => {

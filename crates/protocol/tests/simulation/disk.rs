@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{
-    CommitRecord, EvaluationRow, Generation, Incarnation, JobPolicy, Record, Recovery, Selection,
-    Statistics, Step, StepReport, recover, recover_living, surviving,
+    CommitRecord, EvaluationRow, Fence, Generation, Incarnation, JobPolicy, Record, Recovery,
+    Selection, Statistics, Step, StepReport, recover, recover_living, surviving,
 };
 
 use crate::random::mix;
@@ -137,7 +137,9 @@ fn compared(rule: &Selection, statistics: &Statistics) -> f64 {
 
 #[derive(Default)]
 pub struct Disk {
+    /// Without the openings, of which there are as many as the newest fence.
     pub journal: Vec<Record>,
+    fence: Fence,
     /// State by step.
     pub checkpoints: BTreeMap<u64, u64>,
     /// Steps that ever had a checkpoint.
@@ -158,6 +160,17 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// The fence of whoever opens the journal now.
+    pub fn open(&mut self) -> Fence {
+        self.fence.0 += 1;
+        self.fence
+    }
+
+    /// Of whoever opened it last.
+    pub fn fence(&self) -> Fence {
+        self.fence
+    }
+
     /// The commits that count.
     pub fn commits(&self) -> &[CommitRecord] {
         &self.commits
@@ -286,7 +299,7 @@ impl Disk {
                 self.evaluated.retain(|step| *step <= to.0);
                 self.rewinds += 1;
             }
-            Record::Facts { .. } => {}
+            Record::Opened | Record::Facts { .. } => {}
         }
         self.journal.push(record);
         let committed = self.commits.len() as u64;

@@ -90,7 +90,7 @@ impl World {
             .map(|it| it.incarnation)
             .collect();
         self.faults += 1;
-        let kinds = if self.setting.elastic { 13 } else { 9 };
+        let kinds = if self.setting.elastic { 14 } else { 9 };
         let kind = self.random.between(0, kinds);
         match (kind, victims.as_slice()) {
             (0, _) if self.job.is_some() => self.coordinator_dies(),
@@ -99,6 +99,7 @@ impl World {
                     reason: "a person asked".into(),
                 });
             }
+            (14, _) if self.job.is_some() && self.replaced.is_none() => self.coordinator_sleeps(),
             (2..=5, [_, ..]) => {
                 let place = self.random.between(0, victims.len() as u64 - 1);
                 let victim = victims[place as usize];
@@ -112,7 +113,7 @@ impl World {
                     _ => self.workers.get_mut(&victim).expect("a victim").health = Health::Stuck,
                 }
             }
-            (10.., [_, ..]) => self.elastic_fault(kind, &victims),
+            (10..=13, [_, ..]) => self.elastic_fault(kind, &victims),
             _ => self.faults -= 1,
         }
         let delay_ms = self.random.between(100, 2_000);

@@ -15,6 +15,7 @@ mod hearing;
 mod network;
 mod queue;
 mod random;
+mod replaced;
 mod worker;
 mod world;
 
@@ -146,6 +147,8 @@ fn m4_an_elastic_run_goes_on_without_lost_members_and_rewinds_only_when_a_shard_
             world.admitted,
             world.disk.rewinds() as u64,
             world.now_ms,
+            world.wakes,
+            world.refused,
         ]
     });
     let [
@@ -157,10 +160,13 @@ fn m4_an_elastic_run_goes_on_without_lost_members_and_rewinds_only_when_a_shard_
         admitted,
         rewinds,
         simulated_ms,
+        wakes,
+        refused,
     ] = sums;
     println!(
         "{:?}: {events} events, {faults} faults, {generations} generations, {lives} coordinators, {carried} losses that cost \
-         no commit, {admitted} admitted, {rewinds} rewinds, {} simulated s, the slowest ended at {} ms",
+         no commit, {admitted} admitted, {rewinds} rewinds, {refused} of {wakes} replaced coordinators refused by the journal, \
+         {} simulated s, the slowest ended at {} ms",
         seeds(),
         simulated_ms / 1000,
         highest[7]
@@ -168,6 +174,7 @@ fn m4_an_elastic_run_goes_on_without_lost_members_and_rewinds_only_when_a_shard_
     let count = seeds().end - seeds().start;
     assert!(count == 1 || (faults > 10 * count && generations > 2 * count));
     assert!(count < 100 || (carried > count / 2 && admitted > count && rewinds > count / 10));
+    assert!(count < 100 || refused > count / 20);
 }
 
 #[test]
@@ -246,4 +253,22 @@ fn heartbeats_that_a_restarted_coordinator_ignores_are_found() {
 #[test]
 fn a_commit_without_a_quorum_is_found() {
     finds(Planted::NoQuorum, Weather::Hostile, &["without all votes"]);
+}
+
+#[test]
+fn a_journal_that_takes_records_of_a_replaced_coordinator_is_found() {
+    finds(
+        Planted::JournalOpenToAll,
+        Weather::Hostile,
+        &["M1", "M2", "M3"],
+    );
+}
+
+#[test]
+fn workers_that_act_on_words_of_a_replaced_coordinator_are_found() {
+    finds(
+        Planted::WorkersOpenToAll,
+        Weather::Hostile,
+        &["M1: a word under fence"],
+    );
 }

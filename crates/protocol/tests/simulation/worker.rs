@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{
-    Activity, Awaits, EvaluationRow, FromWorker, Generation, Held, Incarnation, JobId, Layout,
-    Phases, Rank, RunFacts, Step, StepReport, WIRE_VERSION, Work, WorkerMessage, WorkerProfile,
+    Activity, Awaits, EvaluationRow, Fence, FromWorker, Generation, Held, Incarnation, JobId,
+    Layout, Phases, Rank, RunFacts, Step, StepReport, WIRE_VERSION, Work, WorkerMessage,
+    WorkerProfile,
 };
 
 use crate::disk::{Disk, Oracle};
@@ -96,6 +97,7 @@ pub struct Worker {
     pub life: u64,
     pub health: Health,
     pub elastic: bool,
+    pub fence: Fence,
     pub generation: u64,
     pub rank: u32,
     pub world: u32,
@@ -126,6 +128,7 @@ impl Worker {
             life,
             health: Health::Well,
             elastic,
+            fence: Fence(0),
             generation: 0,
             rank: 0,
             world: 0,

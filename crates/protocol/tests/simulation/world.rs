@@ -11,6 +11,7 @@ use crate::disk::{Disk, Oracle};
 use crate::network::Partition;
 use crate::queue::Queue;
 use crate::random::{Random, mix};
+use crate::replaced::Replaced;
 use crate::worker::{Doing, Health, Worker};
 
 /// Faults happen until then; after it everything works.
@@ -39,6 +40,10 @@ pub enum Planted {
     BeatsIgnored,
     /// One vote counts for all members.
     NoQuorum,
+    /// The journal takes the records of a coordinator that was replaced.
+    JournalOpenToAll,
+    /// Workers act on its words.
+    WorkersOpenToAll,
 }
 
 /// What a world is made of beside its seed.
@@ -96,6 +101,8 @@ pub enum Happens {
     Evicted {
         incarnation: u64,
     },
+    /// A coordinator that was replaced in its sleep wakes up.
+    Woken,
     Launcher,
     Fault,
 }
@@ -111,6 +118,8 @@ pub struct World {
     pub oracle: Oracle,
     pub policy: JobPolicy,
     pub job: Option<Job>,
+    /// One whose place it has taken.
+    pub replaced: Option<Replaced>,
     /// Counts coordinators; what an old one left under way means nothing to the next.
     pub life: u64,
     pub workers: BTreeMap<u64, Worker>,
@@ -131,6 +140,9 @@ pub struct World {
     pub events: u64,
     /// Spares that were admitted to a generation after the first.
     pub admitted: u64,
+    /// Coordinators that woke up in another's time, and those of them whose records the journal refused.
+    pub wakes: u64,
+    pub refused: u64,
     /// Commits that survivors made without going back to a checkpoint after a loss.
     pub carried: u64,
     /// How long a step takes. In some elastic runs longer than a worker may be silent.
@@ -175,6 +187,7 @@ impl World {
             oracle: Oracle::new(mix(seed, 5), steps_total, &policy),
             policy,
             job: None,
+            replaced: None,
             life: 0,
             workers: BTreeMap::new(),
             collectives: BTreeMap::new(),
@@ -189,6 +202,8 @@ impl World {
             faults: 0,
             events: 0,
             admitted: 0,
+            wakes: 0,
+            refused: 0,
             carried: 0,
             step_ms,
             told: std::env::var_os("SIMULATION_STORY").is_some(),
@@ -335,13 +350,14 @@ impl World {
                 shards,
                 best_first,
             } => self.manifest(life, (step, generation), &shards, &best_first),
+            Happens::Woken => self.woken(),
             Happens::Launcher => self.launch(),
             Happens::Fault => self.fault(),
             Happens::Evicted { incarnation } => self.exit(incarnation),
             Happens::Beat { incarnation } => self.beat(incarnation),
             Happens::ToWorker(to) => {
                 let incarnation = to.incarnation.0;
-                if self.wake(incarnation) {
+                if self.wake(incarnation) && self.believes(incarnation, to.fence) {
                     let now_ms = self.now_ms;
                     let worker = self.workers.get_mut(&incarnation).expect("awake");
                     worker.heard_ms = now_ms;
@@ -406,6 +422,7 @@ impl World {
         {
             return;
         }
+        self.overhears(&from);
         if let WorkerMessage::Prepared { report, .. } = &from.message {
             let vote = (from.generation.0, report.step);
             self.votes

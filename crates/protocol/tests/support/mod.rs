@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use protocol::{
     Action, Activity, Awaits, Cause, CommitRecord, CoordinatorMessage, Copies, Elastic, Event,
-    FromWorker, Generation, Held, Incarnation, Job, JobId, JobPolicy, JobSpec, Layout, MetricsRow,
-    Outcome, Phases, Rank, Record, Recovery, RunFacts, Step, StepReport, WIRE_VERSION,
+    Fence, FromWorker, Generation, Held, Incarnation, Job, JobId, JobPolicy, JobSpec, Layout,
+    MetricsRow, Outcome, Phases, Rank, Record, Recovery, RunFacts, Step, StepReport, WIRE_VERSION,
     WorkerMessage, WorkerProfile,
 };
 
@@ -78,6 +78,7 @@ pub fn spec(policy: JobPolicy, recovery: Recovery) -> JobSpec {
         checkpoint_dir: "checkpoints".into(),
         probe: ".probe".into(),
         secret: [7; 32],
+        fence: Fence(1),
         recovery,
         resume: (committed.0 > 0).then(|| format!("step-{committed}")),
     }
