@@ -45,6 +45,8 @@ pub enum Input {
     Checkpoint(Step, Result<String, String>),
     /// A worker process of this machine is gone.
     ChildExited(ChildExit),
+    /// Somebody asks whether a worker of that name is in the job.
+    IsHere(String, oneshot::Sender<bool>),
     /// Somebody wants a worker to leave.
     Drain(Incarnation, String),
     /// A signal, or somebody, wants the job to stop.
@@ -275,6 +277,12 @@ impl<'a> Driver<'a> {
             Input::Checkpoint(step, Err(reason)) => Some(Event::CheckpointFailed { step, reason }),
             Input::ChildExited(exit) => {
                 self.child_exited(exit);
+                None
+            }
+            Input::IsHere(name, answer) => {
+                let here = self.job.workers().iter().any(|it| it.name == name);
+                // Whoever asked may have gone.
+                let _gone = answer.send(here);
                 None
             }
             Input::StopRequested(reason) => Some(Event::StopRequested { reason }),

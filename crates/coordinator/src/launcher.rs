@@ -2,6 +2,9 @@
 //!
 //! Children ignore Ctrl-C (the coordinator decides what it means) and leave when their standard input closes, which the
 //! kernel does for them when this process dies in whatever way. Their log lines go to `<output>/logs/worker-N.log`.
+//!
+//! A child whose worker is not in the job for [`ABSENCE`] is killed, and like any other that ends it is started again: it is
+//! stopped, or hangs so that it does not even leave.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -11,7 +14,7 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::driver::Input;
 
@@ -20,6 +23,12 @@ const LOG_LINES_SHOWN: usize = 5;
 
 /// How long workers may take to leave after the job's end before they are killed.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(15);
+
+/// How long a process may run without its worker being in the job: it starts and joins, or leaves, within seconds.
+const ABSENCE: Duration = Duration::from_mins(2);
+
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// How workers are started.
 #[derive(Clone, Debug)]
@@ -97,12 +106,16 @@ struct Worker {
 }
 
 impl Worker {
+    fn name(&self) -> String {
+        format!("worker-{}", self.number)
+    }
+
     fn start(&self) -> anyhow::Result<Child> {
         let Self {
             launch,
             program,
-            number,
             log,
+            ..
         } = self;
         let file = File::options().append(true).create(true).open(log);
         let file = file.with_context(|| format!("open {}", log.display()))?;
@@ -112,7 +125,7 @@ impl Worker {
         command
             .arg("worker")
             .args(["--coordinator", &launch.url, "--once", "--child"])
-            .args(["--name", &format!("worker-{number}")])
+            .args(["--name", &self.name()])
             .args(["--threads", &launch.threads.to_string()])
             .args(["--backend", &launch.backend, "--gpu", &gpu.to_string()])
             .args(["--collective", &launch.collective])
@@ -134,10 +147,23 @@ impl Worker {
     }
 
     async fn watch(self, mut child: Child, inputs: mpsc::Sender<Input>) {
+        let name = self.name();
         loop {
             // `wait` closes standard input first, which is the sign to leave: hold it until the process is gone.
             let stdin = child.stdin.take();
-            let status = child.wait().await;
+            let status = tokio::select! {
+                status = child.wait() => status,
+                () = absent(&name, &inputs, LOOK, ABSENCE) => {
+                    tracing::warn!(
+                        worker = self.number,
+                        "a worker process that is in no job for {} s is killed",
+                        ABSENCE.as_secs()
+                    );
+                    // One that has just ended cannot be killed, and is waited for as well.
+                    drop(child.start_kill());
+                    child.wait().await
+                }
+            };
             drop(stdin);
             let (again, answer) = oneshot::channel();
             let exit = ChildExit {
@@ -159,6 +185,25 @@ impl Worker {
                 Ok(started) => child = started,
                 Err(error) => return tracing::error!("worker {}: {error:#}", self.number),
             }
+        }
+    }
+}
+
+/// Returns once the worker called `name` has not been in the job for `absence`, which is looked at every `look`; never when there
+/// is no job any more.
+async fn absent(name: &str, inputs: &mpsc::Sender<Input>, look: Duration, absence: Duration) {
+    let mut here = Instant::now();
+    loop {
+        sleep(look).await;
+        let (answer, answered) = oneshot::channel();
+        // A driver that is gone drops the question.
+        drop(inputs.send(Input::IsHere(name.to_owned(), answer)).await);
+        match answered.await {
+            Ok(true) => here = Instant::now(),
+            Ok(false) if here.elapsed() >= absence => return,
+            Ok(false) => {}
+            // Those who do not leave after its end have a deadline of their own.
+            Err(_) => return std::future::pending().await,
         }
     }
 }
@@ -191,4 +236,46 @@ fn tail(log: &Path) -> String {
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(LOG_LINES_SHOWN)..].join("\n")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test's unwrap is an assertion")]
+mod tests {
+    use super::*;
+
+    const LOOK: Duration = Duration::from_millis(1);
+    const ABSENCE: Duration = Duration::from_millis(20);
+
+    /// Answers that the worker is here so many times, then that it is not; after `ends` answers there is no job.
+    async fn job(mut queue: mpsc::Receiver<Input>, here: usize, ends: usize) -> usize {
+        let mut asked = 0;
+        while asked < ends
+            && let Some(Input::IsHere(name, answer)) = queue.recv().await
+        {
+            assert_eq!(name, "worker-3");
+            asked += 1;
+            // Who does not wait for it is gone.
+            let _gone = answer.send(asked <= here);
+        }
+        asked
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_is_not_in_the_job_is_absent_after_a_while() {
+        let (inputs, queue) = mpsc::channel(1);
+        let answers = tokio::spawn(job(queue, 3, usize::MAX));
+        absent("worker-3", &inputs, LOOK, ABSENCE).await;
+        drop(inputs);
+        assert!(answers.await.unwrap() > 3);
+    }
+
+    #[tokio::test]
+    async fn nobody_is_absent_who_is_in_the_job_or_whose_job_is_over() {
+        let (inputs, queue) = mpsc::channel(1);
+        let answers = tokio::spawn(job(queue, 60, 60));
+        let looked = absent("worker-3", &inputs, LOOK, ABSENCE);
+        assert!(timeout(10 * ABSENCE, looked).await.is_err());
+        drop(inputs);
+        answers.abort();
+    }
 }

@@ -388,6 +388,9 @@ pub enum Afterwards {
     Rejoin,
     /// Join this job again, with what it holds: it was taken for lost, and lives.
     Return,
+    /// Let a supervisor start its process again, which ends with the temporary exit code: its session lives, and its training
+    /// thread does not answer.
+    Restart,
     /// Leave in good order: it was drained.
     Leave,
     /// Leave, and do not try again as it is.

@@ -158,6 +158,12 @@ impl JobPolicy {
         Some(noticed + elastic.abort_timeout_ms + self.form_timeout_ms + self.step_timeout_ms)
     }
 
+    /// How long a worker that joins a running job may take to say what it holds, which its training thread does before anything
+    /// else: it may be in the middle of a step, or of loading, that it was left behind for, and is stuck if it takes longer.
+    pub(crate) fn answer_timeout_ms(&self) -> u64 {
+        self.step_timeout_ms.max(self.form_timeout_ms)
+    }
+
     /// Whether the weights after `step` are saved for their cadence.
     pub(crate) fn saves_at(&self, step: u64) -> bool {
         self.save_every

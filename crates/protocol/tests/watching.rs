@@ -5,12 +5,12 @@
 mod support;
 
 use protocol::{
-    Action, Activity, Awaits, Event, JobPolicy, Liveness, Phases, Rank, Recovery, Work,
-    WorkerMessage,
+    Action, Activity, Afterwards, Awaits, CoordinatorMessage, Event, JobPolicy, Liveness, Phases,
+    Rank, Recovery, WIRE_VERSION, Work, WorkerMessage,
 };
 use support::{
-    Play, aborted, cut, elastic, facts, failed, generation, journaled, notes, outcome, policy,
-    report, stopped,
+    Play, aborted, cut, elastic, facts, failed, generation, join_message, journaled, notes,
+    outcome, policy, report, stopped, told,
 };
 
 fn beat(play: &mut Play, incarnation: u64, work: Work, progress: u64) -> Vec<Action> {
@@ -60,6 +60,64 @@ fn a_hang_is_told_apart_from_a_death_and_from_a_wait_for_a_peer() {
         why.contains("rank 1 (worker any) hangs: its heartbeats come"),
         "{why}"
     );
+}
+
+#[test]
+fn m5_a_worker_that_comes_back_and_never_says_what_it_holds_is_to_be_started_again() {
+    let mut play = Play::elastic(3, 2, 99);
+    // Taken for dead, and in no hurry to come back: it is told to leave what it computes.
+    play.lose(3);
+    for incarnation in 1..=2 {
+        play.held(
+            incarnation,
+            1,
+            vec![cut(1, incarnation as u32 - 1, 3, 0, false)],
+        );
+    }
+    for incarnation in 1..=2 {
+        play.ready(incarnation, facts(99, 0));
+    }
+    let stuck = play.say_in(3, 1, join_message("build", WIRE_VERSION));
+    assert_eq!(stopped(&stuck), [0; 0]);
+    let slow = play.say_in(4, 0, join_message("build", WIRE_VERSION));
+    assert_eq!(stopped(&slow), [0; 0]);
+    // The step's 40 s.
+    for second in 1..40u64 {
+        play.now_ms += 1_000;
+        for incarnation in 1..=4 {
+            beat(&mut play, incarnation, Work::Exchanges, second);
+        }
+        if second % 10 == 0 {
+            for incarnation in 1..=2 {
+                play.prepare(incarnation, report(second / 10, true));
+            }
+        }
+        if second == 39 {
+            let generation = play.job.generation().0;
+            play.held(4, generation, vec![]);
+        }
+        let waits = play.event(Event::Tick);
+        assert_eq!(stopped(&waits), [0; 0], "after {second} s");
+    }
+    play.now_ms += 1_000;
+    let over = play.event(Event::Tick);
+    let restart = |it: &&(u64, CoordinatorMessage)| {
+        matches!(
+            it.1,
+            CoordinatorMessage::Stop {
+                afterwards: Afterwards::Restart,
+                ..
+            }
+        )
+    };
+    let told = told(&over);
+    let restarted: Vec<u64> = told.iter().filter(restart).map(|it| it.0).collect();
+    assert_eq!(restarted, [3]);
+    let why = notes(&over, "lost").concat();
+    assert!(why.contains("worker any is stuck"), "{why}");
+    // Its place is free.
+    let again = play.join(5);
+    assert_eq!(stopped(&again), [0; 0]);
 }
 
 #[test]

@@ -222,6 +222,7 @@ impl From<Afterwards> for proto::Afterwards {
         match it {
             Afterwards::Rejoin => Self::Unspecified,
             Afterwards::Return => Self::Return,
+            Afterwards::Restart => Self::Restart,
             Afterwards::Leave => Self::Leave,
             Afterwards::Refused => Self::Refused,
         }
@@ -232,9 +233,10 @@ fn afterwards(value: i32) -> Result<Afterwards, WireError> {
     match proto::Afterwards::try_from(value) {
         Ok(proto::Afterwards::Unspecified) => Ok(Afterwards::Rejoin),
         Ok(proto::Afterwards::Return) => Ok(Afterwards::Return),
+        Ok(proto::Afterwards::Restart) => Ok(Afterwards::Restart),
         Ok(proto::Afterwards::Leave) => Ok(Afterwards::Leave),
         Ok(proto::Afterwards::Refused) => Ok(Afterwards::Refused),
-        Err(_) => Err(WireError::invalid("Stop.afterwards", value, "0 to 2")),
+        Err(_) => Err(WireError::invalid("Stop.afterwards", value, "0 to 4")),
     }
 }
 

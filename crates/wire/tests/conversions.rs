@@ -250,6 +250,7 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
     let afterwards = [
         Afterwards::Rejoin,
         Afterwards::Return,
+        Afterwards::Restart,
         Afterwards::Leave,
         Afterwards::Refused,
     ];

@@ -299,7 +299,8 @@ impl Next {
         match ending {
             Ending::Finished => Self::AtOnce,
             Ending::Left(SessionError::Stopped { afterwards, .. }) => match afterwards {
-                Afterwards::Rejoin | Afterwards::Return => Self::Later,
+                // Whoever comes here was not stuck.
+                Afterwards::Rejoin | Afterwards::Return | Afterwards::Restart => Self::Later,
                 Afterwards::Leave => Self::Leave,
                 Afterwards::Refused => Self::Refused,
             },

@@ -2,7 +2,8 @@
 //!
 //! When the coordinator says Stop or Abort, the task first aborts the collective, so that a training thread that waits for a
 //! peer wakes up, then passes the word on. A thread that has not left [`LEAVE_SECONDS_MAX`] after a Stop is in a long computation
-//! whose result nobody wants: a process that serves one job exits under it, one that serves more lets it end.
+//! whose result nobody wants: a process that serves one job exits under it, one that serves more lets it end, unless it was told
+//! to be started again.
 //!
 //! A stream that breaks ends the session, except in an elastic job, whose workers outlive their coordinator: then the task
 //! connects again, for [`RECONNECT_PATIENCE`], and joins under the same incarnation. What was said into the gap is lost; whoever
@@ -490,7 +491,14 @@ async fn listen(
     drop(tell.send(Err(shared.end(error.clone()))));
     drop(tell);
     sleep(Duration::from_secs(LEAVE_SECONDS_MAX)).await;
-    if !door.once {
+    let restart = matches!(
+        &error,
+        SessionError::Stopped {
+            afterwards: Afterwards::Restart,
+            ..
+        }
+    );
+    if !door.once && !restart {
         return tracing::warn!("a computation that nobody wants goes on to its end: {error}");
     }
     tracing::warn!("leaving in the middle of a computation: {error}");

@@ -200,6 +200,7 @@ impl Hub {
             | Input::Drain(..)
             | Input::Checkpoint(..)
             | Input::ChildExited(_)
+            | Input::IsHere(..)
             | Input::StopRequested(_) => Ok(()),
         }
     }

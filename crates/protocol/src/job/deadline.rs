@@ -18,6 +18,8 @@ pub(super) enum Deadline {
     Late(Incarnation),
     /// A member's work moves on.
     Hang(Incarnation),
+    /// A spare says what it holds.
+    Answer(Incarnation),
     /// Members leave their generation.
     Abort,
     /// Whoever outlived the coordinator is back.
@@ -48,7 +50,7 @@ pub(super) struct Table {
 }
 
 /// A worker's own deadlines.
-type Own = [Option<(u64, Deadline)>; 3];
+type Own = [Option<(u64, Deadline)>; 4];
 
 /// What the deadlines of all workers depend on.
 #[derive(Clone, Copy, Default, PartialEq)]
@@ -151,10 +153,13 @@ impl Job {
         let watched = self.elastic().is_some() && finishing.is_none();
         let late_ms = (watched && !worker.late).then(|| worker.pulse.late_at_ms(timeout_ms));
         let hangs_ms = self.hangs_at(incarnation).filter(|_| watched);
+        let asked = watched && member.is_none() && worker.held.is_none();
+        let answers_ms = asked.then(|| worker.asked_ms + self.spec.policy.answer_timeout_ms());
         [
             silent_ms.map(|at_ms| (at_ms, Deadline::Heartbeat(incarnation))),
             late_ms.map(|at_ms| (at_ms, Deadline::Late(incarnation))),
             hangs_ms.map(|at_ms| (at_ms, Deadline::Hang(incarnation))),
+            answers_ms.map(|at_ms| (at_ms, Deadline::Answer(incarnation))),
         ]
     }
 
@@ -229,6 +234,7 @@ impl Job {
             }
             Deadline::Late(incarnation) => return self.is_late(now_ms, incarnation, actions),
             Deadline::Hang(incarnation) => return self.hung(now_ms, incarnation, actions),
+            Deadline::Answer(incarnation) => return self.is_stuck(incarnation, actions),
             Deadline::Abort => return self.leave_behind(now_ms, actions),
             Deadline::Grace => {
                 if let Phase::Gathering { grace_over, .. } = &mut self.phase {

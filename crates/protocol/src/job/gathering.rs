@@ -138,7 +138,8 @@ impl Job {
         self.take_base(base, actions);
         let absent: Vec<Incarnation> = self.members.keys().copied().collect();
         for incarnation in absent.into_iter().filter(|it| !here.contains(it)) {
-            if let Some(member) = self.members.remove(&incarnation) {
+            if let Some(mut member) = self.members.remove(&incarnation) {
+                member.asked_ms = now_ms;
                 self.spares.insert(incarnation, member);
                 self.send(incarnation, self.welcome(true), actions);
             }
@@ -163,7 +164,9 @@ impl Job {
             return;
         };
         spare.heard(now_ms);
-        spare.held.take_if(|(then, _)| *then < generation);
+        if spare.held.take_if(|(then, _)| *then < generation).is_some() {
+            spare.asked_ms = now_ms;
+        }
         match message {
             WorkerMessage::Beat {
                 awaits: Awaits::Form,

@@ -85,6 +85,8 @@ pub(super) struct Member {
     pub(super) committed: Step,
     /// What it said that it holds, outside of generations, and in which one it said so.
     pub(super) held: Option<(Generation, Vec<Held>)>,
+    /// Since when a spare is waited for to say what it holds.
+    pub(super) asked_ms: u64,
     /// What a spare found when it had loaded.
     pub(super) loaded: Option<RunFacts>,
     /// Why it is to leave.
@@ -106,6 +108,7 @@ impl Member {
             progress: None,
             committed,
             held: None,
+            asked_ms: now_ms,
             loaded: None,
             leaving: None,
             activity: (Activity::default(), now_ms),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::phase::{Phase, Vote};
 use super::{Action, Job, note};
-use crate::{Incarnation, Liveness, Rank, Work};
+use crate::{Afterwards, Incarnation, Liveness, Rank, Work};
 
 /// Steps before their time is known.
 const STEPS_TO_LEARN: u32 = 3;
@@ -95,6 +95,18 @@ impl Job {
         );
         self.put_out(incarnation, &reason, actions);
         self.regroup(now_ms, reason, actions);
+    }
+
+    /// A spare beats, and has not said what it holds: its training thread hears nothing any more, and another process may take
+    /// its place.
+    pub(super) fn is_stuck(&mut self, incarnation: Incarnation, actions: &mut Vec<Action>) {
+        let reason = format!(
+            "{} is stuck: its heartbeats come, and it has not said for {} s what it holds; its process is to be started again",
+            self.name(incarnation),
+            self.spec.policy.answer_timeout_ms() as f64 / 1000.0
+        );
+        actions.push(note("lost", reason.clone()));
+        self.dismiss(incarnation, reason, Afterwards::Restart, actions);
     }
 
     /// Notes that a worker is late, once until it is heard again.

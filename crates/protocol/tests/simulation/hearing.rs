@@ -16,8 +16,14 @@ impl Worker {
         match to.message {
             CoordinatorMessage::Stop { afterwards, .. } => {
                 assert_ne!(afterwards, Afterwards::Refused, "a worker like any other");
-                let stays = self.elastic && !self.leaving && self.health != Health::Stuck;
-                if !stays || afterwards == Afterwards::Leave {
+                // The session of one whose training thread is stuck is well, and returns.
+                let stays = match afterwards {
+                    Afterwards::Return => true,
+                    Afterwards::Rejoin => self.health != Health::Stuck,
+                    Afterwards::Leave | Afterwards::Restart | Afterwards::Refused => false,
+                };
+                self.restarted |= afterwards == Afterwards::Restart;
+                if !self.elastic || self.leaving || !stays {
                     return vec![Effect::Exit];
                 }
                 self.rejoin();

@@ -108,6 +108,8 @@ pub struct Worker {
     pub base: Option<Layout>,
     /// Why it leaves.
     pub leaving: bool,
+    /// Whether it was told to be started again.
+    pub restarted: bool,
     /// When the coordinator was last heard.
     pub heard_ms: u64,
     /// The journal's rewinds that it knows of.
@@ -138,6 +140,7 @@ impl Worker {
             cuts: Vec::new(),
             base: None,
             leaving: false,
+            restarted: false,
             heard_ms: 0,
             rewinds: 0,
             progress: 0,
