@@ -234,7 +234,7 @@ impl Config {
             step_timeout_ms: ms(self.cluster.step_timeout_seconds),
             save_timeout_ms: ms(self.cluster.save_timeout_seconds),
             skipped_steps_max: self.skipped_steps_max,
-            elastic: Some(Elastic {
+            elastic: Elastic {
                 workers_min: self.cluster.min_workers,
                 workers_max: self.cluster.max_workers,
                 mirror: self.cluster.mirror,
@@ -244,7 +244,7 @@ impl Config {
                 job_timeout_ms: ms(self.cluster.job_timeout_seconds),
                 hang_factor: self.cluster.hang_factor,
                 slow_factor: self.cluster.slow_factor,
-            }),
+            },
         }
     }
 

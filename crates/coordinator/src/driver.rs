@@ -304,8 +304,7 @@ impl<'a> Driver<'a> {
         let policy = &self.job.spec().policy;
         // All of them at once are one failure, which the job counts.
         let most = |failures_max: u32| failures_max.max(policy.world);
-        let elastic = policy.elastic.as_ref();
-        let again = elastic.is_some_and(|it| self.exits.1 < most(it.failures_max));
+        let again = self.exits.1 < most(policy.elastic.failures_max);
         let begins = matches!(self.job.waiting(), Waiting::Join { .. });
         // One that cannot even begin says why; one that was killed does not.
         if again && !(begins && exit.code.is_some()) {

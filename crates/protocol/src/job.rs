@@ -9,10 +9,10 @@
 //!      │                       ▲ └────────────┬──────────┴────────────────────────┘
 //!      │      the next generation             │ a loss, a hang, a leaver, a joiner
 //!      │                       └─ Regrouping ◄┘
-//!      └── a disagreement, a deadline; without `elastic` any loss: Stop to all, Done(Failed) ──────────────────► Done
+//!      └── a disagreement, a deadline: Stop to all, Done(Failed) ───────────────────────────────────────────────► Done
 //! ```
-//! A job that is elastic (`JobPolicy::elastic`) forms the next generation with whoever is left (`regrouping`), takes in
-//! spares (`gathering`), and tells a hang from a death and from slowness (`watching`).
+//! After a loss it forms the next generation with whoever is left (`regrouping`) and with spares (`gathering`); it tells a hang
+//! from a death and from slowness (`watching`).
 
 mod deadline;
 mod ending;
@@ -75,7 +75,7 @@ pub struct Job {
     /// Whether the data report was handed out.
     reported: bool,
 
-    // Of elastic jobs.
+    // Of losses and of who comes.
     /// Workers that wait to be admitted.
     spares: Roster,
     /// How the job ends after `committed`, once that is its last commit.
@@ -169,14 +169,12 @@ impl Job {
             actions.push(Action::Journal(rewind));
             actions.push(note("rewind", text));
         }
-        if let Some(bound_ms) = job.spec.policy.recovery_ms_max() {
-            let text = format!(
-                "a lost worker costs at most {} s by the timeouts, {} s more while too few are left to train",
-                bound_ms as f64 / 1000.0,
-                job.spec.policy.join_timeout_ms as f64 / 1000.0
-            );
-            actions.push(note("bound", text));
-        }
+        let text = format!(
+            "a lost worker costs at most {} s by the timeouts, {} s more while too few are left to train",
+            job.spec.policy.recovery_ms_max() as f64 / 1000.0,
+            job.spec.policy.join_timeout_ms as f64 / 1000.0
+        );
+        actions.push(note("bound", text));
         if job.spec.recovery.completed {
             job.end(Outcome::Completed, &mut actions);
         }
@@ -251,9 +249,9 @@ impl Job {
         }
     }
 
-    /// What it does about losses, if it is elastic.
-    fn elastic(&self) -> Option<&Elastic> {
-        self.spec.policy.elastic.as_ref()
+    /// What it does about losses.
+    fn elastic(&self) -> &Elastic {
+        &self.spec.policy.elastic
     }
 
     fn send(

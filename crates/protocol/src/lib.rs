@@ -20,7 +20,7 @@
 //! [`Scheduler`] is the queue of a coordinator that serves job after job: it gives waiting workers to jobs, each of whose
 //! attempts is a [`Job`].
 //!
-//! What a loss costs: without [`Elastic`] a lost worker ends the attempt as failed and resumable. With it the members are told
+//! What a loss costs ([`Elastic`] says how many may be lost, and how long all may take): the members are told
 //! to abort and say what they hold ([`Held`]), the journal gets the next generation, and its [`CoordinatorMessage::Form`] says
 //! who has which shard ([`Layout`]): before the COMMIT of a step the step is computed again, after it all roll forward. Spares
 //! are admitted at a step boundary in the same way. Only when some shard has no living copy the journal is rewound to the

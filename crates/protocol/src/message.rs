@@ -25,7 +25,7 @@ pub struct FromWorker {
     pub job: JobId,
     /// Its own incarnation.
     pub incarnation: Incarnation,
-    /// The generation it believes in; 0 before its first. In one incarnation it never goes back: an elastic job takes what is
+    /// The generation it believes in; 0 before its first. In one incarnation it never goes back: a job takes what is
     /// said in an older one for an old message. A worker that starts over is another incarnation.
     pub generation: Generation,
     /// What it says.
@@ -123,12 +123,12 @@ pub enum WorkerMessage {
         /// What happened, where, and the cure.
         reason: String,
     },
-    /// It was told to leave. An elastic job goes on without it if enough members are left, any other saves and stops.
+    /// It was told to leave. The job goes on without it if enough members are left; otherwise it saves and stops.
     Leave {
         /// Why.
         reason: String,
     },
-    /// It is in no generation now, and changes nothing of this until its next Form. The answer to Abort and, in an elastic job,
+    /// It is in no generation now, and changes nothing of this until its next Form. The answer to Abort and
     /// to Welcome; said with the generation that it left.
     Held {
         /// The newest cut first; two at most, none of a worker that has trained nothing.
@@ -295,7 +295,7 @@ pub enum CoordinatorMessage {
         spare: bool,
         /// The job, as the worker is to name it from now on.
         job: JobId,
-        /// What holds for a worker of an elastic job; `None`: its session ends with its stream.
+        /// What holds for its session; a coordinator always says it. `None`: it ends with its stream.
         terms: Option<Terms>,
     },
     /// A generation: load, connect, score your part of the reference, then say Ready.
@@ -369,7 +369,7 @@ pub enum CoordinatorMessage {
     },
 }
 
-/// What the workers of an elastic job keep. Times are in milliseconds.
+/// What workers keep. Times are in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Terms {
     /// Each holds the optimizer shard of the one before it, too.
@@ -454,7 +454,7 @@ impl fmt::Debug for CoordinatorMessage {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
     /// One word: `join`, `form`, `ready`, `go`, `skip`, `checkpoint`, `unsaved` (a checkpoint that failed), `rewind`, `lost`,
-    /// `stop`, `early-stop`, `done`; of an elastic job `late`, `slow`, `abort`, `spare`, `bound`; of the queue `submit`, `start`, `pause`, `queue`, `retry`, `cancel`, `drain`, `refuse`,
+    /// `stop`, `early-stop`, `done`, `late`, `slow`, `abort`, `spare`, `bound`; of the queue `submit`, `start`, `pause`, `queue`, `retry`, `cancel`, `drain`, `refuse`,
     /// `wait`; of the shell `warning`.
     pub kind: &'static str,
     /// A sentence for a person.

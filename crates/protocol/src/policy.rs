@@ -5,7 +5,7 @@ use crate::Selection;
 /// A job's policy. Times are in milliseconds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct JobPolicy {
-    /// Members of a generation; of an elastic job those that its first one waits for.
+    /// Members that the first generation waits for.
     pub world: u32,
     /// A checkpoint every so many steps; `None` only at the end.
     pub save_every: Option<u64>,
@@ -25,8 +25,8 @@ pub struct JobPolicy {
     pub save_timeout_ms: u64,
     /// Consecutive skipped steps that end the job (invariant T6).
     pub skipped_steps_max: u64,
-    /// How it goes on without a lost member; `None`: a loss ends the attempt, resumable.
-    pub elastic: Option<Elastic>,
+    /// How it goes on without a lost member.
+    pub elastic: Elastic,
 }
 
 /// How a job outlives the loss of members and takes others in. Times are in milliseconds.
@@ -93,16 +93,13 @@ pub enum PolicyError {
 }
 
 impl JobPolicy {
-    /// Checks the numbers of an elastic job against each other: heartbeat < abort < collective < step < rendezvous (`join`) <
-    /// job, and the two that end no other wait, forming and saving, against what they contain. A job that is not elastic has
-    /// only timeouts that end it, in whatever order.
+    /// Checks the numbers against each other: heartbeat < abort < collective < step < rendezvous (`join`) <
+    /// job, and the two that end no other wait, forming and saving, against what they contain.
     ///
     /// # Errors
     /// The first contradiction.
     pub fn check(&self) -> Result<(), PolicyError> {
-        let Some(elastic) = &self.elastic else {
-            return Ok(());
-        };
+        let elastic = &self.elastic;
         let (min, world, max) = (elastic.workers_min, self.world, elastic.workers_max);
         if min == 0 || min > world || world > max {
             return Err(PolicyError::Workers { min, world, max });
@@ -147,15 +144,14 @@ impl JobPolicy {
     }
 
     /// Longest time from one fault to the commit of the step that it hit, in milliseconds, while as many members survive as
-    /// training needs; otherwise [`JobPolicy::join_timeout_ms`] more (invariant M5). `None` where a loss ends the attempt.
+    /// training needs; otherwise [`JobPolicy::join_timeout_ms`] more (invariant M5).
     ///
     /// It is noticed by the step's own deadline at the latest (a death by the heartbeat's, a broken collective by its own);
     /// survivors leave their generation or are left behind; the next one may go without progress for `form_timeout_ms` (a
     /// transfer that moves on has no bound); and the step is computed again.
-    pub fn recovery_ms_max(&self) -> Option<u64> {
-        let elastic = self.elastic.as_ref()?;
+    pub fn recovery_ms_max(&self) -> u64 {
         let noticed = self.step_timeout_ms;
-        Some(noticed + elastic.abort_timeout_ms + self.form_timeout_ms + self.step_timeout_ms)
+        noticed + self.elastic.abort_timeout_ms + self.form_timeout_ms + self.step_timeout_ms
     }
 
     /// How long a worker that joins a running job may take to say what it holds, which its training thread does before anything

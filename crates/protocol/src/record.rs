@@ -298,7 +298,7 @@ pub fn recover(
     Ok(recovery)
 }
 
-/// The same for an elastic job, whose workers outlive its coordinator: they may hold what was committed after the checkpoint,
+/// The same for a job whose workers outlive its coordinator: they may hold what was committed after the checkpoint,
 /// so nothing is rewound before they had the time to say so.
 ///
 /// # Errors

@@ -410,7 +410,7 @@ fn a_stop_while_members_regroup_saves_what_they_hold() {
 #[test]
 fn a_step_that_loses_a_worker_again_and_again_for_one_reason_ends_the_attempt() {
     let mut policy = elastic(4, 1);
-    policy.elastic.as_mut().unwrap().failures_max = 2;
+    policy.elastic.failures_max = 2;
     let mut play = Play::new(policy, Recovery::default()).0;
     play.join_all();
     for incarnation in 1..=4 {

@@ -38,7 +38,7 @@ fn flags(actions: &[Action]) -> (bool, bool, bool, bool) {
 #[test]
 fn a_job_goes_from_the_first_join_to_completion() {
     let (mut play, actions) = Play::new(policy(2), Recovery::default());
-    assert_eq!(actions, []);
+    assert_eq!((journaled(&actions), told(&actions)), (vec![], vec![]));
     assert_eq!(
         play.job.waiting(),
         Waiting::Join {
@@ -122,7 +122,8 @@ fn m2_a_commit_is_journaled_before_anybody_hears_of_it() {
 #[test]
 fn ranks_follow_incarnations_and_not_arrivals() {
     let mut play = Play::new(policy(3), Recovery::default()).0;
-    let actions: Vec<_> = [30, 10, 20].iter().flat_map(|it| play.join(*it)).collect();
+    let mut actions: Vec<_> = [30, 10, 20].iter().flat_map(|it| play.join(*it)).collect();
+    actions.extend([30, 10, 20].iter().flat_map(|it| play.held(*it, 0, vec![])));
     let ranks: Vec<_> = told(&actions)
         .into_iter()
         .filter_map(|(incarnation, message)| match message {
@@ -246,6 +247,7 @@ fn a_resumed_job_goes_on_after_its_commit_without_the_first_evaluation() {
         generation: Generation(4),
         committed: Step(6),
         highest_committed: Step(8),
+        checkpoint: Step(6),
         facts: Some(facts(10, 0)),
         rewind: Some(Record::Rewind {
             to: Step(6),
@@ -258,7 +260,7 @@ fn a_resumed_job_goes_on_after_its_commit_without_the_first_evaluation() {
         actions[0],
         Action::Journal(Record::Rewind { to: Step(6), .. })
     ));
-    let formed = play.join(1);
+    let formed = play.join_all();
     assert!(told(&formed).iter().any(|(_, message)| matches!(message,
         CoordinatorMessage::Form { committed: Step(6), resume: Some(path), .. } if path == "step-6")));
     assert_eq!(play.job.generation(), Generation(5));
@@ -294,11 +296,12 @@ fn a_job_whose_steps_are_all_done_finishes_without_another() {
     let recovery = Recovery {
         generation: Generation(1),
         committed: Step(5),
+        checkpoint: Step(5),
         facts: Some(facts(5, 0)),
         ..Recovery::default()
     };
     let mut play = Play::new(policy(1), recovery).0;
-    play.join(1);
+    play.join_all();
     let actions = play.ready(1, facts(5, 5));
     assert_eq!(told(&actions), [(1, CoordinatorMessage::Finish)]);
     let beat = play.beat(1, 5, Awaits::Go);
@@ -360,11 +363,12 @@ fn t6_skips_before_a_restart_count() {
     let recovery = Recovery {
         committed: Step(4),
         highest_committed: Step(4),
+        checkpoint: Step(4),
         skipped: 2,
         ..Recovery::default()
     };
     let mut play = Play::new(policy(1), recovery).0;
-    play.join(1);
+    play.join_all();
     play.ready(1, facts(9, 4));
     assert!(flags(&play.step(false)).3);
 }
@@ -374,6 +378,7 @@ fn a_stop_before_the_first_step_ends_the_job_at_once() {
     for joined in 0..=2 {
         let recovery = Recovery {
             committed: Step(4),
+            checkpoint: Step(4),
             ..Recovery::default()
         };
         let mut play = Play::new(policy(2), recovery).0;
@@ -420,7 +425,7 @@ fn a_beat_that_waits_has_the_answer_repeated() {
     };
     play.join(1);
     check(play.join(1), "Welcome");
-    play.join(2);
+    play.join_all();
     check(play.join(1), "Welcome");
     check(
         play.say_in(
@@ -437,12 +442,14 @@ fn a_beat_that_waits_has_the_answer_repeated() {
     play.ready_all(2);
     check(play.beat(1, 0, Awaits::Go), "Go");
     play.step(true);
-    assert_eq!(play.beat(1, 0, Awaits::Go), [], "late: it prepared since");
+    // Late: it prepared since.
+    check(play.beat(1, 0, Awaits::Go), "Heard");
     check(play.beat(1, 0, Awaits::Commit), "Commit { step: 1");
     check(play.prepare(1, report(1, true)), "Commit { step: 1");
-    assert_eq!(play.beat(1, 1, Awaits::Commit), [], "nothing to say yet");
+    check(play.beat(1, 1, Awaits::Commit), "Heard");
     play.step(true);
-    assert_eq!(play.beat(1, 2, Awaits::End), [], "not durable yet");
+    // Not durable yet.
+    check(play.beat(1, 2, Awaits::End), "Heard");
     play.checkpoint(2);
     check(play.beat(1, 2, Awaits::End), "Finish");
 }

@@ -9,8 +9,8 @@ use protocol::{
     Incarnation, JobId, Outcome, Phases, Recovery, Step, WIRE_VERSION, WorkerMessage,
 };
 use support::{
-    Play, checkpoint_committed, facts, join_message, journaled, outcome, policy, report, stopped,
-    told,
+    Play, checkpoint_committed, facts, join_message, journaled, notes, outcome, policy, report,
+    stopped, told,
 };
 
 /// The only thing said, which is to stop, and why.
@@ -60,14 +60,18 @@ fn a_worker_of_another_build_or_wire_version_is_refused_and_others_may_join() {
 #[test]
 fn a_worker_too_many_is_refused() {
     let mut play = Play::stepping(policy(2), 5);
-    let reason = stop_reason(&play.join(3));
+    // Others wait, as many as may train.
+    for spare in 3..=5 {
+        assert_eq!(stopped(&play.join(spare)), [0; 0]);
+    }
+    let reason = stop_reason(&play.join(6));
     assert!(
         reason.contains("generation 1 has its 2 members already"),
         "{reason}"
     );
-    let reason = stop_reason(&play.beat(3, 0, Awaits::Form));
+    let reason = stop_reason(&play.beat(6, 0, Awaits::Form));
     assert!(reason.contains("has its members already"), "{reason}");
-    assert_eq!(play.job.workers().len(), 2);
+    assert_eq!(play.job.workers().len(), 5);
 }
 
 #[test]
@@ -94,18 +98,22 @@ fn m1_a_message_of_an_old_generation_is_answered_with_the_truth_and_not_acted_on
         generation: Generation(6),
         ..Recovery::default()
     };
-    let mut play = Play::new(policy(1), recovery).0;
-    play.join(1);
-    play.ready_all(5);
-    for generation in [0, 6] {
+    let mut play = Play::new(policy(2), recovery).0;
+    play.join_all();
+    play.ready(1, facts(5, 0));
+    for (worker, generation) in [(1, 0), (1, 6), (2, 0), (2, 6)] {
         let message = WorkerMessage::Prepared {
             report: report(1, true),
             phases: Phases::default(),
         };
-        let actions = play.say_in(1, generation, message);
+        let actions = play.say_in(worker, generation, message);
+        // The first has heard it already.
+        let told = told(&actions);
+        let form =
+            |it: &(u64, CoordinatorMessage)| matches!(it, (2, CoordinatorMessage::Form { .. }));
         assert_eq!(
-            told(&actions),
-            [(1, CoordinatorMessage::Stale { committed: Step(0) })]
+            (told.len(), told.iter().all(form)),
+            (worker as usize - 1, true)
         );
         assert_eq!(journaled(&actions), []);
     }
@@ -122,10 +130,10 @@ fn m1_who_speaks_of_an_old_generation_is_not_heard_as_alive() {
     };
     play.say_in(1, 0, beat);
     play.now_ms += 1_000;
-    failed(
-        &play.event(Event::Tick),
-        Cause::Temporary,
-        &["rank 0", "silent for 5 s"],
+    let lost = notes(&play.event(Event::Tick), "lost").concat();
+    assert!(
+        lost.contains("rank 0") && lost.contains("silent for 5 s"),
+        "{lost}"
     );
 }
 
@@ -140,16 +148,7 @@ fn m1_a_worker_that_never_joined_is_told_the_truth_while_it_may_join() {
 }
 
 #[test]
-fn m2_a_worker_that_knows_a_later_generation_or_commit_ends_the_job() {
-    let mut play = Play::stepping(policy(2), 5);
-    let beat = WorkerMessage::Beat {
-        committed: Step(0),
-        awaits: Awaits::Nothing,
-        activity: Activity::default(),
-    };
-    let parts = ["worker 9 is of generation 2", "restore it"];
-    failed(&play.say_in(9, 2, beat), Cause::Fatal, &parts);
-
+fn m2_a_worker_that_knows_a_later_commit_ends_the_job() {
     let recovery = Recovery {
         highest_committed: Step(3),
         ..Recovery::default()
@@ -160,7 +159,7 @@ fn m2_a_worker_that_knows_a_later_generation_or_commit_ends_the_job() {
         None,
         "rewound, but known"
     );
-    let parts = ["knows commit 4, the journal ends at 3"];
+    let parts = ["knows commit 4, the journal ends at 3", "restore it"];
     failed(&play.beat(9, 4, Awaits::Commit), Cause::Fatal, &parts);
 }
 
@@ -188,7 +187,7 @@ fn facts_that_differ_from_the_journals_end_the_job_as_badly_configured() {
         ..Recovery::default()
     };
     let mut play = Play::new(policy(1), recovery).0;
-    play.join(1);
+    play.join_all();
     let actions = play.ready(1, facts(5, 0));
     failed(
         &actions,
@@ -201,10 +200,11 @@ fn facts_that_differ_from_the_journals_end_the_job_as_badly_configured() {
 fn a_member_whose_state_is_at_another_commit_ends_the_job() {
     let recovery = Recovery {
         committed: Step(4),
+        checkpoint: Step(4),
         ..Recovery::default()
     };
     let mut play = Play::new(policy(1), recovery).0;
-    play.join(1);
+    play.join_all();
     let actions = play.ready(1, facts(9, 3));
     failed(
         &actions,
@@ -291,9 +291,8 @@ fn a_shard_that_nobody_asked_for_changes_nothing() {
 #[test]
 fn who_speaks_after_the_end_is_told_to_stop() {
     let mut play = Play::stepping(policy(2), 9);
-    play.event(Event::Disconnected {
-        incarnation: Incarnation(2),
-    });
+    let (cause, reason) = (Cause::Fatal, "a bug".into());
+    play.say(2, WorkerMessage::Failed { cause, reason });
     let reason = stop_reason(&play.beat(1, 0, Awaits::Nothing));
     assert!(reason.contains("the job ended: failed: rank 1"), "{reason}");
     assert!(stop_reason(&play.join(5)).contains("the job ended"));

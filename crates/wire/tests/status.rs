@@ -1,8 +1,8 @@
 //! The status that a coordinator serves is that of its job.
 
 use protocol::{
-    Event, Fence, FromWorker, Generation, Incarnation, Job, JobId, JobPolicy, JobSpec, JobSummary,
-    JobSummaryState, Recovery, Step, WorkerMessage, WorkerProfile,
+    Elastic, Event, Fence, FromWorker, Generation, Incarnation, Job, JobId, JobPolicy, JobSpec,
+    JobSummary, JobSummaryState, Recovery, Step, WorkerMessage, WorkerProfile,
 };
 use wire::proto::JobState;
 
@@ -13,12 +13,22 @@ fn job() -> Job {
         evaluate_every: None,
         selection: None,
         heartbeat_timeout_ms: 5_000,
-        join_timeout_ms: 60_000,
+        join_timeout_ms: 90_000,
         form_timeout_ms: 60_000,
         step_timeout_ms: 60_000,
         save_timeout_ms: 60_000,
         skipped_steps_max: 3,
-        elastic: None,
+        elastic: Elastic {
+            workers_min: 1,
+            workers_max: 2,
+            mirror: true,
+            failures_max: 3,
+            abort_timeout_ms: 8_000,
+            collective_timeout_ms: 10_000,
+            job_timeout_ms: 300_000,
+            hang_factor: 5.0,
+            slow_factor: 2.0,
+        },
     };
     let spec = JobSpec {
         id: JobId("run".into()),

@@ -150,7 +150,7 @@ impl Job {
         let timeout_ms = self.spec.policy.heartbeat_timeout_ms;
         let gone = finishing.is_some_and(|gone| worker.rank.is_some_and(|it| gone.contains(&it)));
         let silent_ms = (!gone).then_some(worker.pulse.last_heard_ms() + timeout_ms);
-        let watched = self.elastic().is_some() && finishing.is_none();
+        let watched = finishing.is_none();
         let late_ms = (watched && !worker.late).then(|| worker.pulse.late_at_ms(timeout_ms));
         let hangs_ms = self.hangs_at(incarnation).filter(|_| watched);
         let asked = watched && member.is_none() && worker.held.is_none();
@@ -166,15 +166,16 @@ impl Job {
     /// When the deadlines pass that the whole job has; none once it is done.
     fn common_deadlines(&self) -> impl Iterator<Item = (u64, Deadline)> {
         let phase = (!matches!(self.phase, Phase::Done(_))).then(|| self.phase_deadline());
-        let elastic = self.elastic().and_then(|elastic| match self.phase {
+        let elastic = self.elastic();
+        let job = match self.phase {
             Phase::Gathering {
                 since_ms,
                 grace_over: false,
             } => Some((since_ms + elastic.abort_timeout_ms, Deadline::Grace)),
             Phase::Gathering { .. } | Phase::Finishing { .. } | Phase::Done(_) => None,
             _ => Some((self.moved_ms + elastic.job_timeout_ms, Deadline::Job)),
-        });
-        phase.into_iter().chain(elastic)
+        };
+        phase.into_iter().chain(job)
     }
 
     fn phase_deadline(&self) -> (u64, Deadline) {
@@ -184,7 +185,7 @@ impl Job {
                 (since_ms + policy.join_timeout_ms, Deadline::Join)
             }
             Phase::Regrouping { since_ms, .. } => {
-                let abort_ms = self.elastic().map_or(0, |it| it.abort_timeout_ms);
+                let abort_ms = self.elastic().abort_timeout_ms;
                 if self.members.values().any(|it| it.held.is_none()) {
                     (since_ms + abort_ms, Deadline::Abort)
                 } else if self.awaits_publication() {
@@ -222,7 +223,6 @@ impl Job {
     /// Each arm removes its deadline from the table, or ends the job.
     fn passed(&mut self, now_ms: u64, deadline: Deadline, actions: &mut Vec<Action>) {
         let policy = &self.spec.policy;
-        let elastic = policy.elastic.is_some();
         let waiting = || self.waiting();
         let reason = match deadline {
             Deadline::Heartbeat(incarnation) => {
@@ -254,7 +254,7 @@ impl Job {
                     waiting(),
                     seconds(policy.join_timeout_ms)
                 );
-                if elastic && gathers && self.form_first(now_ms, actions) {
+                if gathers && self.form_first(now_ms, actions) {
                     return;
                 }
                 reason
@@ -282,7 +282,7 @@ impl Job {
                 seconds(policy.save_timeout_ms)
             ),
             Deadline::Job => {
-                let job_ms = self.elastic().map_or(0, |it| it.job_timeout_ms);
+                let job_ms = self.elastic().job_timeout_ms;
                 format!(
                     "{}, no step was committed for {}; look into the workers' logs, or raise the job timeout",
                     waiting(),
@@ -290,7 +290,7 @@ impl Job {
                 )
             }
         };
-        if elastic && self.outlives(deadline) {
+        if self.outlives(deadline) {
             // Who is held up by a peer in a collective is not to blame.
             let innocent = |it: &super::Member| it.activity.0.work == Work::Exchanges;
             return self.put_out_late(now_ms, reason, innocent, actions);
@@ -299,7 +299,7 @@ impl Job {
         self.fail(Cause::Temporary, reason, None, actions);
     }
 
-    /// Whether an elastic job goes on with those who are not late for `deadline`.
+    /// Whether the job goes on with those who are not late for `deadline`.
     fn outlives(&self, deadline: Deadline) -> bool {
         match deadline {
             Deadline::Form | Deadline::Step => true,
@@ -315,7 +315,7 @@ impl Job {
         let stays = self.members.iter().filter(|(_, it)| stays(it));
         let stays: Vec<Incarnation> = stays.map(|(it, _)| *it).collect();
         for incarnation in stays {
-            let abort_ms = self.elastic().map_or(0, |it| it.abort_timeout_ms);
+            let abort_ms = self.elastic().abort_timeout_ms;
             let why = format!(
                 "{} did not leave generation {} within {}",
                 self.name(incarnation),

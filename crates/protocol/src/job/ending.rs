@@ -188,7 +188,7 @@ impl Job {
         reason: String,
         actions: &mut Vec<Action>,
     ) {
-        let durable = self.elastic().is_none() || self.committed == self.newest.step;
+        let durable = self.committed == self.newest.step;
         match &self.phase {
             // Workers hold what no checkpoint does: they form a generation to save it.
             Phase::Gathering { .. } | Phase::Regrouping { .. } | Phase::Forming { .. }
@@ -297,15 +297,15 @@ impl Job {
             actions.push(note("lost", text));
             return self.finished(incarnation, actions);
         }
-        // What another try may mend is the loss of one worker to an elastic job; what fails anywhere would fail everywhere.
-        if cause == Cause::Temporary && self.elastic().is_some() {
+        // What another try may mend is the loss of one worker; what fails anywhere would fail everywhere.
+        if cause == Cause::Temporary {
             return self.lost(now_ms, incarnation, reason, actions);
         }
         self.fail(cause, text, Some(incarnation), actions);
     }
 
     /// A member whose connection closed or that fell silent. Before the generation is formed its place is free again;
-    /// when all is durable it harms nothing; in between an elastic job goes on without it, and any other ends, resumable.
+    /// when all is durable it harms nothing; in between the job goes on without it.
     pub(super) fn lost(
         &mut self,
         now_ms: u64,
@@ -339,7 +339,7 @@ impl Job {
                     self.finished(incarnation, actions);
                 }
             }
-            _ if self.elastic().is_some() => {
+            _ => {
                 self.put_out(incarnation, &text, actions);
                 if let Some(times) = self.fails_again(how) {
                     let reason = format!(
@@ -349,10 +349,6 @@ impl Job {
                     return self.fail(Cause::Temporary, reason, None, actions);
                 }
                 self.regroup(now_ms, text, actions);
-            }
-            _ => {
-                actions.push(note("lost", text.clone()));
-                self.fail(Cause::Temporary, text, Some(incarnation), actions);
             }
         }
     }
@@ -371,7 +367,7 @@ impl Job {
             times,
             generation,
         });
-        let most = self.elastic().map_or(u32::MAX, |it| it.failures_max);
+        let most = self.elastic().failures_max;
         (times >= most).then_some(times)
     }
 

@@ -184,15 +184,15 @@ impl Job {
             self.pace.begin();
             self.moved_ms = now_ms;
         }
-        let (committed, elastic) = (self.committed, self.elastic().is_some());
+        let committed = self.committed;
         let first = self.evaluates_first();
         // What a lost generation did not bring to its end, this one does.
-        let missed = elastic && self.evaluates_after(committed) && !self.is_evaluated(committed);
+        let missed = self.evaluates_after(committed) && !self.is_evaluated(committed);
         if first || missed {
             self.await_evaluation(committed);
         }
         let last = self.ending.clone().or_else(|| self.ends_here());
-        let save = elastic && self.save_is_due(last.is_some());
+        let save = self.save_is_due(last.is_some());
         let evaluate = first || self.evaluating.is_some();
         if save {
             self.begin_save();

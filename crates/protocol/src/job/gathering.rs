@@ -57,9 +57,9 @@ impl Job {
             probe: self.spec.probe.clone(),
             spare,
             job: self.spec.id.clone(),
-            terms: self.elastic().map(|it| Terms {
-                mirror: it.mirror,
-                collective_timeout_ms: it.collective_timeout_ms,
+            terms: Some(Terms {
+                mirror: self.elastic().mirror,
+                collective_timeout_ms: self.elastic().collective_timeout_ms,
                 silence_ms: self.spec.policy.heartbeat_timeout_ms,
             }),
         }
@@ -70,11 +70,8 @@ impl Job {
         if let Some(reason) = profile.mismatch(&self.spec.build) {
             return Some((reason, Afterwards::Refused));
         }
-        let room = match self.elastic() {
-            None => false,
-            Some(_) if matches!(self.phase, Phase::Finishing { .. }) => false,
-            Some(elastic) => self.spares.len() < elastic.workers_max as usize,
-        };
+        let room = !matches!(self.phase, Phase::Finishing { .. })
+            && self.spares.len() < self.elastic().workers_max as usize;
         if !matches!(self.phase, Phase::Gathering { .. }) && !room {
             let reason = format!(
                 "generation {} has its {} members already",
@@ -88,19 +85,13 @@ impl Job {
 
     /// Forms the first generation of this life once enough workers are there.
     ///
-    /// An elastic job whose coordinator was restarted waits for those who may still hold its state: until all of them are back,
+    /// A job whose coordinator was restarted waits for those who may still hold its state: until all of them are back,
     /// or have had the time to come; then it takes whoever holds all of it, or else a full world from the newest checkpoint.
     pub(super) fn gather(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
         let Phase::Gathering { grace_over, .. } = self.phase else {
             return;
         };
         let world = self.spec.policy.world as usize;
-        if self.elastic().is_none() {
-            if self.members.len() >= world {
-                self.form(now_ms, actions);
-            }
-            return;
-        }
         let here = self.present();
         let full = here.len() >= world;
         let enough = here.len() >= self.wanted();
@@ -119,7 +110,7 @@ impl Job {
 
     /// Workers that gather and have said what they hold, at most as many as may train: those first who hold something.
     fn present(&self) -> BTreeSet<Incarnation> {
-        let most = self.elastic().map_or(0, |it| it.workers_max as usize);
+        let most = self.elastic().workers_max as usize;
         let here = self.members.iter().filter(|(_, it)| it.held.is_some());
         let mut here: Vec<_> = here
             .map(|(it, member)| (member.holds().is_empty(), *it))
@@ -128,7 +119,7 @@ impl Job {
         here.into_iter().take(most).map(|(_, it)| it).collect()
     }
 
-    /// Forms the first generation of an elastic job of whoever is there; false if those are too few.
+    /// Forms the first generation of whoever is there; false if those are too few.
     pub(super) fn form_first(&mut self, now_ms: u64, actions: &mut Vec<Action>) -> bool {
         let here = self.present();
         if here.len() < self.wanted() {

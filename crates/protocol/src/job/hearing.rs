@@ -31,12 +31,10 @@ impl Job {
         if let Some(reason) = self.knows_more(incarnation, generation, &message) {
             return self.fail(Cause::Fatal, reason, None, actions);
         }
-        if self.elastic().is_some() {
-            if self.spoken.is_stale(incarnation, generation) {
-                return; // it has said newer things since, and hears the answers to those
-            }
-            self.forget_gone();
+        if self.spoken.is_stale(incarnation, generation) {
+            return; // it has said newer things since, and hears the answers to those
         }
+        self.forget_gone();
         if let WorkerMessage::Join(profile) = message {
             return self.join(now_ms, incarnation, profile, actions);
         }
@@ -54,19 +52,11 @@ impl Job {
             let reason = format!("generation {} has its members already", self.generation);
             return self.stop(incarnation, reason, actions);
         };
-        if self.spec.policy.elastic.is_some() && (gathering || generation != self.generation) {
+        if gathering || generation != self.generation {
             return self.outside(now_ms, incarnation, generation, message, actions);
         }
-        // Before its Form a member speaks with generation 0; once it said Ready, it does not.
-        let fresh = generation == Generation(0)
-            && matches!(self.phase, Phase::Gathering { .. } | Phase::Forming { .. });
-        if generation != self.generation && !fresh {
-            return self.send(incarnation, truth, actions);
-        }
         member.heard(now_ms);
-        let Some(rank) = member.rank else {
-            return self.unranked(now_ms, incarnation, message, actions);
-        };
+        let Some(rank) = member.rank else { return };
         match message {
             WorkerMessage::Join(_) => unreachable!("joins were taken above"),
             WorkerMessage::Beat {
@@ -154,30 +144,9 @@ impl Job {
         self.spoken.len()
     }
 
-    /// A word of a worker that has no rank yet.
-    fn unranked(
-        &mut self,
-        now_ms: u64,
-        incarnation: Incarnation,
-        message: WorkerMessage,
-        actions: &mut Vec<Action>,
-    ) {
-        let name = self.name(incarnation);
-        match message {
-            WorkerMessage::Failed { cause, reason } => {
-                let reason = format!("{name} (not yet ranked): {reason}");
-                self.fail(cause, reason, Some(incarnation), actions);
-            }
-            WorkerMessage::Leave { reason } => {
-                self.stop_requested(now_ms, format!("{name} leaves: {reason}"), actions);
-            }
-            _ => {}
-        }
-    }
-
     /// Whether a worker knows more than the journal, so that the journal cannot be this run's newest (invariant M2).
     ///
-    /// An elastic job takes a higher generation for what it is, a number that is used: its next one is above it.
+    /// A higher generation is a number that is used: the next one is above it.
     fn knows_more(
         &mut self,
         incarnation: Incarnation,
@@ -186,12 +155,6 @@ impl Job {
     ) -> Option<String> {
         let cure = "the journal is not the newest of this run: restore it, or stop the workers of the other coordinator";
         if generation > self.generation {
-            if self.spec.policy.elastic.is_none() {
-                return Some(format!(
-                    "worker {incarnation} is of generation {generation}, the journal allows {}; {cure}",
-                    self.generation
-                ));
-            }
             self.known = self.known.max(generation);
             if matches!(self.phase, Phase::Gathering { .. }) {
                 self.generation = Generation(self.known.0 + 1);
@@ -222,11 +185,7 @@ impl Job {
         awaits: Awaits,
         actions: &mut Vec<Action>,
     ) {
-        let elastic = self.elastic().is_some();
         let answer = match (awaits, &self.phase, &self.said) {
-            (Awaits::Form, Phase::Forming { .. }, _) if !elastic => {
-                Some(self.form_message(incarnation))
-            }
             (_, Phase::Regrouping { reason, .. }, _) => {
                 let known = self.members.get(&incarnation);
                 let asked = known.is_some_and(|it| it.held.is_none());
@@ -238,7 +197,7 @@ impl Job {
                 Awaits::Form,
                 Phase::Forming { .. } | Phase::Stepping { .. } | Phase::Draining { .. },
                 _,
-            ) if elastic => {
+            ) => {
                 let reason = format!("{} left the generation", self.name(incarnation));
                 return self.regroup(now_ms, reason, actions);
             }
@@ -255,7 +214,7 @@ impl Job {
         };
         if let Some(answer) = answer {
             self.send(incarnation, answer, actions);
-        } else if elastic {
+        } else {
             let committed = self.committed;
             self.send(
                 incarnation,

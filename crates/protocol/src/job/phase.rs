@@ -16,7 +16,7 @@ pub(super) enum Phase {
         grace_over: bool,
     },
     /// The generation is over for its members, of which some are lost or others to be added: they leave it, and say what they
-    /// hold. Elastic jobs only.
+    /// hold.
     Regrouping {
         /// Why.
         reason: String,
@@ -67,7 +67,7 @@ pub(super) struct Vote {
     pub(super) phases: Phases,
 }
 
-/// A worker that joined: a member, or a spare of an elastic job.
+/// A worker that joined: a member, or a spare.
 pub(super) struct Member {
     /// Its rank, from Forming on.
     pub(super) rank: Option<Rank>,

@@ -111,7 +111,7 @@ impl Job {
         }
     }
 
-    /// A word of a member of an elastic job that gathers, or that has not heard the Form or Abort that holds now.
+    /// A word of a member that gathers, or that has not heard the Form or Abort that holds now.
     pub(super) fn outside(
         &mut self,
         now_ms: u64,
@@ -203,12 +203,9 @@ impl Job {
         actions: &mut Vec<Action>,
     ) {
         let text = format!("{} leaves: {reason}", self.name(incarnation));
-        let Some(elastic) = self.elastic() else {
-            return self.stop_requested(now_ms, text, actions);
-        };
         let others = self.members.iter();
         let others = others.filter(|(it, member)| **it != incarnation && member.leaving.is_none());
-        let enough = others.count() + self.spares.len() >= elastic.workers_min as usize;
+        let enough = others.count() + self.spares.len() >= self.elastic().workers_min as usize;
         let running = matches!(
             self.phase,
             Phase::Regrouping { .. }
@@ -246,9 +243,6 @@ impl Job {
         reason: &str,
         actions: &mut Vec<Action>,
     ) {
-        if self.elastic().is_none() {
-            return self.lost(now_ms, incarnation, reason, actions);
-        }
         if matches!(
             self.phase,
             Phase::Gathering { .. } | Phase::Finishing { .. }
@@ -325,9 +319,6 @@ impl Job {
 
     /// Fewest members of the next generation. To save what there is, one is enough.
     pub(super) fn wanted(&self) -> usize {
-        let Some(elastic) = self.elastic() else {
-            return self.spec.policy.world as usize;
-        };
         let all = || self.members.keys().chain(self.spares.keys()).copied();
         // Where the state of the last step is lost, steps are to be computed again.
         let kept =
@@ -336,7 +327,7 @@ impl Job {
         if saves {
             1
         } else {
-            elastic.workers_min as usize
+            self.elastic().workers_min as usize
         }
     }
 
@@ -344,7 +335,7 @@ impl Job {
     /// only if its shards live nowhere else, for one generation more.
     pub(super) fn next_members(&self) -> BTreeSet<Incarnation> {
         let mut next: BTreeSet<Incarnation> = self.members.keys().copied().collect();
-        let most = self.elastic().map_or(0, |it| it.workers_max as usize);
+        let most = self.elastic().workers_max as usize;
         let ready = self.spares.iter().filter(|(_, it)| it.held.is_some());
         let (loaded, cold): (Vec<_>, Vec<_>) = ready.partition(|(_, it)| it.loaded.is_some());
         let wanted = self.wanted();
@@ -375,7 +366,7 @@ impl Job {
         };
         let ranked = next.iter().enumerate();
         let ranked = ranked.map(|(rank, it)| (Rank(rank as u32), holds(it)));
-        let mirror = self.elastic().is_some_and(|it| it.mirror);
+        let mirror = self.elastic().mirror;
         newest_layout(self.committed, self.since, mirror, ranked)
     }
 
@@ -404,7 +395,7 @@ impl Job {
     pub(super) fn changes_members(&mut self) -> bool {
         let admits = self.spares.values().any(|it| it.loaded.is_some());
         let dismisses = self.members.values().any(|it| it.leaving.is_some());
-        if self.elastic().is_none() || !(admits || dismisses) {
+        if !(admits || dismisses) {
             return false;
         }
         let world = self.members.len() as u32;

@@ -55,10 +55,9 @@ impl Job {
     /// How long a member's own work may stand still. At least as long as a silence, so that a pause is one or the other;
     /// the step's deadline still holds.
     pub(super) fn hang_ms(&self) -> Option<u64> {
-        let policy = &self.spec.policy;
-        let factor = policy.elastic.as_ref()?.hang_factor;
         let usual_ms = self.pace.learned_ms()?;
-        Some(((factor * usual_ms) as u64).max(policy.heartbeat_timeout_ms))
+        let hang_ms = (self.elastic().hang_factor * usual_ms) as u64;
+        Some(hang_ms.max(self.spec.policy.heartbeat_timeout_ms))
     }
 
     /// When a member counts as hanging unless it moves. Who waits, for peers or for the coordinator, is not at fault, and who
@@ -134,9 +133,7 @@ impl Job {
     /// Reports who computes for longer than its peers, by the times of a step that all have voted on. Time spent waiting says
     /// nothing: everybody waits for the slowest.
     pub(super) fn note_slow(&mut self, votes: &BTreeMap<Rank, Vote>, actions: &mut Vec<Action>) {
-        let Some(factor) = self.elastic().map(|it| it.slow_factor) else {
-            return;
-        };
+        let factor = self.elastic().slow_factor;
         let busy = |vote: &Vote| {
             let it = &vote.phases;
             it.data + it.forward + it.head + it.backward

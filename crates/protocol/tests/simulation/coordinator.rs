@@ -20,7 +20,7 @@ impl World {
         self.votes.clear();
         // Rows are a projection of the journal, which whoever opens the run directory completes.
         self.rows = self.rows.max(self.disk.commits().len() as u64);
-        let mut recovery = self.disk.recover(self.setting.elastic);
+        let mut recovery = self.disk.recover();
         if self.setting.planted == Planted::GenerationReused {
             recovery.generation = Generation(recovery.generation.0.saturating_sub(1));
         }
@@ -112,7 +112,7 @@ impl World {
                         }
                     }
                     Record::Rewind { .. } => self.rewound = Some(self.life),
-                    Record::Generation { members, .. } if self.setting.elastic => {
+                    Record::Generation { members, .. } => {
                         self.audit_generation(members);
                     }
                     _ => {}
@@ -273,21 +273,14 @@ impl World {
         self.coordinator_dies();
     }
 
-    /// Its children read the end of their input: most exit, some linger and speak to the next coordinator. The workers of an
-    /// elastic job are nobody's children: few die at the same time.
+    /// Workers are nobody's children: few die at the same time.
     pub fn coordinator_dies(&mut self) {
         if self.told {
             println!("{} the coordinator dies", self.now_ms);
         }
         self.job = None;
-        let (one_in, dies) = if self.setting.elastic {
-            (12, true)
-        } else {
-            (4, false)
-        };
         for incarnation in self.workers.keys().copied().collect::<Vec<_>>() {
-            let drawn = self.deadly() && self.random.once_in(one_in);
-            if drawn == dies && (self.deadly() || !self.setting.elastic) {
+            if self.deadly() && self.random.once_in(12) {
                 self.exit(incarnation);
             }
         }

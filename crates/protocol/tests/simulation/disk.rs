@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{
     CommitRecord, EvaluationRow, Fence, Generation, Incarnation, JobPolicy, Record, Recovery,
-    Selection, Statistics, Step, StepReport, recover, recover_living, surviving,
+    Selection, Statistics, Step, StepReport, recover_living, surviving,
 };
 
 use crate::random::mix;
@@ -154,6 +154,8 @@ pub struct Disk {
     members: Vec<Incarnation>,
     generation: Generation,
     rewinds: usize,
+    /// How many there were when a generation was formed.
+    rewinds_before: BTreeMap<u64, usize>,
     highest: u64,
     /// Commits that were ever journaled: generation, step, verdict.
     verdicts: BTreeSet<(u64, u64, bool)>,
@@ -186,11 +188,10 @@ impl Disk {
         commits
     }
 
-    pub fn recover(&self, elastic: bool) -> Recovery {
+    pub fn recover(&self) -> Recovery {
         let newest = self.checkpoints.keys().next_back().map(|step| Step(*step));
-        let recover = if elastic { recover_living } else { recover };
         let recovery =
-            recover(&self.journal, newest).expect("M2: the journal covers the checkpoints");
+            recover_living(&self.journal, newest).expect("M2: the journal covers the checkpoints");
         self.surviving();
         assert_eq!(recovery.generation, self.generation);
         assert_eq!(recovery.members, self.members);
@@ -201,6 +202,11 @@ impl Disk {
     /// Rewinds ever journaled.
     pub fn rewinds(&self) -> usize {
         self.rewinds
+    }
+
+    /// Rewinds journaled before this generation.
+    pub fn rewinds_before(&self, generation: u64) -> usize {
+        self.rewinds_before[&generation]
     }
 
     /// The last commit that counts, and the generation that made it.
@@ -235,6 +241,7 @@ impl Disk {
                     "M2: {generation} was used before"
                 );
                 self.generation = *generation;
+                self.rewinds_before.insert(generation.0, self.rewinds);
                 self.members.clone_from(members);
             }
             Record::Commit(commit) => {

@@ -9,28 +9,20 @@ use crate::world::{Happens, World};
 
 impl World {
     pub fn launch(&mut self) {
-        let elastic = self.policy.elastic.as_ref();
-        let gathering = self
-            .job
-            .as_ref()
-            .is_some_and(|job| job.waiting().to_string().contains("to join"));
-        let well = |it: &&Worker| {
-            let here = elastic.is_some() || it.life == self.life;
-            here && it.health == Health::Well && !it.leaving
-        };
+        let well = |it: &&Worker| it.health == Health::Well && !it.leaving;
         let alive = self.workers.values().filter(well).count();
-        // The workers of an elastic job are replaced whenever somebody gets to it, at times by more than it had.
-        let wanted = match elastic {
-            None if gathering => self.policy.world,
-            Some(elastic) if self.faulty() && self.random.once_in(10) => elastic.workers_max,
-            Some(_) if !self.faulty() || self.life <= 1 && self.now_ms < 100 => self.policy.world,
-            Some(_) if self.random.once_in(8) => self.policy.world,
-            _ => 0,
+        // Workers are replaced whenever somebody gets to it, at times by more than there were.
+        let wanted = if self.faulty() && self.random.once_in(10) {
+            self.policy.elastic.workers_max
+        } else if !self.faulty() || self.life <= 1 && self.now_ms < 100 || self.random.once_in(8) {
+            self.policy.world
+        } else {
+            0
         };
         for _ in alive..wanted as usize {
             // In any order, so that ranks do not follow age.
             let incarnation = mix(self.workers.len() as u64, self.life) | 1;
-            let mut worker = Worker::new(incarnation, self.life, self.setting.elastic);
+            let mut worker = Worker::new(incarnation);
             worker.heard_ms = self.now_ms;
             self.workers.insert(incarnation, worker);
             let delay_ms = self.random.between(1, 100);
@@ -90,11 +82,10 @@ impl World {
             .map(|it| it.incarnation)
             .collect();
         self.faults += 1;
-        let kinds = if self.setting.elastic { 14 } else { 9 };
-        let kind = self.random.between(0, kinds);
+        let kind = self.random.between(0, 14);
         match (kind, victims.as_slice()) {
             (0, _) if self.job.is_some() => self.coordinator_dies(),
-            (1, _) if !self.setting.elastic || self.random.once_in(3) => {
+            (1, _) if self.random.once_in(3) => {
                 self.handle(Event::StopRequested {
                     reason: "a person asked".into(),
                 });
@@ -113,14 +104,14 @@ impl World {
                     _ => self.workers.get_mut(&victim).expect("a victim").health = Health::Stuck,
                 }
             }
-            (10..=13, [_, ..]) => self.elastic_fault(kind, &victims),
+            (10..=13, [_, ..]) => self.further_fault(kind, &victims),
             _ => self.faults -= 1,
         }
         let delay_ms = self.random.between(100, 2_000);
         self.after(delay_ms, Happens::Fault);
     }
 
-    fn elastic_fault(&mut self, kind: u64, victims: &[u64]) {
+    fn further_fault(&mut self, kind: u64, victims: &[u64]) {
         let mut draw = || victims[self.random.between(0, victims.len() as u64 - 1) as usize];
         let (one, other) = (draw(), draw());
         let until_ms = self.now_ms + self.random.between(50, 4_000);

@@ -23,20 +23,17 @@ impl Worker {
                     Afterwards::Leave | Afterwards::Restart | Afterwards::Refused => false,
                 };
                 self.restarted |= afterwards == Afterwards::Restart;
-                if !self.elastic || self.leaving || !stays {
+                if self.leaving || !stays {
                     return vec![Effect::Exit];
                 }
                 self.rejoin();
                 return vec![];
             }
             // Its training thread hears nothing any more.
-            _ if self.elastic && self.health == Health::Stuck => return vec![],
+            _ if self.health == Health::Stuck => return vec![],
             CoordinatorMessage::Stale { .. } => {
                 let overtaken = self.generation != 0 && generation > self.generation;
-                if overtaken && !self.elastic {
-                    return vec![Effect::Exit];
-                }
-                if self.elastic && (overtaken || matches!(self.doing, Doing::Welcomed { .. })) {
+                if overtaken || matches!(self.doing, Doing::Welcomed { .. }) {
                     self.rejoin();
                 }
                 return vec![];
@@ -92,7 +89,7 @@ impl Worker {
                     self.doing,
                     Doing::Left | Doing::Joining | Doing::Welcomed { .. } | Doing::Broken { .. }
                 );
-                if step.0 <= self.committed || (self.elastic && left) {
+                if step.0 <= self.committed || left {
                     return vec![];
                 }
                 self.commit(step.0, apply, disk);
@@ -114,12 +111,9 @@ impl Worker {
         if was_joining {
             self.doing = Doing::Welcomed { loaded: false };
         }
-        let mut effects = Vec::new();
-        if self.elastic {
-            effects.push(Effect::Say(self.held()));
-            if spare && self.doing == (Doing::Welcomed { loaded: false }) {
-                effects.push(Effect::Load);
-            }
+        let mut effects = vec![Effect::Say(self.held())];
+        if spare && self.doing == (Doing::Welcomed { loaded: false }) {
+            effects.push(Effect::Load);
         }
         effects
     }
@@ -138,13 +132,7 @@ impl Worker {
             unreachable!("a Form");
         };
         let generation = to.generation.0;
-        let again = self.elastic && generation <= self.generation;
-        let waits = match self.doing {
-            Doing::Welcomed { .. } => true,
-            Doing::Joining => false,
-            _ => self.elastic,
-        };
-        if again || !waits {
+        if generation <= self.generation || self.doing == Doing::Joining {
             return vec![]; // again, or before the Welcome it overtook
         }
         assert!(
@@ -172,12 +160,14 @@ impl Worker {
             self.doing = Doing::Left;
             return vec![Effect::Say(self.held())];
         }
+        // A late Form knows of no later ones.
+        let rewinds = disk.rewinds_before(generation);
         let known = self.cuts.iter().map(|it| it.applied).max();
         assert!(
-            known.is_none_or(|known| known <= committed.0) || disk.rewinds() > self.rewinds,
+            known.is_none_or(|known| known <= committed.0) || rewinds > self.rewinds,
             "M4: back from {known:?} to {committed} without a rewind in the journal"
         );
-        self.rewinds = disk.rewinds();
+        self.rewinds = rewinds;
         self.generation = generation;
         self.rank = rank.0;
         self.world = addresses.len() as u32;

@@ -85,8 +85,7 @@ impl World {
         }
     }
 
-    /// A collective ends when all ranks take part and all links hold; otherwise somebody stops those who wait, or, in elastic
-    /// jobs, they give up.
+    /// A collective ends when all ranks take part and all links hold; otherwise those who wait give up.
     fn collective(&mut self, incarnation: u64, generation: u64, step: u64) {
         let world = self.workers[&incarnation].world as usize;
         let here = self.collectives.entry((generation, step)).or_default();
@@ -96,17 +95,14 @@ impl World {
         );
         assert!(here.len() <= world, "M1: two generations of one number");
         let here = here.clone();
-        if let Some(elastic) = &self.policy.elastic {
-            let delay_ms = elastic.collective_timeout_ms;
-            self.after(
-                delay_ms,
-                Happens::CollectiveTimeout {
-                    incarnation,
-                    generation,
-                    step,
-                },
-            );
-        }
+        self.after(
+            self.policy.elastic.collective_timeout_ms,
+            Happens::CollectiveTimeout {
+                incarnation,
+                generation,
+                step,
+            },
+        );
         let whole = here
             .iter()
             .all(|from| here.iter().all(|to| !self.cut(*from, *to)));
@@ -123,7 +119,7 @@ impl World {
             let worker = &self.workers[it];
             worker.generation == generation && worker.health != Health::Dead && waits(it)
         };
-        if self.setting.elastic && !here.iter().all(alive) {
+        if !here.iter().all(alive) {
             return;
         }
         let moved =

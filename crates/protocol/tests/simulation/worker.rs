@@ -93,10 +93,7 @@ impl Cut {
 
 pub struct Worker {
     pub incarnation: u64,
-    /// The coordinator's life that spawned it.
-    pub life: u64,
     pub health: Health,
-    pub elastic: bool,
     pub fence: Fence,
     pub generation: u64,
     pub rank: u32,
@@ -124,12 +121,10 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub fn new(incarnation: u64, life: u64, elastic: bool) -> Self {
+    pub fn new(incarnation: u64) -> Self {
         Self {
             incarnation,
-            life,
             health: Health::Well,
-            elastic,
             fence: Fence(0),
             generation: 0,
             rank: 0,
@@ -233,7 +228,6 @@ impl Worker {
 
     fn activity(&self) -> Activity {
         let work = match self.doing {
-            _ if !self.elastic => Work::Untold,
             Doing::Computing { .. } if self.health == Health::Stuck => Work::Computes,
             Doing::Computing { .. } | Doing::Connecting => Work::Exchanges,
             _ => Work::Waits,

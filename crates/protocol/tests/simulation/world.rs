@@ -50,8 +50,6 @@ pub enum Planted {
 #[derive(Clone, Copy, Debug)]
 pub struct Setting {
     pub weather: Weather,
-    /// Whether the job outlives the loss of members, and its workers the loss of the coordinator.
-    pub elastic: bool,
     pub planted: Planted,
 }
 
@@ -145,7 +143,7 @@ pub struct World {
     pub refused: u64,
     /// Commits that survivors made without going back to a checkpoint after a loss.
     pub carried: u64,
-    /// How long a step takes. In some elastic runs longer than a worker may be silent.
+    /// How long a step takes. In some runs longer than a worker may be silent.
     pub step_ms: (u64, u64),
     /// Whether the story is printed.
     pub told: bool,
@@ -154,8 +152,12 @@ pub struct World {
 impl World {
     pub fn new(seed: u64, setting: Setting) -> Self {
         let mut random = Random::new(seed);
-        let mut policy = JobPolicy {
-            world: random.between(1, 4) as u32,
+        let world = random.between(1, 4) as u32;
+        let mut other = Random::new(mix(seed, 7));
+        let elastic = elastic(&mut other, world);
+        let slowly = other.once_in(6);
+        let policy = JobPolicy {
+            world,
             save_every: Some(random.between(2, 6)).filter(|it| *it < 6),
             evaluate_every: Some(random.between(1, 6)).filter(|it| *it < 6),
             selection: selection(&mut Random::new(mix(seed, 6))),
@@ -165,17 +167,13 @@ impl World {
             step_timeout_ms: 3_000,
             save_timeout_ms: 4_000,
             skipped_steps_max: 3,
-            elastic: None,
+            elastic,
         };
         let mut steps_total = random.between(5, 60);
         let mut step_ms = (10, 80);
-        if setting.elastic {
-            let mut random = Random::new(mix(seed, 7));
-            policy.elastic = Some(elastic(&mut random, policy.world));
-            if random.once_in(6) {
-                steps_total = steps_total.min(12);
-                step_ms = (1_600, 1_900);
-            }
+        if slowly {
+            steps_total = steps_total.min(12);
+            step_ms = (1_600, 1_900);
         }
         let mut world = Self {
             setting,
@@ -215,7 +213,7 @@ impl World {
     }
 
     /// How long a job may take once faults have stopped (invariant M5): every deadline once, to notice what the last fault
-    /// left behind, then an undisturbed run. An elastic job notices one by one what each worker was left with.
+    /// left behind, then an undisturbed run. It notices one by one what each worker was left with.
     fn bound_ms(&self) -> u64 {
         let policy = &self.policy;
         let notice = policy.heartbeat_timeout_ms
@@ -223,11 +221,8 @@ impl World {
             + policy.form_timeout_ms
             + 2 * policy.step_timeout_ms
             + policy.save_timeout_ms;
-        let recoveries = policy
-            .elastic
-            .as_ref()
-            .map_or(0, |it| u64::from(it.workers_max) + 1);
-        let recovery = policy.recovery_ms_max().unwrap_or(0);
+        let recoveries = u64::from(policy.elastic.workers_max) + 1;
+        let recovery = policy.recovery_ms_max();
         notice
             + 2_000
             + recoveries * recovery
@@ -448,7 +443,7 @@ impl World {
             let worker = self.workers.get_mut(&incarnation).expect("awake");
             // It does not hear, or is not heard: it connects again.
             let silent_ms = now_ms.saturating_sub(worker.heard_ms);
-            if worker.elastic && silent_ms > 3_000 && worker.health == Health::Well {
+            if silent_ms > 3_000 && worker.health == Health::Well {
                 worker.heard_ms = now_ms;
                 if worker.doing != Doing::Joining {
                     worker.rejoin();

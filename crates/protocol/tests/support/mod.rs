@@ -18,6 +18,7 @@ pub struct Play {
     pub world: u64,
 }
 
+/// A job that needs all of its `world`: the ladder is 5 s heartbeat, 8 s abort, 10 s collective, 40 s step, 60 s join, 300 s job.
 pub fn policy(world: u64) -> JobPolicy {
     JobPolicy {
         world: world as u32,
@@ -25,21 +26,13 @@ pub fn policy(world: u64) -> JobPolicy {
         evaluate_every: None,
         selection: None,
         heartbeat_timeout_ms: 5_000,
-        join_timeout_ms: 20_000,
+        join_timeout_ms: 60_000,
         form_timeout_ms: 30_000,
         step_timeout_ms: 40_000,
         save_timeout_ms: 50_000,
         skipped_steps_max: 3,
-        elastic: None,
-    }
-}
-
-/// With the ladder of [`policy`]: 5 s heartbeat, 8 s abort, 10 s collective, 40 s step, 60 s join, 300 s job.
-pub fn elastic(world: u64, min: u32) -> JobPolicy {
-    JobPolicy {
-        join_timeout_ms: 60_000,
-        elastic: Some(Elastic {
-            workers_min: min,
+        elastic: Elastic {
+            workers_min: world as u32,
             workers_max: world as u32 + 1,
             abort_timeout_ms: 8_000,
             collective_timeout_ms: 10_000,
@@ -48,9 +41,15 @@ pub fn elastic(world: u64, min: u32) -> JobPolicy {
             slow_factor: 2.0,
             mirror: true,
             failures_max: u32::MAX,
-        }),
-        ..policy(world)
+        },
     }
+}
+
+/// The same, and `min` of them are enough.
+pub fn elastic(world: u64, min: u32) -> JobPolicy {
+    let mut policy = policy(world);
+    policy.elastic.workers_min = min;
+    policy
 }
 
 /// Shards of rank `rank` of `world`, cut by `generation`, at `applied`; with the next step's gradient or without.
@@ -65,11 +64,8 @@ pub fn cut(generation: u64, rank: u32, world: u32, applied: u64, gradient: bool)
 }
 
 pub fn spec(policy: JobPolicy, recovery: Recovery) -> JobSpec {
-    // An elastic job may stand after its checkpoint.
-    let committed = match policy.elastic {
-        Some(_) => recovery.checkpoint,
-        None => recovery.committed,
-    };
+    // It may stand after its checkpoint.
+    let checkpoint = recovery.checkpoint;
     JobSpec {
         id: JobId("run".into()),
         policy,
@@ -80,7 +76,7 @@ pub fn spec(policy: JobPolicy, recovery: Recovery) -> JobSpec {
         secret: [7; 32],
         fence: Fence(1),
         recovery,
-        resume: (committed.0 > 0).then(|| format!("step-{committed}")),
+        resume: (checkpoint.0 > 0).then(|| format!("step-{checkpoint}")),
     }
 }
 
@@ -135,9 +131,6 @@ impl Play {
     pub fn elastic(world: u64, min: u32, steps_total: u64) -> Self {
         let mut play = Self::new(elastic(world, min), Recovery::default()).0;
         play.join_all();
-        for incarnation in 1..=world {
-            play.held(incarnation, 0, vec![]);
-        }
         let go = play.ready_all(steps_total);
         assert_eq!(told(&go).len() as u64, world, "all are told to go");
         play
@@ -188,8 +181,11 @@ impl Play {
         self.say_in(incarnation, 0, join_message("build", WIRE_VERSION))
     }
 
+    /// All join, and say that they hold nothing.
     pub fn join_all(&mut self) -> Vec<Action> {
-        (1..=self.world).flat_map(|it| self.join(it)).collect()
+        let mut actions: Vec<Action> = (1..=self.world).flat_map(|it| self.join(it)).collect();
+        actions.extend((1..=self.world).flat_map(|it| self.held(it, 0, vec![])));
+        actions
     }
 
     pub fn ready(&mut self, incarnation: u64, facts: RunFacts) -> Vec<Action> {
