@@ -232,6 +232,7 @@ impl NewRankFile<'_> {
         let mut writing = folder.create(&name, bytes).map_err(WriteError::from)?;
         let mut digester = Digester::default();
         digester.update(&header);
+        digester.end_part();
         writing.append(&header).map_err(WriteError::from)?;
         let mut buffer = Vec::with_capacity(BUFFER_BYTES);
         for (index, entry) in entries.iter_mut().enumerate() {
@@ -239,14 +240,14 @@ impl NewRankFile<'_> {
                 let range = start..entry.len.min(start + RUN);
                 let run = values.run(index, entry, range)?;
                 encode(run, f32::to_le_bytes, &mut buffer);
-                entry.crc32c = crc32c::crc32c_append(entry.crc32c, &buffer);
                 digester.update(&buffer);
                 writing.append(&buffer).map_err(WriteError::from)?;
             }
+            entry.crc32c = digester.end_part();
         }
         writing.commit().map_err(WriteError::from)?;
 
-        let digests = digester.finish();
+        let digests = digester.finish(Vec::new());
         Ok(RankFile {
             world,
             generation: self.generation,
