@@ -98,13 +98,30 @@ pub(crate) fn examine(
         Err(damage) => return Ok(vec![damage]),
     };
     let scan = |range, sink: &mut dyn FnMut(&[u8])| file.scan(range, sink);
-    let found = Digests::of(entry.bytes, scan, watch)?;
+    let starts: Vec<u64> = entry.pieces.iter().map(|piece| piece.offset).collect();
+    let found = Digests::of(entry.bytes, &starts, scan, watch)?;
     let chunks = found.chunks.iter().zip(&entry.chunks).enumerate();
     let bad = chunks.filter(|(_, (found, expected))| found != expected);
     let bad: Vec<u64> = bad.map(|(chunk, _)| chunk as u64).collect();
     let mut damages = Vec::new();
     for chunk in bad {
         damages.extend(locate(&*file, entry, chunk)?);
+    }
+    // Bytes that are as written, under a checksum that was not: a read of this piece would be refused.
+    for (piece, _) in
+        (entry.pieces.iter().zip(&found.parts)).filter(|(it, found)| it.crc32c != **found)
+    {
+        let bytes = piece.end() - piece.offset;
+        let known = |damage: &Damage| damage.tensor.as_ref().is_some_and(|it| *it == piece.name());
+        if !damages.iter().any(known) {
+            damages.push(Damage {
+                file: entry.name.clone(),
+                tensor: Some(piece.name()),
+                offset: piece.offset,
+                bytes,
+                reason: "the checksum does not hold".into(),
+            });
+        }
     }
     if damages.is_empty() && found.blake3 != entry.blake3 {
         let reason = format!("BLAKE3 is {}, not {}", found.blake3, entry.blake3);

@@ -1,6 +1,6 @@
-//! Two digests of a file in one pass: crc32c of each chunk, so that a ranged read can be checked without the rest of the
-//! file, and BLAKE3 of the whole, which no accident and no swap gets past. Either as the bytes come, or of a file that is
-//! there, on all cores.
+//! The digests of a file in one pass: crc32c of each chunk and of each part, so that a ranged read can be checked without the
+//! rest of the file, and BLAKE3 of the whole, which no accident and no swap gets past. Either as the bytes come, or of a file
+//! that is there, on all cores.
 
 use std::{
     num::NonZero,
@@ -29,18 +29,45 @@ pub(crate) struct Digests {
     /// Hexadecimal.
     pub blake3: String,
     pub chunks: Vec<u32>,
+    /// crc32c of each part.
+    pub parts: Vec<u32>,
+}
+
+/// crc32c of bytes, and how many: two of neighbours are joined without another look at the bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Checksum {
+    crc32c: u32,
+    bytes: u64,
+}
+
+impl Checksum {
+    fn add(&mut self, bytes: &[u8]) {
+        self.crc32c = crc32c::crc32c_append(self.crc32c, bytes);
+        self.bytes += bytes.len() as u64;
+    }
+
+    fn join(&mut self, next: Self) {
+        self.crc32c = match self.bytes {
+            0 => next.crc32c,
+            _ => crc32c::crc32c_combine(self.crc32c, next.crc32c, next.bytes as usize),
+        };
+        self.bytes += next.bytes;
+    }
 }
 
 impl Digests {
-    /// The digests of a file of `bytes`, read a chunk per thread on all cores. `scan` hands over the file's bytes of a range.
+    /// The digests of a file of `bytes`, read a chunk per thread on all cores. A part begins at each of `starts`, which ascend,
+    /// and ends where the next one begins, or the file. `scan` hands over the file's bytes of a range.
     pub fn of<E: Send>(
         bytes: u64,
+        starts: &[u64],
         scan: impl Fn(Range<u64>, &mut dyn FnMut(&[u8])) -> Result<(), E> + Sync,
         watch: Watch<'_>,
     ) -> Result<Self, E> {
         let count = bytes.div_ceil(CHUNK_BYTES);
+        let mut parts = vec![Checksum::default(); starts.len()];
         if count == 0 {
-            return Ok(Digester::default().finish());
+            return Ok(Digester::default().finish(vec![0; parts.len()]));
         }
         let next = AtomicU64::new(0);
         let work = || -> Result<Vec<ChunkDigest>, E> {
@@ -50,16 +77,23 @@ impl Digests {
                 if index >= count {
                     return Ok(done);
                 }
-                done.push(ChunkDigest::of(index, bytes, &scan, watch)?);
+                done.push(ChunkDigest::of(index, bytes, starts, &scan, watch)?);
             }
         };
         let mut chunks = on_all_cores(count, work)?;
         chunks.sort_by_key(|chunk| chunk.index);
         let values: Vec<ChainingValue> = chunks.iter().map(|chunk| chunk.value).collect();
+        let cut = chunks.iter().flat_map(|chunk| &chunk.cut);
+        for &(part, checksum) in cut {
+            if let Some(part) = part {
+                parts[part].join(checksum);
+            }
+        }
         Ok(Self {
             bytes,
             blake3: root(&values).to_hex().to_string(),
-            chunks: chunks.into_iter().map(|chunk| chunk.crc32c).collect(),
+            chunks: chunks.iter().map(ChunkDigest::crc32c).collect(),
+            parts: parts.iter().map(|part| part.crc32c).collect(),
         })
     }
 }
@@ -67,7 +101,8 @@ impl Digests {
 /// What one chunk contributes to the digests of its file.
 struct ChunkDigest {
     index: u64,
-    crc32c: u32,
+    /// What is in it of each part, in order; of none where it lies before the first.
+    cut: Vec<(Option<usize>, Checksum)>,
     /// Of its subtree; of a file of one chunk, the hash itself.
     value: ChainingValue,
 }
@@ -76,6 +111,7 @@ impl ChunkDigest {
     fn of<E>(
         index: u64,
         bytes: u64,
+        starts: &[u64],
         scan: &impl Fn(Range<u64>, &mut dyn FnMut(&[u8])) -> Result<(), E>,
         watch: Watch<'_>,
     ) -> Result<Self, E> {
@@ -83,12 +119,28 @@ impl ChunkDigest {
         let end = bytes.min(offset + CHUNK_BYTES);
         let mut hasher = blake3::Hasher::new();
         hasher.set_input_offset(offset);
-        let mut crc32c = 0;
+        // The first part that begins behind the place where we are.
+        let mut next = starts.partition_point(|&start| start <= offset);
+        let mut at = offset;
+        let mut cut = vec![(next.checked_sub(1), Checksum::default())];
         scan(offset..end, &mut |bytes| {
             // While they are in the core's cache.
-            for block in bytes.chunks(BLOCK_BYTES) {
-                crc32c = crc32c::crc32c_append(crc32c, block);
+            for mut block in bytes.chunks(BLOCK_BYTES) {
                 hasher.update(block);
+                while let Some(&start) = starts.get(next)
+                    && start < at + block.len() as u64
+                {
+                    let (before, after) = block.split_at((start - at) as usize);
+                    if let Some((_, last)) = cut.last_mut() {
+                        last.add(before);
+                    }
+                    cut.push((Some(next), Checksum::default()));
+                    (next, at, block) = (next + 1, start, after);
+                }
+                if let Some((_, last)) = cut.last_mut() {
+                    last.add(block);
+                }
+                at += block.len() as u64;
             }
             watch(bytes.len() as u64);
         })?;
@@ -97,11 +149,15 @@ impl ChunkDigest {
         } else {
             hasher.finalize_non_root()
         };
-        Ok(Self {
-            index,
-            crc32c,
-            value,
-        })
+        Ok(Self { index, cut, value })
+    }
+
+    fn crc32c(&self) -> u32 {
+        let mut whole = Checksum::default();
+        for &(_, checksum) in &self.cut {
+            whole.join(checksum);
+        }
+        whole.crc32c
     }
 }
 
@@ -155,32 +211,51 @@ fn halves(values: &[ChainingValue]) -> (&[ChainingValue], &[ChainingValue]) {
 #[derive(Debug, Default)]
 pub(crate) struct Digester {
     hasher: blake3::Hasher,
-    bytes: u64,
-    chunks: Vec<u32>,
+    /// Of whole chunks, and of what the last one has before `since`.
+    chunks: Vec<Checksum>,
+    /// Of what the part has before `since`.
+    part: Checksum,
+    /// Of what came since the last border of a chunk or part.
+    since: Checksum,
 }
 
 impl Digester {
     pub fn update(&mut self, mut bytes: &[u8]) {
         self.hasher.update(bytes);
         while !bytes.is_empty() {
-            let filled = self.bytes % CHUNK_BYTES;
-            if filled == 0 {
-                self.chunks.push(0);
+            let filled = self.chunks.last().map_or(CHUNK_BYTES, |it| it.bytes) + self.since.bytes;
+            if filled == CHUNK_BYTES {
+                self.settle();
+                self.chunks.push(Checksum::default());
+                continue;
             }
             let (now, later) = bytes.split_at(bytes.len().min((CHUNK_BYTES - filled) as usize));
-            if let Some(chunk) = self.chunks.last_mut() {
-                *chunk = crc32c::crc32c_append(*chunk, now);
-            }
-            self.bytes += now.len() as u64;
+            self.since.add(now);
             bytes = later;
         }
     }
 
-    pub fn finish(self) -> Digests {
+    /// Ends a part: crc32c of what came since the last one ended.
+    pub fn end_part(&mut self) -> u32 {
+        self.settle();
+        std::mem::take(&mut self.part).crc32c
+    }
+
+    fn settle(&mut self) {
+        let since = std::mem::take(&mut self.since);
+        if let Some(chunk) = self.chunks.last_mut() {
+            chunk.join(since);
+        }
+        self.part.join(since);
+    }
+
+    pub fn finish(mut self, parts: Vec<u32>) -> Digests {
+        self.settle();
         Digests {
-            bytes: self.bytes,
+            bytes: self.chunks.iter().map(|chunk| chunk.bytes).sum(),
             blake3: self.hasher.finalize().to_hex().to_string(),
-            chunks: self.chunks,
+            chunks: self.chunks.iter().map(|chunk| chunk.crc32c).collect(),
+            parts,
         }
     }
 }
@@ -202,8 +277,8 @@ mod tests {
         for piece in bytes.chunks(1_000_003) {
             pieces.update(piece);
         }
-        let whole = whole.finish();
-        assert_eq!(whole, pieces.finish());
+        let whole = whole.finish(Vec::new());
+        assert_eq!(whole, pieces.finish(Vec::new()));
         let expected: Vec<u32> = bytes
             .chunks(CHUNK_BYTES as usize)
             .map(crc32c::crc32c)
@@ -237,10 +312,33 @@ mod tests {
             let watch = |count| {
                 seen.fetch_add(count, Relaxed);
             };
-            let found = Digests::of(len as u64, scan, &watch).expect("memory can be read");
+            // Parts that end in a chunk, cross one, begin with one, are many chunks, one byte or none.
+            let starts = [
+                3,
+                9,
+                9,
+                chunk,
+                chunk + 1,
+                chunk * 3,
+                chunk * 3 + 7,
+                chunk * 7,
+            ];
+            let starts = starts.map(|it| it.min(len) as u64);
+            let found = Digests::of(len as u64, &starts, scan, &watch).expect("memory can be read");
             let mut expected = Digester::default();
-            expected.update(bytes);
-            assert_eq!(found, expected.finish(), "{len} bytes");
+            expected.update(&bytes[..starts[0] as usize]);
+            expected.end_part();
+            let ends = starts.iter().skip(1).copied().chain([len as u64]);
+            let parts = starts.iter().zip(ends).map(|(&start, end)| {
+                let part = &bytes[start as usize..end as usize];
+                part.chunks(1_000_003).for_each(|it| expected.update(it));
+                assert_eq!(expected.end_part(), crc32c::crc32c(part));
+                crc32c::crc32c(part)
+            });
+            let parts = parts.collect();
+            assert_eq!(found, expected.finish(parts), "{len} bytes");
+            let chunks: Vec<u32> = bytes.chunks(chunk).map(crc32c::crc32c).collect();
+            assert_eq!(found.chunks, chunks, "{len} bytes");
             assert_eq!(seen.into_inner(), len as u64);
         }
     }
@@ -255,7 +353,7 @@ mod tests {
                 _ => Ok(()),
             }
         };
-        let error = Digests::of(8 * CHUNK_BYTES, scan, &|_| ()).expect_err("refused");
+        let error = Digests::of(8 * CHUNK_BYTES, &[], scan, &|_| ()).expect_err("refused");
         assert_eq!(error.to_string(), "bad sector");
     }
 }

@@ -8,16 +8,13 @@ use serde_json::{Map, Value, json};
 use storage::{FileError, Folder};
 
 use crate::{
-    digest::Digester,
+    digest::{BLOCK_BYTES, Digester},
     folder,
     parts::{Kind, Piece, TensorSpec, TrainState},
 };
 
-/// Bytes converted and written at once.
-const BUFFER_BYTES: usize = 1 << 20;
-
-/// The same in elements.
-const RUN: usize = BUFFER_BYTES / 4;
+/// Elements hashed and written at once: their bytes are still in the core's cache when the system copies them.
+const RUN: usize = BLOCK_BYTES / 4;
 
 /// A durable rank file as the manifest describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -232,21 +229,27 @@ impl NewRankFile<'_> {
         let mut writing = folder.create(&name, bytes).map_err(WriteError::from)?;
         let mut digester = Digester::default();
         digester.update(&header);
+        digester.end_part();
         writing.append(&header).map_err(WriteError::from)?;
-        let mut buffer = Vec::with_capacity(BUFFER_BYTES);
+        let mut swapped = Vec::new();
         for (index, entry) in entries.iter_mut().enumerate() {
             for start in (0..entry.len).step_by(RUN) {
                 let range = start..entry.len.min(start + RUN);
                 let run = values.run(index, entry, range)?;
-                encode(run, f32::to_le_bytes, &mut buffer);
-                entry.crc32c = crc32c::crc32c_append(entry.crc32c, &buffer);
-                digester.update(&buffer);
-                writing.append(&buffer).map_err(WriteError::from)?;
+                let bytes = if cfg!(target_endian = "big") {
+                    encode(run, f32::to_le_bytes, &mut swapped);
+                    &swapped[..]
+                } else {
+                    bytemuck::cast_slice(run)
+                };
+                digester.update(bytes);
+                writing.append(bytes).map_err(WriteError::from)?;
             }
+            entry.crc32c = digester.end_part();
         }
         writing.commit().map_err(WriteError::from)?;
 
-        let digests = digester.finish();
+        let digests = digester.finish(Vec::new());
         Ok(RankFile {
             world,
             generation: self.generation,

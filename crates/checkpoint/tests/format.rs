@@ -280,6 +280,22 @@ fn gaps_overlaps_and_disagreeing_ranks_are_not_committed() {
     assert!(text.contains("BLAKE3"), "{text}");
 }
 
+/// Bytes as written and a checksum that is not theirs: the manifest would be visible, and the piece could not be read.
+#[test]
+fn c1_a_piece_whose_checksum_a_rank_tells_wrongly_is_not_committed() {
+    for piece in [0, 5] {
+        let error = refused(|ranks| ranks[1].file.pieces[piece].crc32c ^= 1);
+        let CommitError::Damaged { damages, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(damages.len(), 1);
+        let ranks = write(tempfile::tempdir().unwrap().path(), GENERATION, 20, 2, 1);
+        let told = &ranks.file.pieces[piece];
+        assert_eq!(damages[0].tensor, Some(told.name()));
+        assert_eq!(damages[0].offset, told.offset);
+    }
+}
+
 #[test]
 fn a_missing_rank_or_missing_elements_are_not_committed() {
     let directory = tempfile::tempdir().unwrap();

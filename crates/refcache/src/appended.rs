@@ -3,7 +3,7 @@
 //! Reading goes through [`storage::log::parse`]: opening a log for writing cuts its torn tail, and the tail of another
 //! process's segment may be an append that is under way.
 
-use std::path::Path;
+use std::{io::BufRead, path::Path};
 
 use storage::log::{self, LogError};
 
@@ -33,6 +33,8 @@ pub struct Appended {
     pub entries: Vec<Placed>,
     /// The unfinished record at its end, if any.
     pub torn: Option<TornTail>,
+    /// Size of the log.
+    pub bytes: u64,
 }
 
 /// The first record of every log.
@@ -50,13 +52,13 @@ pub fn batch_record(entries: &[(EntryKey, f32)]) -> Vec<u8> {
 
 impl Appended {
     /// Checks every byte of a log, which must belong to `scope`.
-    pub fn parse(path: &Path, bytes: &[u8], scope: &[u8; 32]) -> Result<Self, StoreError> {
+    pub fn parse(path: &Path, content: impl BufRead, scope: &[u8; 32]) -> Result<Self, StoreError> {
         let damaged = |offset, reason| StoreError::Damaged {
             path: path.to_owned(),
             offset,
             reason,
         };
-        let read = log::parse(path, bytes).map_err(|error| match error {
+        let read = log::parse(path, content).map_err(|error| match error {
             // The log's words stay, but the cure is the store's: entries can be computed anew.
             LogError::Damaged { offset, reason, .. } => damaged(offset, reason),
             other => other.into(),
@@ -95,7 +97,12 @@ impl Appended {
             bytes: read.torn_bytes,
         });
         let entries = sorted(path, entries)?;
-        Ok(Self { entries, torn })
+        let bytes = read.end + read.torn_bytes;
+        Ok(Self {
+            entries,
+            torn,
+            bytes,
+        })
     }
 }
 

@@ -11,7 +11,7 @@ use storage::{FileError, Lock, LockError, atomic_write, create_directory};
 
 use crate::{Scope, StoreError, segment::EXTENSION};
 
-const SCOPE_FILE: &str = "scope.json";
+pub const SCOPE_FILE: &str = "scope.json";
 const LOCK_FILE: &str = "lock";
 /// Ending of a sorted segment before it is read back, a name that nobody reads.
 pub const MERGING: &str = "merging";
@@ -165,8 +165,7 @@ impl Folder {
     pub fn keep_scope_file(&self, scope: &Scope) -> Result<(), StoreError> {
         let path = self.path.join(SCOPE_FILE);
         if self.scope()?.is_none() {
-            let text = serde_json::to_vec_pretty(scope).expect("a scope is plain data");
-            return Ok(atomic_write(&path, &text)?);
+            return Ok(atomic_write(&path, &scope.described())?);
         }
         // On a folder of another user or a read-only one the date stays, which costs at most a cache that was cleaned up.
         drop(File::open(&path).and_then(|file| file.set_modified(SystemTime::now())));

@@ -10,6 +10,8 @@
 //! remove  rename          SCOPE -> SCOPE.removed, durably        the scope is gone
 //!         remove          SCOPE.removed with all it holds
 //! ```
+//! Segments that are shared with other machines (`share.rs`) are not merged.
+//!
 //! What a crash leaves behind (`*.merging`, `*.tmp`, `*.removed`) the next clean-up removes.
 
 use std::{
@@ -25,6 +27,7 @@ use crate::{
     merge::Distinct,
     replace,
     segment::{Form, Segment},
+    share::root_of,
     sorted,
 };
 
@@ -115,6 +118,9 @@ pub fn clean(store: &Path, cleaning: &Cleaning) -> Result<Cleaned, StoreError> {
 
 fn clean_scope(folder: &Folder, cleaning: &Cleaning) -> Result<CleanedScope, StoreError> {
     let (before, segments) = examine(folder, &mut |_| ())?;
+    // What is shared stays what its name says.
+    let is_shared = |segment: &Segment| root_of(&segment.path).is_some();
+    let (shared, segments): (Vec<_>, Vec<_>) = segments.into_iter().partition(is_shared);
     // A date in the future is a clock's fault, and no long time ago.
     let unused_for = cleaning.now.duration_since(before.used).unwrap_or_default();
     let action = if cleaning.unused_for.is_some_and(|least| unused_for >= least) {
@@ -132,9 +138,16 @@ fn clean_scope(folder: &Folder, cleaning: &Cleaning) -> Result<CleanedScope, Sto
     } else {
         Action::Kept
     };
+    let entries = match (action, &shared[..]) {
+        (Action::Merged, [_, ..]) => Distinct::new(&segments).count(),
+        _ => before.entries,
+    };
     let bytes = match action {
         Action::Kept | Action::Damaged => before.bytes,
-        Action::Merged => sorted::bytes(before.entries),
+        Action::Merged => {
+            let shared = shared.iter().map(|segment| segment.bytes);
+            sorted::bytes(entries) + shared.sum::<u64>()
+        }
         Action::Removed => 0,
     };
     match action {
@@ -144,10 +157,10 @@ fn clean_scope(folder: &Folder, cleaning: &Cleaning) -> Result<CleanedScope, Sto
         }
         Action::Merged if !cleaning.dry_run => {
             let merged = folder.new_segment()?;
-            let entries = || Distinct::new(&segments);
+            let all = || Distinct::new(&segments);
             // Cleaning up is no use, so the date stays.
             let used = Some(before.used);
-            replace::write(&merged, &folder.digest, before.entries, entries, used)?;
+            replace::write(&merged, &folder.digest, entries, all, used)?;
             for segment in &segments {
                 remove_file(&segment.path)?;
             }

@@ -111,7 +111,7 @@ pub fn examine(
 }
 
 /// Reads every entry of a segment.
-fn check(segment: &Segment, progress: &mut dyn FnMut(u64)) -> Result<(), StoreError> {
+pub fn check(segment: &Segment, progress: &mut dyn FnMut(u64)) -> Result<(), StoreError> {
     let (count, mut told) = (segment.len(), 0);
     for index in 0..count {
         segment.entry(index)?;

@@ -11,6 +11,7 @@
 //!   <scope digest, 64 hex digits>/
 //!     scope.json                     the scope in words, for people; checked against the folder's name
 //!     <random, 32 hex digits>.segment   one per writer, in one of two forms
+//!     <root, 64 hex digits>.segment     one that is shared, sorted
 //!     lock                           shared by all that use the scope, held alone to clean it up
 //!
 //! appended (format version 1): a log of `storage::log` (16-byte header, then frames, each with a checksummed head and a
@@ -44,6 +45,10 @@
 //! A segment is thus never changed but at its end by its writer, and never absent: whoever opens the name finds the log or its
 //! sorted form, and whoever has either open keeps it.
 //!
+//! # Shared between machines
+//! [`Store::pull`] and [`Store::push`] exchange finished segments with a folder of an object store, or any other; `share.rs` draws
+//! it. Its format is the sorted one; the store that a run opens stays a folder of a disk.
+//!
 //! # Cleaning up
 //! [`clean`] removes scopes that nobody has used for long and merges the segments of the others; `gc.rs` draws the steps. A
 //! [`Store`] and its [`Writer`]s share their scope's lock as long as they live, and a clean-up needs it alone. So no segment
@@ -65,6 +70,7 @@ mod sample;
 mod scope;
 mod search;
 mod segment;
+mod share;
 mod sorted;
 mod store;
 
@@ -74,6 +80,7 @@ pub use inspect::{ScopeReport, inspect, size};
 pub use sample::sample;
 pub use scope::Scope;
 pub use segment::TornTail;
+pub use share::{Pulled, Pushed};
 pub use store::{AppendError, Store, StoreError, Writer};
 
 use folder::Folder;

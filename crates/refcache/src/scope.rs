@@ -44,6 +44,11 @@ impl Scope {
         *hasher.finalize().as_bytes()
     }
 
+    /// In words, as in `scope.json`.
+    pub(crate) fn described(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).expect("a scope is plain data")
+    }
+
     /// Name of the scope's folder.
     pub(crate) fn folder(&self) -> String {
         hex(&self.digest())

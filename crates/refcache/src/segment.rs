@@ -3,7 +3,7 @@
 use std::{
     fmt,
     fs::File,
-    io::Read,
+    io::{BufReader, Read},
     path::{Path, PathBuf},
 };
 
@@ -76,10 +76,9 @@ impl Segment {
             let bytes = mapping.len() as u64;
             (bytes, Form::Sorted(Sorted::open(path, mapping, scope)?))
         } else {
-            let mut content = start;
-            file.read_to_end(&mut content).map_err(error)?;
-            let appended = Appended::parse(path, &content, scope)?;
-            (content.len() as u64, Form::Appended(appended))
+            let content = start.chain(BufReader::new(file));
+            let appended = Appended::parse(path, content, scope)?;
+            (appended.bytes, Form::Appended(appended))
         };
         Ok(Self {
             path: path.to_owned(),

@@ -165,6 +165,17 @@ impl Sorted {
         self.layout.entries
     }
 
+    /// The whole file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.mapping
+    }
+
+    /// The digest that vouches for all of it.
+    pub fn root(&self) -> [u8; 32] {
+        let (_, root) = self.mapping.split_last_chunk().expect("checked at opening");
+        *root
+    }
+
     /// The entry at a place in the order, below [`Sorted::len`].
     pub fn entry(&self, path: &Path, index: usize) -> Result<(EntryKey, f32), StoreError> {
         let block = self.block(path, index / BLOCK_ENTRIES)?;

@@ -23,8 +23,8 @@ use crate::{
 /// scope up.
 #[derive(Debug)]
 pub struct Store {
-    folder: Folder,
-    segments: Vec<Arc<Segment>>,
+    pub(crate) folder: Folder,
+    pub(crate) segments: Vec<Arc<Segment>>,
     in_use: Arc<Option<Lock>>,
 }
 
@@ -142,6 +142,16 @@ impl StoreError {
             path: path.to_owned(),
             source,
         }
+    }
+
+    /// The same of another path, where it is of `path`.
+    pub(crate) fn of(mut self, path: &Path, other: &Path) -> Self {
+        if let Self::Damaged { path: at, .. } | Self::NotFinite { path: at, .. } = &mut self
+            && at == path
+        {
+            other.clone_into(at);
+        }
+        self
     }
 
     /// File and first byte of what is wrong, where it is something inside a file.

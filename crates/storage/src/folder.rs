@@ -1,17 +1,21 @@
 //! A folder of a store, which is what a path or URL in a config or on a command line stands for.
 
 use std::{
-    io::ErrorKind,
+    io::{self, ErrorKind},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use crate::{
     FileError,
+    files::at,
     local::LocalStore,
     location::{self, Location},
     store::{Condition, Object, Put, Store, Upload, Version},
 };
+
+/// Most bytes of an object that is read whole; manifests of thousands of ranks and vocabularies are far below.
+const READ_BYTES_MAX: u64 = 1 << 30;
 
 /// How often an object is read anew because it was replaced on the way.
 const READS_MAX: usize = 8;
@@ -101,7 +105,10 @@ impl Folder {
         self.store.open(&self.key(name))
     }
 
-    /// All bytes of `name` in it, which must fit in memory; none where there is no such object.
+    /// All bytes of `name` in it; none where there is no such object.
+    ///
+    /// # Errors
+    /// Also where it is larger than 1 GiB, before anything is read.
     pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, FileError> {
         Ok(self.read_versioned(name)?.map(|(bytes, _)| bytes))
     }
@@ -116,7 +123,13 @@ impl Folder {
             let Some(object) = self.object(name)? else {
                 return Ok(None);
             };
-            let mut bytes = vec![0; object.bytes() as usize];
+            let size = object.bytes();
+            if size > READ_BYTES_MAX {
+                let reason = format!("it has {size} bytes, more than is read at once");
+                let large = io::Error::new(ErrorKind::FileTooLarge, reason);
+                return Err(at("read", &self.store.path(&self.key(name)))(large));
+            }
+            let mut bytes = vec![0; size as usize];
             match object.read_at(0, &mut bytes) {
                 Ok(()) => return Ok(Some((bytes, object.version().clone()))),
                 Err(error) if was_replaced(&error) && tries < READS_MAX => tries += 1,

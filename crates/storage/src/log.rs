@@ -15,8 +15,8 @@
 //! zeros up to the end, which some file systems leave of an append that a power cut interrupted.
 
 use std::{
-    fs::{self, File},
-    io::{self, Read, Seek, SeekFrom, Write},
+    fs::File,
+    io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
@@ -116,14 +116,12 @@ impl Log {
             .write(true)
             .open(path)
             .map_err(at("open", path))?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).map_err(at("read", path))?;
         let Scan {
             records,
             chain,
             end,
-        } = scan(path, &bytes)?;
-        let torn_bytes = bytes.len() as u64 - end;
+            torn_bytes,
+        } = scan(path, BufReader::new(&file))?;
         if torn_bytes > 0 {
             file.set_len(end)
                 .and_then(|()| file.sync_all())
@@ -179,20 +177,16 @@ impl Log {
 /// # Errors
 /// [`LogError::Damaged`] for anything but a torn tail, which is counted.
 pub fn read(path: &Path) -> Result<ReadLog, LogError> {
-    parse(path, &fs::read(path).map_err(at("read", path))?)
+    let file = File::open(path).map_err(at("open", path))?;
+    Ok(scan(path, BufReader::new(file))?.into())
 }
 
-/// As [`read`], for the content of a file that was read already; `path` is for errors.
+/// As [`read`], for the content of a file, from its first byte to its last; `path` is for errors.
 ///
 /// # Errors
 /// [`LogError::Damaged`] for anything but a torn tail, which is counted.
-pub fn parse(path: &Path, bytes: &[u8]) -> Result<ReadLog, LogError> {
-    let Scan { records, end, .. } = scan(path, bytes)?;
-    Ok(ReadLog {
-        records,
-        torn_bytes: bytes.len() as u64 - end,
-        end,
-    })
+pub fn parse(path: &Path, content: impl BufRead) -> Result<ReadLog, LogError> {
+    Ok(scan(path, content)?.into())
 }
 
 /// The whole frames of a log.
@@ -202,61 +196,112 @@ struct Scan {
     chain: [u8; 32],
     /// Where the last of them ends.
     end: u64,
+    /// What follows there.
+    torn_bytes: u64,
 }
 
-fn scan(path: &Path, bytes: &[u8]) -> Result<Scan, LogError> {
-    let damaged = |offset: usize, reason| LogError::Damaged {
+impl From<Scan> for ReadLog {
+    fn from(scan: Scan) -> Self {
+        Self {
+            records: scan.records,
+            torn_bytes: scan.torn_bytes,
+            end: scan.end,
+        }
+    }
+}
+
+/// Reads a frame at a time, so that nothing is held but records, and no length is believed before its bytes have come.
+fn scan(path: &Path, mut content: impl BufRead) -> Result<Scan, LogError> {
+    let damaged = |offset: u64, reason| LogError::Damaged {
         path: path.to_owned(),
-        offset: offset as u64,
+        offset,
         reason,
     };
+    let error = |source| LogError::File(at("read", path)(source));
+    let mut start = Vec::with_capacity(HEADER_BYTES);
+    take(&mut content, HEADER_BYTES, &mut start).map_err(error)?;
     // The header is written atomically, so a short one is damage and not a torn tail.
-    if bytes.get(..HEADER_BYTES) != Some(&header()[..]) {
+    if start != header() {
         return Err(damaged(0, "not a log of this format and version"));
     }
-    let mut chain = *blake3::hash(&bytes[..HEADER_BYTES]).as_bytes();
-    let mut records = Vec::new();
-    let mut offset = HEADER_BYTES;
-    while let Some(head) = bytes.get(offset..offset + FRAME_BYTES) {
-        let length = [head[0], head[1], head[2], head[3]];
-        let checksum = [head[4], head[5], head[6], head[7]];
-        if u32::from_le_bytes(checksum) != head_checksum(length, &head[8..]) {
+    let mut scan = Scan {
+        records: Vec::new(),
+        chain: *blake3::hash(&start).as_bytes(),
+        end: HEADER_BYTES as u64,
+        torn_bytes: 0,
+    };
+    let mut head = Vec::with_capacity(FRAME_BYTES);
+    loop {
+        let offset = scan.end;
+        take(&mut content, FRAME_BYTES, &mut head).map_err(error)?;
+        let Ok(frame) = <&[u8; FRAME_BYTES]>::try_from(&head[..]) else {
+            scan.torn_bytes = head.len() as u64;
+            return Ok(scan);
+        };
+        let &[l0, l1, l2, l3, c0, c1, c2, c3, ref chain @ ..] = frame;
+        let length = [l0, l1, l2, l3];
+        if u32::from_le_bytes([c0, c1, c2, c3]) != head_checksum(length, chain) {
             // A power cut may keep the length of an append and lose its bytes. No frame begins with zeros.
-            if bytes[offset..].iter().all(|byte| *byte == 0) {
-                break;
-            }
-            return Err(damaged(
-                offset,
-                "the checksum of a record's head does not hold",
-            ));
+            let zeros = if head.iter().all(|byte| *byte == 0) {
+                zeros(&mut content).map_err(error)?
+            } else {
+                None
+            };
+            let Some(zeros) = zeros else {
+                return Err(damaged(
+                    offset,
+                    "the checksum of a record's head does not hold",
+                ));
+            };
+            scan.torn_bytes = head.len() as u64 + zeros;
+            return Ok(scan);
         }
         let length = u32::from_le_bytes(length) as usize;
         if length > RECORD_BYTES_MAX {
             return Err(damaged(offset, "the length of a record is impossible"));
         }
-        let start = offset + FRAME_BYTES;
-        let Some(payload) = bytes.get(start..start + length) else {
-            break;
-        };
-        let next = link(&chain, payload);
-        if head[8..] != next {
+        let mut payload = Vec::new();
+        take(&mut content, length, &mut payload).map_err(error)?;
+        if payload.len() < length {
+            scan.torn_bytes = (head.len() + payload.len()) as u64;
+            return Ok(scan);
+        }
+        let next = link(&scan.chain, &payload);
+        if *chain != next {
             return Err(damaged(
                 offset,
                 "a record was changed, or does not follow from the one before it",
             ));
         }
-        records.push(Record {
-            offset: offset as u64,
-            payload: payload.to_vec(),
-        });
-        chain = next;
-        offset = start + length;
+        scan.records.push(Record { offset, payload });
+        scan.chain = next;
+        scan.end = offset + (FRAME_BYTES + length) as u64;
     }
-    Ok(Scan {
-        records,
-        chain,
-        end: offset as u64,
-    })
+}
+
+/// Fills `bytes` with the next `count` bytes, or with all that are left where these are fewer.
+fn take(content: &mut impl BufRead, count: usize, bytes: &mut Vec<u8>) -> io::Result<()> {
+    bytes.clear();
+    content.take(count as u64).read_to_end(bytes)?;
+    bytes.shrink_to_fit();
+    Ok(())
+}
+
+/// Number of the bytes that are left, if they are zeros.
+fn zeros(content: &mut impl BufRead) -> io::Result<Option<u64>> {
+    let mut count = 0;
+    loop {
+        let bytes = content.fill_buf()?;
+        if bytes.is_empty() {
+            return Ok(Some(count));
+        }
+        if bytes.iter().any(|byte| *byte != 0) {
+            return Ok(None);
+        }
+        let length = bytes.len();
+        count += length as u64;
+        content.consume(length);
+    }
 }
 
 fn header() -> [u8; HEADER_BYTES] {
