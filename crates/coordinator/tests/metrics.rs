@@ -42,6 +42,7 @@ fn row(step: u64) -> MetricsRow {
         world_size: 2,
         generation: 3,
         seconds: 0.25,
+        gpu: protocol::GpuFigures::default(),
         phases: phases(step),
     }
 }

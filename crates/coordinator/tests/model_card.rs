@@ -98,6 +98,7 @@ fn row(step: u64) -> MetricsRow {
         world_size: 2,
         generation: 1,
         seconds: 0.5,
+        gpu: protocol::GpuFigures::default(),
         phases: Phases::default(),
     }
 }

@@ -56,6 +56,7 @@ fn row(step: u64, chosen: f64, rejected: f64) -> MetricsRow {
         world_size: 2,
         generation: 1,
         seconds: 0.5,
+        gpu: protocol::GpuFigures::default(),
         phases: Phases::default(),
     }
 }

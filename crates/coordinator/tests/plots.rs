@@ -47,6 +47,7 @@ fn run(chosen: f64, rejected: f64, calibrated: bool) -> (Vec<MetricsRow>, Vec<Ev
         world_size: 2,
         generation: 1,
         seconds: 0.1,
+        gpu: protocol::GpuFigures::default(),
         phases: Phases::default(),
     });
     let metrics = metrics.collect();

@@ -37,6 +37,7 @@ fn row(step: u64) -> MetricsRow {
         world_size: 2,
         generation: 1,
         seconds: 0.25,
+        gpu: protocol::GpuFigures::default(),
         phases: Phases {
             forward: 0.125 * step as f64,
             ..Phases::default()

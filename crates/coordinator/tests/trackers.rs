@@ -62,6 +62,7 @@ fn step(step: u64, life: u64) -> Entry {
         world_size: 2,
         generation: life,
         seconds: 0.5,
+        gpu: protocol::GpuFigures::default(),
         phases: Phases::from_values(std::array::from_fn(|phase| value + phase as f64)),
     })
 }

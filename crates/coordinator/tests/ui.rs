@@ -74,6 +74,7 @@ fn row(step: u64) -> MetricsRow {
         world_size: 2,
         generation: 1,
         seconds: 0.5,
+        gpu: protocol::GpuFigures::default(),
         phases: Phases {
             forward: 0.25,
             head: 0.001,

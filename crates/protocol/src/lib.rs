@@ -28,6 +28,7 @@
 //!
 //! Not here: gRPC (`wire`), files and processes (`coordinator`), training and the moving of shards (`trainer`).
 
+mod gpu;
 mod ids;
 mod job;
 mod layout;
@@ -40,6 +41,7 @@ mod report;
 mod scheduler;
 mod selection;
 
+pub use gpu::GpuFigures;
 pub use ids::{Fence, Generation, Incarnation, JobId, NAME_RULE, Rank, Step, is_name};
 pub use job::{Action, Event, Job, JobSpec, Waiting, WorkerView};
 pub use layout::{Copies, Held, Layout, mirror_of};

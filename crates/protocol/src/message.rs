@@ -11,8 +11,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    EvaluationRow, Fence, Generation, Held, Incarnation, JobId, Layout, Phases, Rank, Sample, Step,
-    StepReport,
+    EvaluationRow, Fence, Generation, GpuFigures, Held, Incarnation, JobId, Layout, Phases, Rank,
+    Sample, Step, StepReport,
 };
 
 /// Version of these messages. A worker that speaks another one is refused. A field that may be absent makes no new one.
@@ -88,6 +88,8 @@ pub enum WorkerMessage {
         report: StepReport,
         /// Where this member's time went; not part of what is voted on.
         phases: Phases,
+        /// How its GPU fares; not part of it either.
+        gpu: GpuFigures,
     },
     /// An evaluation's result, sent by rank 0.
     Evaluated {

@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::Phases;
+use crate::{GpuFigures, Phases};
 
 /// Loss terms and reward means over the global batch. `rewards_*` are β-scaled, the others in nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -183,6 +183,9 @@ pub struct MetricsRow {
     /// Where the members' time went from their votes before this one to those on this one, the mean over the ranks.
     #[serde(flatten)]
     pub phases: Phases,
+    /// How the members' GPUs fared.
+    #[serde(flatten)]
+    pub gpu: GpuFigures,
 }
 
 /// One line of `eval.jsonl`: means over the held-out pairs with the weights after `step`.

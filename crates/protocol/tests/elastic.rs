@@ -96,6 +96,7 @@ fn a_word_of_the_generation_before_is_answered_with_the_one_that_holds() {
     assert_eq!(formed(&play.say_in(1, 1, beat(Awaits::Nothing))).len(), 1);
     let vote = WorkerMessage::Prepared {
         report: report(1, true),
+        gpu: protocol::GpuFigures::default(),
         phases: Phases::default(),
     };
     let answer = play.say_in(1, 1, vote);

@@ -79,6 +79,7 @@ fn m1_a_message_of_another_job_is_refused() {
     let mut play = Play::stepping(policy(1), 5);
     let message = WorkerMessage::Prepared {
         report: report(1, true),
+        gpu: protocol::GpuFigures::default(),
         phases: Phases::default(),
     };
     let from = FromWorker {
@@ -104,6 +105,7 @@ fn m1_a_message_of_an_old_generation_is_answered_with_the_truth_and_not_acted_on
     for (worker, generation) in [(1, 0), (1, 6), (2, 0), (2, 6)] {
         let message = WorkerMessage::Prepared {
             report: report(1, true),
+            gpu: protocol::GpuFigures::default(),
             phases: Phases::default(),
         };
         let actions = play.say_in(worker, generation, message);

@@ -66,6 +66,17 @@ pub(crate) fn from_one(field: &'static str, value: u64) -> Result<u64, WireError
 }
 
 /// A time that passed.
+pub(crate) fn figure(field: &'static str, value: f64) -> Result<f64, WireError> {
+    if !value.is_finite() || value < 0.0 {
+        return Err(WireError::invalid(
+            field,
+            value,
+            "a finite number, 0 or more",
+        ));
+    }
+    Ok(value)
+}
+
 pub(crate) fn seconds(field: &'static str, value: f64) -> Result<f64, WireError> {
     if !value.is_finite() || value < 0.0 {
         return Err(WireError::invalid(

@@ -7,7 +7,7 @@ use protocol::{
 
 use crate::error::{address, from_one, name, required, text};
 use crate::proto::from_worker::Message;
-use crate::report::phases;
+use crate::report::{gpu_figures, phases};
 use crate::{WireError, proto};
 
 impl From<FromWorker> for proto::FromWorker {
@@ -66,9 +66,14 @@ impl From<WorkerMessage> for Message {
                 reference_reused,
                 reference_computed,
             }),
-            WorkerMessage::Prepared { report, phases } => Self::Prepared(proto::Prepared {
+            WorkerMessage::Prepared {
+                report,
+                phases,
+                gpu,
+            } => Self::Prepared(proto::Prepared {
                 report: Some(report.into()),
                 phases: Some(phases.into()),
+                gpu: Some(gpu.into()),
             }),
             WorkerMessage::Evaluated { row, samples } => Self::Evaluated(proto::Evaluated {
                 row: Some(row.into()),
@@ -143,6 +148,7 @@ impl TryFrom<Message> for WorkerMessage {
             Message::Prepared(it) => Self::Prepared {
                 report: required("Prepared.report", it.report)?.try_into()?,
                 phases: phases(it.phases)?,
+                gpu: gpu_figures(it.gpu)?,
             },
             Message::Evaluated(it) => Self::Evaluated {
                 row: required("Evaluated.row", it.row)?.try_into()?,

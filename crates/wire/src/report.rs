@@ -1,8 +1,10 @@
 //! Reports, phases and facts. Floats of a report keep their bits, NaN's included: votes are compared by bits.
 
-use protocol::{EvaluationRow, MetricsRow, Phases, RunFacts, Sample, Statistics, StepReport};
+use protocol::{
+    EvaluationRow, GpuFigures, MetricsRow, Phases, RunFacts, Sample, Statistics, StepReport,
+};
 
-use crate::error::{from_one, required, seconds, text};
+use crate::error::{figure, from_one, required, seconds, text};
 use crate::{WireError, proto};
 
 impl From<Statistics> for proto::Statistics {
@@ -87,6 +89,7 @@ impl From<MetricsRow> for proto::MetricsRow {
             generation: it.generation,
             seconds: it.seconds,
             phases: Some(it.phases.into()),
+            gpu: Some(it.gpu.into()),
         }
     }
 }
@@ -102,6 +105,7 @@ impl TryFrom<proto::MetricsRow> for MetricsRow {
             generation: it.generation,
             seconds: it.seconds,
             phases: phases(it.phases)?,
+            gpu: gpu_figures(it.gpu)?,
         })
     }
 }
@@ -143,6 +147,40 @@ impl TryFrom<proto::Phases> for Phases {
 /// Who does not tell sends none.
 pub(crate) fn phases(sent: Option<proto::Phases>) -> Result<Phases, WireError> {
     sent.map_or(Ok(Phases::default()), Phases::try_from)
+}
+
+impl From<GpuFigures> for proto::GpuFigures {
+    fn from(it: GpuFigures) -> Self {
+        Self {
+            mfu: it.mfu,
+            memory_gib: it.memory_gib,
+            utilization: it.utilization,
+            temperature_celsius: it.temperature_celsius,
+            power_watts: it.power_watts,
+            sm_clock_mhz: it.sm_clock_mhz,
+        }
+    }
+}
+
+impl TryFrom<proto::GpuFigures> for GpuFigures {
+    type Error = WireError;
+
+    fn try_from(it: proto::GpuFigures) -> Result<Self, WireError> {
+        let figure = |field, value: Option<f64>| value.map(|it| figure(field, it)).transpose();
+        Ok(Self {
+            mfu: figure("GpuFigures.mfu", it.mfu)?,
+            memory_gib: figure("GpuFigures.memory_gib", it.memory_gib)?,
+            utilization: figure("GpuFigures.utilization", it.utilization)?,
+            temperature_celsius: figure("GpuFigures.temperature_celsius", it.temperature_celsius)?,
+            power_watts: figure("GpuFigures.power_watts", it.power_watts)?,
+            sm_clock_mhz: figure("GpuFigures.sm_clock_mhz", it.sm_clock_mhz)?,
+        })
+    }
+}
+
+/// Who has no GPU sends none.
+pub(crate) fn gpu_figures(sent: Option<proto::GpuFigures>) -> Result<GpuFigures, WireError> {
+    sent.map_or(Ok(GpuFigures::default()), GpuFigures::try_from)
 }
 
 impl From<EvaluationRow> for proto::EvaluationRow {

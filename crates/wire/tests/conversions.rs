@@ -5,8 +5,9 @@
 use prost::Message as _;
 use protocol::{
     Activity, Afterwards, Awaits, Cause, CoordinatorMessage, Copies, EvaluationRow, Fence,
-    FromWorker, Generation, Held, Incarnation, JobId, Layout, MetricsRow, Phases, Rank, RunFacts,
-    Sample, Statistics, Step, StepReport, Terms, ToWorker, Work, WorkerMessage, WorkerProfile,
+    FromWorker, Generation, GpuFigures, Held, Incarnation, JobId, Layout, MetricsRow, Phases, Rank,
+    RunFacts, Sample, Statistics, Step, StepReport, Terms, ToWorker, Work, WorkerMessage,
+    WorkerProfile,
 };
 use wire::{WireError, proto};
 
@@ -38,6 +39,17 @@ fn report() -> StepReport {
         learning_rate: 5e-7,
         tokens: u64::MAX,
         pairs: 32,
+    }
+}
+
+fn gpu() -> GpuFigures {
+    GpuFigures {
+        mfu: Some(0.0),
+        memory_gib: Some(34.5),
+        utilization: Some(1.0),
+        temperature_celsius: None,
+        power_watts: Some(650.5),
+        sm_clock_mhz: Some(1980.0),
     }
 }
 
@@ -79,6 +91,7 @@ fn worker_messages() -> Vec<WorkerMessage> {
         },
         WorkerMessage::Prepared {
             report: report(),
+            gpu: gpu(),
             phases: phases(),
         },
         WorkerMessage::Evaluated {
@@ -348,6 +361,7 @@ fn a_metrics_row_survives_the_wire() {
         world_size: 4,
         generation: 2,
         seconds: 0.25,
+        gpu: gpu(),
         phases: phases(),
     };
     let bytes = proto::MetricsRow::from(row).encode_to_vec();
@@ -356,9 +370,10 @@ fn a_metrics_row_survives_the_wire() {
 }
 
 #[test]
-fn phases_that_are_not_sent_are_all_0() {
+fn phases_that_are_not_sent_are_all_0_and_a_gpus_figures_all_absent() {
     let message = WorkerMessage::Prepared {
         report: report(),
+        gpu: gpu(),
         phases: phases(),
     };
     let mut sent = proto::FromWorker::from(said(message));
@@ -366,8 +381,10 @@ fn phases_that_are_not_sent_are_all_0() {
         panic!("{sent:?}");
     };
     prepared.phases = None;
+    prepared.gpu = None;
     let expected = WorkerMessage::Prepared {
         report: report(),
+        gpu: GpuFigures::default(),
         phases: Phases::default(),
     };
     assert_eq!(FromWorker::try_from(sent), Ok(said(expected)));
@@ -378,6 +395,36 @@ fn phases_that_are_not_sent_are_all_0() {
     };
     let row = MetricsRow::try_from(row).unwrap();
     assert_eq!(row.phases, Phases::default());
+    assert_eq!(row.gpu, GpuFigures::default());
+}
+
+#[test]
+fn figures_that_no_gpu_can_have_are_refused_by_field() {
+    type Spoil = fn(&mut proto::GpuFigures, f64);
+    let fields: [(&str, Spoil); 6] = [
+        ("GpuFigures.mfu", |it, value| it.mfu = Some(value)),
+        ("GpuFigures.memory_gib", |it, value| {
+            it.memory_gib = Some(value)
+        }),
+        ("GpuFigures.utilization", |it, value| {
+            it.utilization = Some(value)
+        }),
+        ("GpuFigures.temperature_celsius", |it, value| {
+            it.temperature_celsius = Some(value);
+        }),
+        ("GpuFigures.power_watts", |it, value| {
+            it.power_watts = Some(value)
+        }),
+        ("GpuFigures.sm_clock_mhz", |it, value| {
+            it.sm_clock_mhz = Some(value)
+        }),
+    ];
+    for (field, spoil) in fields {
+        for value in [f64::NAN, f64::INFINITY, -1.0] {
+            let sent = proto::GpuFigures::from(gpu());
+            refused::<_, GpuFigures>(sent, |it| spoil(it, value), field);
+        }
+    }
 }
 
 #[test]

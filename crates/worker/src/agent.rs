@@ -22,6 +22,7 @@ use crate::memory::{self, MemoryError};
 use crate::presence::Presence;
 use crate::session::{Door, Session, SessionError};
 use crate::transport::Transport;
+use crate::watched::Watched;
 
 /// Version that all members of a job must share.
 pub(crate) const BUILD: &str = env!("CARGO_PKG_VERSION");
@@ -44,9 +45,8 @@ pub(crate) struct Options {
     pub name: String,
     /// How long it tries to reach its coordinator.
     pub patience: Duration,
-    /// Whether the GPU has failed.
-    #[cfg(feature = "cuda")]
-    pub fault: crate::watch::Fault,
+    /// How its GPU fares, and whether it has failed.
+    pub gpu: Watched,
 }
 
 impl Options {
@@ -55,7 +55,7 @@ impl Options {
     fn judge(&self, error: &AgentError) -> (Cause, String) {
         let may_be_its = self.device.is_gpu() && error.cause() != Cause::Config;
         let reason = if may_be_its {
-            self.fault.reason_of(FAULT_PATIENCE)
+            self.gpu.reason_of(FAULT_PATIENCE)
         } else {
             None
         };
@@ -182,6 +182,7 @@ fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError>
     let entrance = Entrance {
         rendezvous: &rendezvous,
         transport: &options.transport,
+        gpu: &options.gpu,
         checkpoints,
         terms,
     };

@@ -23,6 +23,7 @@ use crate::log::{self, LogFormat};
 use crate::presence::{EXIT_DRAINED, Presence};
 use crate::session::{Door, EXIT_TEMPORARY, SessionError};
 use crate::transport::{Choice, Transport};
+use crate::watched::Watched;
 
 /// How long a worker tries to reach its coordinator before it says so; a serving worker then tries again.
 const CONNECT_PATIENCE: Duration = Duration::from_mins(1);
@@ -339,14 +340,11 @@ fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Presence, Runtime)> {
         presence.serve_health(address, &runtime)?;
     }
     let device = arguments.compute.prepare()?;
+    let gpu = Watched::default();
     #[cfg(feature = "cuda")]
-    let fault = {
-        let fault = crate::watch::Fault::default();
-        if let Some(gpu) = device.gpu() {
-            crate::watch::start(gpu, &presence, &fault);
-        }
-        fault
-    };
+    if let Some(device) = device.gpu() {
+        crate::watch::start(device, &presence, &gpu);
+    }
     let options = Options {
         door: Door {
             url: arguments
@@ -362,8 +360,7 @@ fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Presence, Runtime)> {
         listen: arguments.listen,
         name,
         patience: CONNECT_PATIENCE,
-        #[cfg(feature = "cuda")]
-        fault,
+        gpu,
     };
     Ok((options, presence, runtime))
 }

@@ -16,6 +16,7 @@ use trainer::{GateClosed, Membership, Past, Reformation};
 use crate::gate::{REPEAT, closed};
 use crate::session::Session;
 use crate::transport::Transport;
+use crate::watched::Watched;
 
 /// How long ranks wait for each other's connections; all of them were just formed.
 const RENDEZVOUS_PATIENCE: Duration = Duration::from_mins(1);
@@ -29,6 +30,8 @@ const COLLECTIVE_PATIENCE: Duration = Duration::from_hours(1);
 pub(crate) struct Entrance<'a> {
     pub(crate) rendezvous: &'a Rendezvous,
     pub(crate) transport: &'a Transport,
+    /// How this worker's GPU fares, if it has one.
+    pub(crate) gpu: &'a Watched,
     pub(crate) checkpoints: PathBuf,
     /// What holds in a job that goes on without a lost member.
     pub(crate) terms: Option<Terms>,

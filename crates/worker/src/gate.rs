@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use objective::RewardStatistics;
 use protocol::{
-    Awaits, CoordinatorMessage, Generation, Held, Rank, RunFacts, Statistics, Step, WorkerMessage,
+    Awaits, CoordinatorMessage, Generation, GpuFigures, Held, Rank, RunFacts, Statistics, Step,
+    WorkerMessage,
 };
 use trainer::{
     EvaluationRow, GateClosed, Membership, Next, Reformation, Sample, SavedReporter, SavedShard,
@@ -206,6 +207,10 @@ impl StepGate for Gate<'_> {
         let vote = WorkerMessage::Prepared {
             report: to_protocol(report),
             phases: phases(&report.phases),
+            gpu: GpuFigures {
+                mfu: report.mfu,
+                ..self.entrance.gpu.figures()
+            },
         };
         let voice = self.session.voice().clone();
         voice.say(vote.clone()).map_err(|error| closed(&error))?;

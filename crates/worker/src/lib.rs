@@ -28,6 +28,7 @@ mod session;
 mod transport;
 #[cfg(feature = "cuda")]
 mod watch;
+mod watched;
 
 /// Variables with which a worker is to be started so that its sums repeat between runs.
 pub fn environment() -> Vec<(&'static str, &'static str)> {

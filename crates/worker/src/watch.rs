@@ -3,13 +3,14 @@
 //! A thread that waits for a broken device may wait for ever, and nothing can wake it. So the watch tells the coordinator why, and
 //! ends the process: a supervisor starts it again, or does not, and the job goes on without it.
 
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use gpu::{DeviceEvent, DeviceFigures, Gpu, GpuError, Health};
+use protocol::GpuFigures;
 
 use crate::presence::Presence;
 use crate::session::EXIT_TEMPORARY;
+use crate::watched::Watched;
 
 /// Between two lines about how the device fares.
 const SAY: Duration = Duration::from_mins(1);
@@ -21,12 +22,12 @@ const WAIT: Duration = Duration::from_secs(1);
 const TELL: Duration = Duration::from_secs(2);
 
 /// What a watch asks of a device; a test has none.
-trait Watched {
+trait Board {
     fn figures(&self) -> Result<DeviceFigures, GpuError>;
     fn wait(&self, patience: Duration) -> Result<Option<DeviceEvent>, GpuError>;
 }
 
-impl Watched for Health {
+impl Board for Health {
     fn figures(&self) -> Result<DeviceFigures, GpuError> {
         Health::figures(self)
     }
@@ -36,37 +37,8 @@ impl Watched for Health {
     }
 }
 
-/// Whether the device has failed. Clones are the same.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Fault(Arc<Mutex<Option<String>>>);
-
-impl Fault {
-    /// Why the device cannot be used any more, if it cannot.
-    pub(crate) fn reason(&self) -> Option<String> {
-        let reason = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        reason.clone()
-    }
-
-    /// As [`Fault::reason`], for an error that may be the device's: its own word may come a moment later than what it broke.
-    pub(crate) fn reason_of(&self, patience: Duration) -> Option<String> {
-        let start = Instant::now();
-        loop {
-            let reason = self.reason();
-            if reason.is_some() || start.elapsed() >= patience {
-                return reason;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn set(&self, reason: &str) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get_or_insert_with(|| reason.to_owned());
-    }
-}
-
 /// Starts to watch `gpu`. Where its management cannot be had, it says so and watches nothing.
-pub(crate) fn start(gpu: &'static Gpu, presence: &Presence, fault: &Fault) {
+pub(crate) fn start(gpu: &'static Gpu, presence: &Presence, watched: &Watched) {
     let health = match gpu.health() {
         Ok(Some(health)) => health,
         Ok(None) => {
@@ -76,10 +48,10 @@ pub(crate) fn start(gpu: &'static Gpu, presence: &Presence, fault: &Fault) {
         }
         Err(error) => return tracing::warn!("the GPU is not watched: {error}"),
     };
-    let (presence, fault) = (presence.clone(), fault.clone());
+    let (presence, watched) = (presence.clone(), watched.clone());
     let watching = std::thread::Builder::new().name("gpu watch".into());
     let watching = watching.spawn(move || {
-        let Err(reason) = watch(&health, &fault) else {
+        let Err(reason) = watch(&health, &watched) else {
             return;
         };
         tracing::error!("{reason}");
@@ -92,21 +64,28 @@ pub(crate) fn start(gpu: &'static Gpu, presence: &Presence, fault: &Fault) {
 }
 
 /// Watches until a fault, which is the error, or until the device's management is of no more use.
-fn watch(device: &impl Watched, fault: &Fault) -> Result<(), String> {
+fn watch(device: &impl Board, watched: &Watched) -> Result<(), String> {
     let mut said: Option<Instant> = None;
     loop {
-        if said.is_none_or(|said| said.elapsed() >= SAY) {
-            said = Some(Instant::now());
-            match device.figures() {
-                Ok(figures) => tracing::info!("GPU: {figures}"),
-                Err(error) => tracing::warn!("GPU: {error}"),
+        let say = said.is_none_or(|said| said.elapsed() >= SAY);
+        match device.figures() {
+            Ok(figures) => {
+                watched.tell(to_protocol(&figures));
+                if say {
+                    tracing::info!("GPU: {figures}");
+                }
             }
+            Err(error) if say => tracing::warn!("GPU: {error}"),
+            Err(_) => {}
+        }
+        if say {
+            said = Some(Instant::now());
         }
         match device.wait(WAIT) {
             Ok(None) => {}
             Ok(Some(DeviceEvent::Notice(text))) => tracing::warn!("{text}"),
             Ok(Some(DeviceEvent::Fault(reason))) => {
-                fault.set(&reason);
+                watched.fail(&reason);
                 return Err(reason);
             }
             Err(error) => {
@@ -114,6 +93,17 @@ fn watch(device: &impl Watched, fault: &Fault) -> Result<(), String> {
                 return Ok(());
             }
         }
+    }
+}
+
+fn to_protocol(figures: &DeviceFigures) -> GpuFigures {
+    GpuFigures {
+        mfu: None,
+        memory_gib: Some(figures.memory_used as f64 / f64::from(1 << 30)),
+        utilization: figures.utilization,
+        temperature_celsius: figures.temperature_celsius,
+        power_watts: figures.power_watts,
+        sm_clock_mhz: figures.sm_clock_hz.map(|hertz| hertz / 1e6),
     }
 }
 
@@ -126,9 +116,13 @@ mod tests {
     /// What a device tells, one after the other; then it refuses.
     struct Script(RefCell<Vec<DeviceEvent>>);
 
-    impl Watched for Script {
+    impl Board for Script {
         fn figures(&self) -> Result<DeviceFigures, GpuError> {
-            Ok(DeviceFigures::default())
+            Ok(DeviceFigures {
+                memory_used: 3 << 29,
+                sm_clock_hz: Some(1.2e9),
+                ..DeviceFigures::default()
+            })
         }
 
         fn wait(&self, _: Duration) -> Result<Option<DeviceEvent>, GpuError> {
@@ -149,29 +143,22 @@ mod tests {
             notice(),
             DeviceEvent::Fault("XID 48".into()),
         ];
-        let (script, fault) = (Script(RefCell::new(script)), Fault::default());
-        assert_eq!(fault.reason(), None);
-        assert_eq!(watch(&script, &fault), Err("XID 79".into()));
-        assert_eq!(fault.reason().as_deref(), Some("XID 79"));
+        let (script, watched) = (Script(RefCell::new(script)), Watched::default());
+        assert_eq!(watched.reason(), None);
+        assert_eq!(watch(&script, &watched), Err("XID 79".into()));
+        assert_eq!(watched.reason().as_deref(), Some("XID 79"));
+        let figures = watched.figures();
+        assert_eq!(
+            (figures.memory_gib, figures.sm_clock_mhz),
+            (Some(1.5), Some(1200.0))
+        );
         assert_eq!(script.0.borrow().len(), 2, "nothing is heard after it");
     }
 
     #[test]
     fn management_that_refuses_ends_the_watch_and_nothing_else() {
-        let fault = Fault::default();
-        assert_eq!(watch(&Script(RefCell::default()), &fault), Ok(()));
-        assert_eq!(fault.reason_of(Duration::ZERO), None);
-    }
-
-    #[test]
-    fn a_fault_that_comes_after_its_consequence_is_still_its_reason() {
-        let fault = Fault::default();
-        let later = fault.clone();
-        let telling = std::thread::spawn(move || later.set("XID 95"));
-        assert_eq!(
-            fault.reason_of(Duration::from_secs(30)).as_deref(),
-            Some("XID 95")
-        );
-        telling.join().expect("told");
+        let watched = Watched::default();
+        assert_eq!(watch(&Script(RefCell::default()), &watched), Ok(()));
+        assert_eq!(watched.reason(), None);
     }
 }

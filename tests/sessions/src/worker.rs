@@ -381,6 +381,13 @@ impl Worker {
             backward: 0.02,
             ..Phases::default()
         };
-        self.ask(WorkerMessage::Prepared { report, phases }, Awaits::Commit)
+        self.ask(
+            WorkerMessage::Prepared {
+                report,
+                gpu: protocol::GpuFigures::default(),
+                phases,
+            },
+            Awaits::Commit,
+        )
     }
 }

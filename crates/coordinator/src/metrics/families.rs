@@ -7,7 +7,7 @@ use prometheus_client::{
     encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet},
     metrics::MetricType,
 };
-use protocol::Statistics;
+use protocol::{GpuFigures, Statistics};
 
 use super::{Jobs, State};
 
@@ -192,6 +192,11 @@ impl Collector for Jobs {
             gauge(&mut encoder, &jobs, (&name, &help), of)?;
         }
         phases(&mut encoder, &jobs)?;
+        for (name, help, value) in GPU {
+            gauge(&mut encoder, &jobs, (name, help), |job| {
+                value(&job.row?.gpu)
+            })?;
+        }
         for (name, help, value) in COUNTERS {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             for (job, state) in &*jobs {
@@ -226,6 +231,40 @@ fn phases(encoder: &mut DescriptorEncoder, jobs: &BTreeMap<String, State>) -> Re
     }
     Ok(())
 }
+
+/// Of the last committed step, where there are GPUs. Units are Prometheus' base units.
+const GPU: [(&str, &str, fn(&GpuFigures) -> Option<f64>); 6] = [
+    (
+        "gpu_mfu",
+        "Model FLOPs utilization, the mean over the ranks",
+        |it| it.mfu,
+    ),
+    (
+        "gpu_memory_bytes",
+        "Memory that is taken, the most of any rank",
+        |it| it.memory_gib.map(|gib| gib * f64::from(1 << 30)),
+    ),
+    (
+        "gpu_utilization",
+        "Share of the time in which a kernel ran, the mean over the ranks",
+        |it| it.utilization,
+    ),
+    (
+        "gpu_temperature_celsius",
+        "The hottest chip of any rank",
+        |it| it.temperature_celsius,
+    ),
+    (
+        "gpu_power_watts",
+        "Power draw of a board, the mean over the ranks",
+        |it| it.power_watts,
+    ),
+    (
+        "gpu_sm_clock_hertz",
+        "The slowest multiprocessor clock of any rank",
+        |it| it.sm_clock_mhz.map(|mhz| mhz * 1e6),
+    ),
+];
 
 fn gauge(
     encoder: &mut DescriptorEncoder,

@@ -88,8 +88,16 @@ impl Job {
                 let counts = (reference_reused, reference_computed);
                 self.ready(now_ms, incarnation, facts, counts, actions);
             }
-            WorkerMessage::Prepared { report, phases } => {
-                let vote = Vote { report, phases };
+            WorkerMessage::Prepared {
+                report,
+                phases,
+                gpu,
+            } => {
+                let vote = Vote {
+                    report,
+                    phases,
+                    gpu,
+                };
                 self.prepared(now_ms, incarnation, vote, actions);
             }
             WorkerMessage::Evaluated { row, samples } => {

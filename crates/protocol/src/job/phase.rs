@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    Activity, Generation, Held, Incarnation, Outcome, Phases, Pulse, Rank, RunFacts, Step,
-    StepReport,
+    Activity, Generation, GpuFigures, Held, Incarnation, Outcome, Phases, Pulse, Rank, RunFacts,
+    Step, StepReport,
 };
 
 /// Where a job is.
@@ -65,6 +65,8 @@ pub(super) struct Vote {
     pub(super) report: StepReport,
     /// Each rank's own.
     pub(super) phases: Phases,
+    /// Each rank's own.
+    pub(super) gpu: GpuFigures,
 }
 
 /// A worker that joined: a member, or a spare.

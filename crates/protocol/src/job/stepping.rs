@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::phase::{Phase, Vote};
 use super::{Action, Job, note};
 use crate::{
-    Cause, CommitRecord, CoordinatorMessage, Incarnation, MetricsRow, Outcome, Phases, Record,
-    Step, StepReport,
+    Cause, CommitRecord, CoordinatorMessage, GpuFigures, Incarnation, MetricsRow, Outcome, Phases,
+    Record, Step, StepReport,
 };
 
 impl Job {
@@ -80,7 +80,8 @@ impl Job {
             && self.evaluating.is_none()
         {
             let phases = Phases::mean(prepared.values().map(|vote| &vote.phases));
-            self.commit(now_ms, report, phases, actions);
+            let gpu = GpuFigures::of(prepared.values().map(|vote| &vote.gpu));
+            self.commit(now_ms, report, (phases, gpu), actions);
         }
     }
 
@@ -88,7 +89,7 @@ impl Job {
         &mut self,
         now_ms: u64,
         report: StepReport,
-        phases: Phases,
+        (phases, gpu): (Phases, GpuFigures),
         actions: &mut Vec<Action>,
     ) {
         let Phase::Stepping { since_ms, prepared } = &mut self.phase else {
@@ -123,6 +124,7 @@ impl Job {
             generation: self.generation.0,
             seconds,
             phases,
+            gpu,
         };
         // This record is the commit: from here on all roll forward (invariants M2, M4).
         actions.push(Action::Journal(Record::Commit(CommitRecord { apply, row })));

@@ -273,7 +273,11 @@ impl Worker {
     /// The same report on all ranks, and this rank's own times.
     fn vote(&self, report: StepReport) -> WorkerMessage {
         let phases = phases(report.step, f64::from(self.rank));
-        WorkerMessage::Prepared { report, phases }
+        WorkerMessage::Prepared {
+            report,
+            gpu: protocol::GpuFigures::default(),
+            phases,
+        }
     }
 
     /// All ranks took part in the collective of `step`. The one of step 0 has `moved` the state to every rank that needs it.

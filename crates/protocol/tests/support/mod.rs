@@ -109,6 +109,7 @@ pub fn commit(step: u64, generation: u64, apply: bool) -> Record {
         world_size: 2,
         generation,
         seconds: 2.0,
+        gpu: protocol::GpuFigures::default(),
         phases: Phases {
             forward: 0.5,
             backward: 1.25,
@@ -225,7 +226,14 @@ impl Play {
         report: StepReport,
         phases: Phases,
     ) -> Vec<Action> {
-        self.say(incarnation, WorkerMessage::Prepared { report, phases })
+        self.say(
+            incarnation,
+            WorkerMessage::Prepared {
+                report,
+                gpu: protocol::GpuFigures::default(),
+                phases,
+            },
+        )
     }
 
     /// All members prepare the next step.
