@@ -114,8 +114,8 @@ impl Worker {
         let Self {
             launch,
             program,
+            number,
             log,
-            ..
         } = self;
         let file = File::options().append(true).create(true).open(log);
         let file = file.with_context(|| format!("open {}", log.display()))?;
