@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Times saving and loading a checkpoint beside the disk itself (dd), the page cache (cat), and torch.distributed.checkpoint: the
-shapes of SmolLM2-135M's weights and both moments, the same folder, in turn. Meant for an otherwise idle machine; nothing is asserted. Standard library only.
+"""Times saving and loading a checkpoint beside the disk itself (dd), the page cache (cat), and torch.distributed.checkpoint:
+the shapes of SmolLM2-135M's weights and both moments, the same folder, in turn. Meant for an otherwise idle machine; nothing
+is asserted. Standard library only. All seconds go to the standard error stream, medians as tables to standard output.
 
 usage: tests/bench_checkpoint.py [FOLDER]     where to write, by default the system's folder for temporary files
 
