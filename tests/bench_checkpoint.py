@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Times saving and loading a checkpoint beside the disk itself (dd), the page cache (cat), and torch.distributed.checkpoint: the
-shapes of SmolLM2-135M's weights and both moments, the same folder, in turn. Meant for an otherwise idle machine; nothing is asserted. Standard library only.
+"""Times saving and loading a checkpoint beside the disk itself (dd), the page cache (cat), and torch.distributed.checkpoint:
+the shapes of SmolLM2-135M's weights and both moments, the same folder, in turn. Meant for an otherwise idle machine; nothing
+is asserted. Standard library only. All seconds go to the standard error stream, medians as tables to standard output.
 
 usage: tests/bench_checkpoint.py [FOLDER]     where to write, by default the system's folder for temporary files
 
 ROUNDS        rounds that are counted, by default 5; one more comes before them
 PEER_PYTHON   a Python that has torch; without one the peer is left out
 PEER          its settings to try, as thread_count of FileSystemWriter and whether it keeps its staging memory, by default
-              "1:0 1:1 2:1" (a DefaultStager without pinned memory, which CPUs have not); the median of the fastest counts, each column for itself
+              "1:0 1:1 2:1": what async_save does by itself, and with a DefaultStager that has no pinned memory
 """
 import json
 import os
@@ -126,35 +127,47 @@ def run(folder):
     peer = None
     if PEER_PYTHON:
         peer = Child(PEER_PYTHON, "-W", "ignore", "-c", PEER_PROGRAM, told, f"store={folder / 'store'}")
-    figures = {}
+    figures, sizes = {}, set()
 
-    def note(round, **seconds):
+    def note(**seconds):
         for name, value in seconds.items():
-            if round:  # the first one warms memory and page cache
-                figures.setdefault(name, []).append(value)
+            figures.setdefault(name, []).append(round(value, 3))
 
-    size = 0
-    for round in range(ROUNDS + 1):
-        for world, program in programs.items():
-            stall, written, committed = program.ask("save", fresh(folder / "ours"))
-            (step,) = (folder / "ours").iterdir()
-            ranks = sorted(map(str, step.glob("*.safetensors")))
-            size = sum(os.path.getsize(path) for path in ranks)
-            note(round, **{f"stall {world}": stall, f"written {world}": written - stall, f"committed {world}": committed})
-            note(round, **{f"cat {world}": timed("cat", *ranks), f"load {world}": program.ask("load", step)[0]})
+    def ours(world):
+        program = programs[world]
+        stall, written, committed = program.ask("save", fresh(folder / "ours"))
+        (step,) = (folder / "ours").iterdir()
+        ranks = sorted(map(str, step.glob("*.safetensors")))
+        sizes.add(sum(os.path.getsize(path) for path in ranks) // 1_000_000)
+        note(**{f"stall {world}": stall, f"written {world}": written - stall, f"committed {world}": committed})
+        note(**{f"cat {world}": timed("cat", *ranks), f"load {world}": program.ask("load", step)[0]})
         shutil.rmtree(folder / "ours")
-        dd = ["dd", "if=/dev/zero", f"of={fresh(folder / 'dd')}", "bs=1M", f"count={size}", "iflag=count_bytes"]
-        note(round, dd=timed(*dd, "conv=fsync"))
-        os.remove(folder / "dd")
-        for setting in PEER if peer else []:
-            stall, total = peer.ask("save", fresh(folder / "peer"), setting)
-            note(round, **{f"peer stall {setting}": stall, f"peer total {setting}": total})
-            note(round, **{f"peer load {setting}": peer.ask("load", folder / "peer", setting)[0]})
-            shutil.rmtree(folder / "peer")
+
+    def dd():
+        (megabytes,) = sizes
+        out = fresh(folder / "dd")
+        note(dd=timed("dd", "if=/dev/zero", f"of={out}", "bs=1MB", f"count={megabytes}", "conv=fsync"))
+        os.remove(out)
+
+    def theirs(setting):
+        stall, total = peer.ask("save", fresh(folder / "peer"), setting)
+        note(**{f"peer stall {setting}": stall, f"peer total {setting}": total})
+        note(**{f"peer load {setting}": peer.ask("load", folder / "peer", setting)[0]})
+        shutil.rmtree(folder / "peer")
+
+    turns = [(ours, 1), (ours, 2), (dd,), *((theirs, setting) for setting in (PEER if peer else []))]
+    for turn in range(ROUNDS + 1):
+        for what, *argument in turns:
+            what(*argument)
+        if turn == 0:
+            figures.clear()  # it warmed memory and page cache
+        # Another order: what a disk does depends on what it did before.
+        turns.append(turns.pop(0))
     for child in [*programs.values(), peer]:
         if child:
             child.close()
-    show(size, {name: statistics.median(values) for name, values in figures.items()})
+    print(json.dumps(figures), file=sys.stderr)
+    show(sizes.pop() * 1_000_000, {name: statistics.median(values) for name, values in figures.items()})
 
 
 def show(size, median):
@@ -169,19 +182,19 @@ def show(size, median):
         name, cat = f"load {world}", f"cat {world}"
         print(f"| cat > /dev/null, from the page cache | {world} | {median[cat]:.2f} | {rate[cat]:.2f} | |")
         print(f"| load, checked by crc32c | {world} | {median[name]:.2f} | {rate[name]:.2f} | {rate[name] / rate[cat]:.0%} |")
-    peer = {}
-    for what in ("stall", "total", "load"):
-        tried = [value for name, value in median.items() if name.startswith(f"peer {what} ")]
-        peer[what] = min(tried, default=None)
+    what = ("stall", "total", "load")
     print("\n| save and load | stall, s | save, end to end, s | load, s |\n|---|---:|---:|---:|")
+    ours = {}
     for world in (1, 2):
-        ours = [median[f"{what} {world}"] for what in ("stall", "committed", "load")]
-        print(f"| this project, {world} writer{'s' * (world - 1)} | " + " | ".join(f"{it:.2f}" for it in ours) + " |")
-    if peer["stall"]:
-        print("| torch.distributed.checkpoint | " + " | ".join(f"{it:.2f}" for it in peer.values()) + " |")
-        for world in (1, 2):
-            pairs = zip(peer.values(), (median[f"{what} {world}"] for what in ("stall", "committed", "load")))
-            print(f"| times less, {world} writer{'s' * (world - 1)} | " + " | ".join(f"{a / b:.1f}" for a, b in pairs) + " |")
+        ours[world] = [median[f"{what} {world}"] for what in ("stall", "committed", "load")]
+        print(f"| this project, {world} writer{'s' * (world - 1)} | " + " | ".join(f"{it:.2f}" for it in ours[world]) + " |")
+    for setting in PEER if "peer load " + PEER[0] in median else []:
+        theirs = [median[f"peer {it} {setting}"] for it in what]
+        threads, kept = setting.split(":")
+        named = f"torch.distributed.checkpoint, {threads} thread{'s' * (threads != '1')}{', staging kept' * int(kept)}"
+        # Beside the slower of ours.
+        times = [f"{it:.2f} ({it / max(ours[1][index], ours[2][index]):.1f}x)" for index, it in enumerate(theirs)]
+        print(f"| {named} | " + " | ".join(times) + " |")
 
 
 if __name__ == "__main__":

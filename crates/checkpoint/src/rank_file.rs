@@ -1,14 +1,20 @@
 //! One rank's part of a checkpoint: a safetensors file, streamed to disk, and the entry that describes it to the
 //! coordinator. Not here: whether the parts together are a checkpoint (`commit`).
 
-use std::{ops::Range, path::Path};
+use std::{
+    ops::Range,
+    panic,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    thread,
+};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use storage::{FileError, Folder};
+use storage::{FileError, Folder, Upload};
 
 use crate::{
-    digest::{BLOCK_BYTES, Digester},
+    digest::{BLOCK_BYTES, Digester, Digests},
     folder,
     parts::{Kind, Piece, TensorSpec, TrainState},
 };
@@ -159,7 +165,8 @@ pub fn write_rank_in(
         tensors,
         extents: pieces.iter().map(extent).collect(),
     };
-    file.write(dir, InMemory(&pieces))
+    let values = pieces.iter().map(|piece| piece.values);
+    file.write_from_memory(dir, &values.collect::<Vec<_>>())
 }
 
 /// Elements of a tensor that one file holds side by side.
@@ -183,21 +190,6 @@ pub(crate) trait Values {
     ) -> Result<&[f32], Self::Error>;
 }
 
-struct InMemory<'a>(&'a [Piece<'a>]);
-
-impl Values for InMemory<'_> {
-    type Error = WriteError;
-
-    fn run(
-        &mut self,
-        index: usize,
-        _: &PieceEntry,
-        range: Range<usize>,
-    ) -> Result<&[f32], WriteError> {
-        Ok(&self.0[index].values[range])
-    }
-}
-
 /// A rank file that is to be written.
 pub(crate) struct NewRankFile<'a> {
     pub generation: u64,
@@ -210,61 +202,128 @@ pub(crate) struct NewRankFile<'a> {
     pub extents: Vec<Extent>,
 }
 
+/// A rank file that was begun: its header is there.
+struct Begun {
+    name: String,
+    header: Vec<u8>,
+    /// Without checksums.
+    entries: Vec<PieceEntry>,
+    writing: Box<dyn Upload>,
+}
+
 impl NewRankFile<'_> {
     /// Writes it below `dir` and makes it durable.
-    pub fn write<V: Values>(self, dir: &Folder, mut values: V) -> Result<RankFile, V::Error> {
+    pub fn write<V: Values>(mut self, dir: &Folder, mut values: V) -> Result<RankFile, V::Error> {
+        let mut file = self.begin(dir)?;
+        let mut digester = Digester::default();
+        digester.update(&file.header);
+        digester.end_part();
+        let mut swapped = Vec::new();
+        let mut checksums = Vec::with_capacity(file.entries.len());
+        for (index, entry) in file.entries.iter().enumerate() {
+            for start in (0..entry.len).step_by(RUN) {
+                let range = start..entry.len.min(start + RUN);
+                let bytes = little_endian(values.run(index, entry, range)?, &mut swapped);
+                digester.update(bytes);
+                file.writing.append(bytes).map_err(WriteError::from)?;
+            }
+            checksums.push(digester.end_part());
+        }
+        Ok(self.finish(file, digester.finish(checksums))?)
+    }
+
+    /// The same of values that are all there: another thread makes the digests, which take about as long as the writing.
+    fn write_from_memory(
+        mut self,
+        dir: &Folder,
+        values: &[&[f32]],
+    ) -> Result<RankFile, WriteError> {
+        let mut file = self.begin(dir)?;
+        let (header, failed) = (&file.header, AtomicBool::new(false));
+        let digest = || {
+            let mut digester = Digester::default();
+            digester.update(header);
+            digester.end_part();
+            let mut swapped = Vec::new();
+            let mut checksums = Vec::with_capacity(values.len());
+            for values in values {
+                for run in values.chunks(RUN) {
+                    if failed.load(Relaxed) {
+                        break;
+                    }
+                    digester.update(little_endian(run, &mut swapped));
+                }
+                checksums.push(digester.end_part());
+            }
+            digester.finish(checksums)
+        };
+        let mut swapped = Vec::new();
+        let digests = thread::scope(|scope| {
+            let digests = scope.spawn(digest);
+            let mut runs = values.iter().flat_map(|values| values.chunks(RUN));
+            let written =
+                runs.try_for_each(|run| file.writing.append(little_endian(run, &mut swapped)));
+            failed.store(written.is_err(), Relaxed);
+            let digests = digests.join();
+            written.map(|()| digests.unwrap_or_else(|it| panic::resume_unwind(it)))
+        })?;
+        self.finish(file, digests)
+    }
+
+    fn begin(&mut self, dir: &Folder) -> Result<Begun, WriteError> {
         let (rank, world) = (self.rank, self.world);
         if rank >= world {
-            return Err(WriteError::Rank { rank, world }.into());
+            return Err(WriteError::Rank { rank, world });
         }
-        let mut entries = place(self.tensors, self.extents)?;
+        let mut entries = place(self.tensors, std::mem::take(&mut self.extents))?;
         let header = header(self.generation, rank, world, self.state, &entries);
         for entry in &mut entries {
             entry.offset += header.len() as u64;
         }
-
         let name = folder::file_name(rank, world, self.generation);
         let bytes = entries.last().map_or(header.len() as u64, PieceEntry::end);
         let folder = folder::of_step(dir, self.state.step);
-        let mut writing = folder.create(&name, bytes).map_err(WriteError::from)?;
-        let mut digester = Digester::default();
-        digester.update(&header);
-        digester.end_part();
-        writing.append(&header).map_err(WriteError::from)?;
-        let mut swapped = Vec::new();
-        for (index, entry) in entries.iter_mut().enumerate() {
-            for start in (0..entry.len).step_by(RUN) {
-                let range = start..entry.len.min(start + RUN);
-                let run = values.run(index, entry, range)?;
-                let bytes = if cfg!(target_endian = "big") {
-                    encode(run, f32::to_le_bytes, &mut swapped);
-                    &swapped[..]
-                } else {
-                    bytemuck::cast_slice(run)
-                };
-                digester.update(bytes);
-                writing.append(bytes).map_err(WriteError::from)?;
-            }
-            entry.crc32c = digester.end_part();
-        }
-        writing.commit().map_err(WriteError::from)?;
+        let mut writing = folder.create(&name, bytes)?;
+        writing.append(&header)?;
+        Ok(Begun {
+            name,
+            header,
+            entries,
+            writing,
+        })
+    }
 
-        let digests = digester.finish(Vec::new());
+    /// Makes the file durable; `digests` have its pieces as parts.
+    fn finish(self, file: Begun, digests: Digests) -> Result<RankFile, WriteError> {
+        file.writing.commit()?;
+        let mut pieces = file.entries;
+        for (piece, &crc32c) in pieces.iter_mut().zip(&digests.parts) {
+            piece.crc32c = crc32c;
+        }
         Ok(RankFile {
-            world,
+            world: self.world,
             generation: self.generation,
             state: self.state,
             tensors: self.tensors.to_vec(),
             file: FileEntry {
-                rank,
-                name,
+                rank: self.rank,
+                name: file.name,
                 bytes: digests.bytes,
                 blake3: digests.blake3,
                 chunks: digests.chunks,
-                pieces: entries,
+                pieces,
             },
         })
     }
+}
+
+/// The values' bytes as they are in the file; through `swapped` on a machine whose own are others.
+fn little_endian<'a>(values: &'a [f32], swapped: &'a mut Vec<u8>) -> &'a [u8] {
+    if cfg!(target_endian = "big") {
+        encode(values, f32::to_le_bytes, swapped);
+        return swapped;
+    }
+    bytemuck::cast_slice(values)
 }
 
 /// Entries with offsets counted from the end of the header, and the extents checked against the tensors.

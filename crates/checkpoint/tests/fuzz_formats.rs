@@ -1,5 +1,5 @@
-//! Manifests, rank files, what ranks tell of them, and model files of any bytes: refused, or read as what they are. Never a panic,
-//! never a wrong load, never much more memory than the files have bytes.
+//! Manifests, rank files, what ranks tell of them, and model files of any bytes: refused, or read as what they are. Never a
+//! panic, never a wrong load, never much more memory than the files have bytes.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 #[path = "../../storage/tests/fuzz/mod.rs"]
@@ -162,7 +162,10 @@ fn fuzz_told(saved: &Saved) {
 fn fuzz_models() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model.safetensors");
-    let tensor = |from: usize, rows: usize| json!({ "dtype": "F32", "shape": [rows, 3], "data_offsets": [from, from + rows * 12] });
+    let tensor = |from: usize, rows: usize| {
+        let offsets = [from, from + rows * 12];
+        json!({ "dtype": "F32", "shape": [rows, 3], "data_offsets": offsets })
+    };
     let header =
         json!({ "__metadata__": { "format": "pt" }, "w": tensor(0, 2), "v": tensor(24, 4) });
     let header = header.to_string();

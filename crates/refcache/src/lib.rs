@@ -46,8 +46,8 @@
 //! sorted form, and whoever has either open keeps it.
 //!
 //! # Shared between machines
-//! [`Store::pull`] and [`Store::push`] exchange finished segments with a folder of an object store, or any other; `share.rs` draws
-//! it. Its format is the sorted one; the store that a run opens stays a folder of a disk.
+//! [`Store::pull`] and [`Store::push`] exchange finished segments with a folder of an object store, or any other; `share.rs`
+//! draws it. The store that a run opens stays a folder of a disk.
 //!
 //! # Cleaning up
 //! [`clean`] removes scopes that nobody has used for long and merges the segments of the others; `gc.rs` draws the steps. A

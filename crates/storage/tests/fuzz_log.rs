@@ -53,7 +53,7 @@ fn check(whole: &[u8], bytes: &[u8], resealed: bool) -> Result<(), TestCaseError
     Ok(())
 }
 
-/// What [`Log::open`] makes of a file is what [`parse`] says of its bytes. It syncs what it cuts off, so a few cases are enough.
+/// What [`Log::open`] makes of a file is what [`parse`] says of its bytes. It syncs what it cuts off: a few cases are enough.
 fn opens(path: &Path, bytes: &[u8]) -> Result<(), TestCaseError> {
     fs::write(path, bytes).unwrap();
     match (parse(path, bytes), Log::open(path)) {
