@@ -9,8 +9,8 @@ use std::{
 
 use coordinator::metrics::{KEPT_AFTER_END, Metrics, listen, serve};
 use protocol::{
-    EvaluationRow, Generation, MetricsRow, Note, Phases, Record, RunFacts, Statistics, Step,
-    StepReport,
+    EvaluationRow, Generation, GpuFigures, MetricsRow, Note, Phases, Record, RunFacts, Statistics,
+    Step, StepReport,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -42,7 +42,11 @@ fn row(step: u64) -> MetricsRow {
         world_size: 2,
         generation: 3,
         seconds: 0.25,
-        gpu: protocol::GpuFigures::default(),
+        gpu: GpuFigures {
+            memory_gib: Some(1.5),
+            power_watts: Some(400.0),
+            ..GpuFigures::default()
+        },
         phases: phases(step),
     }
 }
@@ -131,6 +135,8 @@ fn a_jobs_steps_evaluations_and_events_are_told_under_its_name() {
         ("rewinds_total", 0.0),
         ("step_duration_seconds_count", 3.0),
         ("step_duration_seconds_sum", 0.75),
+        ("gpu_memory_bytes", 1.5 * f64::from(1 << 30)),
+        ("gpu_power_watts", 400.0),
     ] {
         let name = format!("caldpo_{name}{{job=\"letters\"}}");
         assert_eq!(found.get(&name), Some(&value), "{name} in {text}");
@@ -140,6 +146,7 @@ fn a_jobs_steps_evaluations_and_events_are_told_under_its_name() {
         assert_eq!(found.get(&name), Some(&value), "{name} in {text}");
         assert!(!before.contains_key(&name), "{before:?}");
     }
+    assert!(!text.contains("caldpo_gpu_mfu{"), "nobody told it: {text}");
     assert!(found["caldpo_log_ratios_chosen{job=\"letters\"}"].is_nan());
     assert!(found["caldpo_last_commit_timestamp_seconds{job=\"letters\"}"] > 1.6e9);
     let version = env!("CARGO_PKG_VERSION");
