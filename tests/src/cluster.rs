@@ -120,7 +120,17 @@ impl Cluster {
     /// If it does not start.
     pub fn worker(&mut self, name: &str) {
         let command = Command::new(program("worker"));
-        self.start_worker(name, command);
+        let url = self.url.clone();
+        self.start_worker(name, command, &url);
+    }
+
+    /// The same, which finds the coordinator at another URL.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn worker_at(&mut self, name: &str, url: &str) {
+        let command = Command::new(program("worker"));
+        self.start_worker(name, command, url);
     }
 
     /// The same in a namespace of a network.
@@ -130,7 +140,8 @@ impl Cluster {
     pub fn worker_on(&mut self, name: &str, network: &Network, index: usize) {
         let mut command = network.inside(index, &program("worker"));
         command.args(["--listen", &network.address(index)]);
-        self.start_worker(name, command);
+        let url = self.url.clone();
+        self.start_worker(name, command, &url);
     }
 
     /// The same in a mount namespace of its own, after `mount` was run there. False where this user may not make one.
@@ -146,14 +157,15 @@ impl Cluster {
         let mut command = Command::new("unshare");
         let script = format!("{mount} && exec \"$0\" \"$@\"");
         command.args(namespace).arg(script).arg(program("worker"));
-        self.start_worker(name, command);
+        let url = self.url.clone();
+        self.start_worker(name, command, &url);
         true
     }
 
-    fn start_worker(&mut self, name: &str, mut command: Command) {
+    fn start_worker(&mut self, name: &str, mut command: Command, url: &str) {
         let log = self.log(name);
         command
-            .args(["--coordinator", &self.url, "--name", name, "--threads", "1"])
+            .args(["--coordinator", url, "--name", name, "--threads", "1"])
             .current_dir(workspace_root())
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("one more handle"))

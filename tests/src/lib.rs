@@ -3,6 +3,7 @@
 //! The tests live in `tests/tests`; this library holds only what several of them need.
 
 pub mod cluster;
+pub mod faults;
 pub mod network;
 pub mod programs;
 pub mod quickstart;

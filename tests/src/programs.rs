@@ -79,6 +79,7 @@ pub fn shared() -> Option<PathBuf> {
 pub struct Run {
     folder: tempfile::TempDir,
     set: Vec<String>,
+    variables: Vec<(String, String)>,
 }
 
 impl Run {
@@ -93,7 +94,11 @@ impl Run {
             format!("job.output={}", folder.path().join("run").display()),
             format!("reference.store={}", folder.path().join("store").display()),
         ];
-        Self { folder, set }
+        Self {
+            folder,
+            set,
+            variables: Vec::new(),
+        }
     }
 
     /// One more `--set`.
@@ -101,6 +106,23 @@ impl Run {
     pub fn set(mut self, assignment: &str) -> Self {
         self.set.push(assignment.to_owned());
         self
+    }
+
+    /// One more environment variable of its programs.
+    #[must_use]
+    pub fn variable(mut self, name: &str, value: &str) -> Self {
+        self.variables.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Runs `checkpoint verify` on the checkpoint of `step`.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn verify(&self, step: usize) -> Output {
+        let mut command = Command::new(program("checkpoint"));
+        command.arg("verify").arg(self.checkpoint(step));
+        command.output().expect("it starts")
     }
 
     /// The folder that holds configuration, run directory (`run`) and reference store (`store`).
@@ -119,7 +141,8 @@ impl Run {
         command
             .arg(self.folder.path().join("config.toml"))
             .current_dir(workspace_root())
-            .stdin(Stdio::null());
+            .stdin(Stdio::null())
+            .envs(self.variables.iter().map(|(name, value)| (name, value)));
         for assignment in &self.set {
             command.args(["--set", assignment]);
         }

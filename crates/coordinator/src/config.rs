@@ -234,6 +234,7 @@ impl Config {
             step_timeout_ms: ms(self.cluster.step_timeout_seconds),
             save_timeout_ms: ms(self.cluster.save_timeout_seconds),
             skipped_steps_max: self.skipped_steps_max,
+            failed_saves_max: self.checkpoint.failures_max,
             elastic: Elastic {
                 workers_min: self.cluster.min_workers,
                 workers_max: self.cluster.max_workers,
@@ -357,6 +358,7 @@ fn checkpoint_section(
         every_steps: section.required("every_steps")?,
         keep_last: section.required("keep_last")?,
         keep_every_steps: section.required("keep_every_steps")?,
+        failures_max: section.required("failures_max")?,
         keep_best: false,
     };
     section.finish()?;
@@ -370,6 +372,10 @@ fn checkpoint_section(
     if parsed.keep_last == 0 {
         let reason = "must be at least 1: a run without a checkpoint cannot go on";
         return Err(refuse(merged, "checkpoint.keep_last", reason));
+    }
+    if parsed.failures_max == 0 {
+        let reason = "must be at least 1: the number of checkpoints in a row that cannot be written and end the job";
+        return Err(refuse(merged, "checkpoint.failures_max", reason));
     }
     Ok((parsed, keep_best))
 }

@@ -370,6 +370,10 @@ fn impossible_values_are_refused() {
         &["cluster.save_timeout_seconds", "between"],
     );
     refused(
+        "checkpoint.failures_max=0",
+        &["checkpoint.failures_max", "at least 1"],
+    );
+    refused(
         "checkpoint.keep_last=0",
         &["checkpoint.keep_last", "at least 1"],
     );

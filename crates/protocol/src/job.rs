@@ -53,6 +53,8 @@ pub struct Job {
     facts: Option<RunFacts>,
     /// Consecutive skipped steps up to `committed`.
     skipped: u64,
+    /// Checkpoints in a row that could not be written.
+    unsaved: u32,
     /// By incarnation, which is the order of their ranks.
     members: Roster,
     phase: Phase,
@@ -126,6 +128,7 @@ impl Job {
             committed: recovery.committed,
             facts: recovery.facts.clone(),
             skipped: recovery.skipped,
+            unsaved: 0,
             members: Roster::default(),
             table: Table::default(),
             phase: Phase::Gathering {

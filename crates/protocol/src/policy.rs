@@ -25,6 +25,8 @@ pub struct JobPolicy {
     pub save_timeout_ms: u64,
     /// Consecutive skipped steps that end the job (invariant T6).
     pub skipped_steps_max: u64,
+    /// Consecutive checkpoints that could not be written and end the job. Each is tried at the next step that saves.
+    pub failed_saves_max: u32,
     /// How it goes on without a lost member.
     pub elastic: Elastic,
 }

@@ -278,6 +278,42 @@ fn a_failed_checkpoint_in_training_is_told_and_training_goes_on() {
 }
 
 #[test]
+fn so_many_failed_checkpoints_in_a_row_end_the_job_and_one_that_holds_begins_the_count_anew() {
+    let policy = JobPolicy {
+        save_every: Some(1),
+        ..policy(2)
+    };
+    let mut play = Play::stepping(policy, 9);
+    let refused = |play: &mut Play, step: u64| {
+        play.step(true);
+        play.event(Event::CheckpointFailed {
+            step: Step(step),
+            reason: "disk full".into(),
+        })
+    };
+    for step in [1, 2] {
+        assert_eq!(outcome(&refused(&mut play, step)), None);
+    }
+    play.step(true);
+    play.save(1, 3);
+    play.save(2, 3);
+    play.event(Event::CheckpointCommitted {
+        step: Step(3),
+        path: "step-3".into(),
+    });
+    for step in [4, 5] {
+        assert_eq!(outcome(&refused(&mut play, step)), None);
+    }
+    let parts = [
+        "3 checkpoints in a row",
+        "checkpoint.failures_max",
+        "step 6",
+        "disk full",
+    ];
+    failed(&refused(&mut play, 6), Cause::Fatal, &parts);
+}
+
+#[test]
 fn a_failed_last_checkpoint_ends_the_job() {
     let reason = "disk full".to_string();
     let actions = draining().say(

@@ -18,6 +18,7 @@ fn job() -> Job {
         step_timeout_ms: 60_000,
         save_timeout_ms: 60_000,
         skipped_steps_max: 3,
+        failed_saves_max: 3,
         elastic: Elastic {
             workers_min: 1,
             workers_max: 2,

@@ -103,6 +103,9 @@ pub struct CheckpointSection {
     pub keep_last: usize,
     /// Checkpoints of steps that are a multiple of this are kept besides; 0 for none.
     pub keep_every_steps: u64,
+    /// Checkpoints in a row that cannot be written and end the job; until then it warns, and tries again at the next one.
+    #[schemars(range(min = 1))]
+    pub failures_max: u32,
     /// Whether every evaluated step is saved, and the best one's checkpoint kept beside the last ones. Default: whether
     /// training may stop early.
     pub keep_best: bool,

@@ -107,6 +107,7 @@ impl Job {
         let Some(save) = self.saves.remove(&step) else {
             return;
         };
+        self.unsaved = 0;
         if step > self.newest.step {
             self.newest = Newest {
                 step,
@@ -171,6 +172,14 @@ impl Job {
             "checkpoint of step {step} could not be written: {reason}; make room there, or set checkpoint.path to another disk"
         );
         actions.push(note("unsaved", text.clone()));
+        self.unsaved += 1;
+        let most = self.spec.policy.failed_saves_max;
+        if self.unsaved >= most {
+            let text = format!(
+                "{most} checkpoints in a row (checkpoint.failures_max) could not be written; the last: {text}"
+            );
+            return self.fail(Cause::Fatal, text, None, actions);
+        }
         match &self.phase {
             Phase::Draining { step: last, .. } if *last == step => {
                 self.fail(Cause::Fatal, text, None, actions);

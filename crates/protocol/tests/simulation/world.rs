@@ -167,6 +167,7 @@ impl World {
             step_timeout_ms: 3_000,
             save_timeout_ms: 4_000,
             skipped_steps_max: 3,
+            failed_saves_max: u32::MAX,
             elastic,
         };
         let mut steps_total = random.between(5, 60);

@@ -31,6 +31,7 @@ pub fn policy(world: u64) -> JobPolicy {
         step_timeout_ms: 40_000,
         save_timeout_ms: 50_000,
         skipped_steps_max: 3,
+        failed_saves_max: 3,
         elastic: Elastic {
             workers_min: world as u32,
             workers_max: world as u32 + 1,
