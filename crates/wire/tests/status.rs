@@ -54,13 +54,15 @@ fn join(job: &mut Job, now_ms: u64, incarnation: u64) {
         name: format!("worker-{incarnation}"),
         device: String::new(),
     });
-    let from = FromWorker {
-        job: JobId("run".into()),
-        incarnation: Incarnation(incarnation),
-        generation: Generation(0),
-        message,
-    };
-    job.handle(now_ms, Event::Message(from));
+    for message in [message, WorkerMessage::Held { held: vec![] }] {
+        let from = FromWorker {
+            job: JobId("run".into()),
+            incarnation: Incarnation(incarnation),
+            generation: Generation(0),
+            message,
+        };
+        job.handle(now_ms, Event::Message(from));
+    }
 }
 
 #[test]

@@ -18,6 +18,7 @@ impl World {
         }
         self.life += 1;
         self.votes.clear();
+        self.spoke.clear();
         // Rows are a projection of the journal, which whoever opens the run directory completes.
         self.rows = self.rows.max(self.disk.commits().len() as u64);
         let mut recovery = self.disk.recover();
@@ -228,7 +229,12 @@ impl World {
             assert_eq!(to.0, newest, "a rewind goes to the newest checkpoint");
             let end = self.disk.journal.len() - 1;
             let (lost, since) = self.disk.last_commit_of(end);
-            let held = self.copies(&members, lost, since);
+            // Of some it may have heard nothing but late words of another generation, and cannot know what they hold.
+            let known = |it: &&u64| {
+                self.spoke.get(it).copied() == self.workers.get(it).map(|it| it.generation)
+            };
+            let known = members.iter().filter(known).copied().collect();
+            let held = self.copies(&known, lost, since);
             assert!(
                 held.is_empty(),
                 "M4: members have all shards of step {lost} in the cuts {held:?}, and it was rewound"

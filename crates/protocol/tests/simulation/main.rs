@@ -154,6 +154,15 @@ fn m4_every_run_completes_with_each_step_committed_once_and_rewinds_only_when_a_
 }
 
 #[test]
+fn a_late_form_and_a_late_word_of_who_is_silent_make_no_false_alarm() {
+    let test = "a_late_form_and_a_late_word_of_who_is_silent_make_no_false_alarm";
+    // Found among a million.
+    for seed in [105_173, 212_636] {
+        run(seed, HOSTILE, test);
+    }
+}
+
+#[test]
 fn a_lost_message_costs_heartbeats_and_never_a_generation() {
     let test = "a_lost_message_costs_heartbeats_and_never_a_generation";
     let lossy = Setting {

@@ -126,6 +126,8 @@ pub struct World {
     pub partitions: Vec<Partition>,
     /// Reports that reached the living coordinator, by generation and step.
     pub votes: BTreeMap<(u64, u64), BTreeSet<u64>>,
+    /// The newest generation in which a worker spoke to the living coordinator.
+    pub spoke: BTreeMap<u64, u64>,
     pub evaluations: BTreeSet<(u64, usize, u64)>,
     pub manifests: BTreeSet<(u64, u64, u64)>,
     /// Go's that were said, by generation and worker.
@@ -192,6 +194,7 @@ impl World {
             collectives: BTreeMap::new(),
             partitions: Vec::new(),
             votes: BTreeMap::new(),
+            spoke: BTreeMap::new(),
             evaluations: BTreeSet::new(),
             manifests: BTreeSet::new(),
             gone: BTreeSet::new(),
@@ -418,6 +421,8 @@ impl World {
         {
             return;
         }
+        let spoke = self.spoke.entry(from.incarnation.0).or_default();
+        *spoke = from.generation.0.max(*spoke);
         self.overhears(&from);
         if let WorkerMessage::Prepared { report, .. } = &from.message {
             let vote = (from.generation.0, report.step);
