@@ -1,50 +1,19 @@
 //! Loading, verifying, exporting, comparing and cutting anew take little memory, however large the checkpoint is.
-#![allow(missing_docs, clippy::unwrap_used, unsafe_code)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
-use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    fs,
-    path::Path,
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
-};
+#[path = "../../storage/tests/fuzz/mod.rs"]
+mod fuzz;
+
+use std::{fs, path::Path};
 
 use checkpoint::{
     Checkpoint, ExportDtype, Kind, ManifestInfo, Piece, RankFile, Side, TensorSpec, TrainState,
     commit, diff, export, reshard, write_rank,
 };
-
-/// The system allocator with a count of live bytes and their maximum.
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to `System` unchanged; the counters touch no memory of the caller.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let live = LIVE.fetch_add(layout.size(), Relaxed) + layout.size();
-        PEAK.fetch_max(live, Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
+use fuzz::{Counting, peak};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
-
-/// Most bytes that are live at once during `work`, beside those that are live before it.
-fn peak<R>(work: impl FnOnce() -> R) -> (usize, R) {
-    let before = LIVE.load(Relaxed);
-    PEAK.store(before, Relaxed);
-    let result = work();
-    (PEAK.load(Relaxed) - before, result)
-}
 
 const MIB: usize = 1 << 20;
 
