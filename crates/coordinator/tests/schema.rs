@@ -407,6 +407,8 @@ fn every_key_that_loading_prints_is_in_the_schema_and_every_key_of_the_schema_lo
         let value = match path.as_str() {
             "objective.parts" => SOME_PARTS.trim_start_matches("objective.parts=").into(),
             "telemetry.metrics_listen" => "127.0.0.1:0".into(),
+            // One for each of the two workers.
+            "cluster.gpus" => "[0, 1]".into(),
             _ => sample(&schema),
         };
         let key = format!("{path}={value}");
