@@ -262,6 +262,45 @@ fn r1_another_run_on_the_same_model_and_pairs_computes_no_reference_value_again(
     assert_eq!(reference_counts(&longer), [0, computed]);
 }
 
+#[test]
+fn r1_a_run_with_a_store_of_its_own_finds_the_values_that_another_has_shared() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let shared = format!("reference.shared={}", folder.path().display());
+    let run = Run::new(SMALL).set("train.steps=2").set(&shared);
+    run.complete();
+    let [reused, computed] = reference_counts(&run);
+    assert_eq!(reused, 0);
+    let other = Run::new(SMALL).set("train.steps=2").set(&shared);
+    other.complete();
+    assert_eq!(reference_counts(&other), [computed, 0]);
+    assert_same_rows("metrics.jsonl", &other.training(), &run.training());
+
+    // What is shared is a help and not a need: damage is found, told and computed anew.
+    let segments = fs::read_dir(folder.path()).expect("scopes").flatten();
+    let segments =
+        segments.flat_map(|scope| fs::read_dir(scope.path()).into_iter().flatten().flatten());
+    let segments: Vec<_> = segments
+        .map(|it| it.path())
+        .filter(|path| path.extension().is_some_and(|it| it == "segment"))
+        .collect();
+    assert!(!segments.is_empty(), "nothing was sent");
+    for path in &segments {
+        let mut bytes = fs::read(path).expect("a segment");
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 4;
+        fs::write(path, bytes).expect("a segment");
+    }
+    let third = Run::new(SMALL).set("train.steps=2").set(&shared);
+    third.complete();
+    assert_eq!(reference_counts(&third), [0, computed]);
+    let logs = fs::read_dir(third.path("logs")).expect("logs").flatten();
+    let said: String = logs
+        .map(|it| fs::read_to_string(it.path()).unwrap_or_default())
+        .collect();
+    assert!(said.contains("reference.shared: "), "{said}");
+    assert!(said.contains("remove it there"), "{said}");
+}
+
 /// Asks a run to stop after `steps` rows; it must leave with `code`, its last step saved, and go on to the same bits.
 fn stopped(name: &str, code: i32) {
     let run = Run::new(SMALL);

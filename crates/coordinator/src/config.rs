@@ -129,6 +129,9 @@ impl Config {
         let resolved = spec::resolve(&all)
             .map_err(|JobError { key, reason }| refuse(&merged, &key, reason))?;
         checkpoint.keep_best = selection::keep_best(keep_best, &resolved.resolved, &merged)?;
+        if let Some(shared) = &resolved.spec.reference.shared {
+            check_location(&merged, "reference.shared", shared)?;
+        }
         Ok(Self {
             job,
             checkpoint,
@@ -345,6 +348,16 @@ fn default_name(sources: &Sources) -> String {
     stem.map_or_else(|| "run".into(), |stem| stem.to_string_lossy().into_owned())
 }
 
+fn check_location(merged: &Merged, key: &str, location: &Path) -> Result<(), ConfigError> {
+    storage::check_location(location).map_err(|error| {
+        let reason = format!(
+            "{}; give a folder, or a URL such as s3://bucket/prefix",
+            error.source
+        );
+        refuse(merged, key, &reason)
+    })
+}
+
 /// The section, and `keep_best` as it was given: what it defaults to depends on the training sections.
 fn checkpoint_section(
     mut section: Section,
@@ -362,13 +375,7 @@ fn checkpoint_section(
         keep_best: false,
     };
     section.finish()?;
-    if let Err(error) = storage::check_location(&parsed.path) {
-        let reason = format!(
-            "{}; give a folder, or a URL such as s3://bucket/prefix",
-            error.source
-        );
-        return Err(refuse(merged, "checkpoint.path", &reason));
-    }
+    check_location(merged, "checkpoint.path", &parsed.path)?;
     if parsed.keep_last == 0 {
         let reason = "must be at least 1: a run without a checkpoint cannot go on";
         return Err(refuse(merged, "checkpoint.keep_last", reason));

@@ -80,7 +80,7 @@ pub use inspect::{ScopeReport, inspect, size};
 pub use sample::sample;
 pub use scope::Scope;
 pub use segment::TornTail;
-pub use share::{Pulled, Pushed};
+pub use share::{Pulled, Pushed, shared_folder};
 pub use store::{AppendError, Store, StoreError, Writer};
 
 use folder::Folder;

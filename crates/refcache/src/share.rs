@@ -25,6 +25,14 @@ use crate::{
 /// Bytes sent at once.
 const BLOCK_BYTES: usize = 1 << 20;
 
+/// The folder or object store at `location`: a path, or a URL such as `s3://bucket/prefix`.
+///
+/// # Errors
+/// A location that this program cannot reach.
+pub fn shared_folder(location: &Path) -> Result<storage::Folder, StoreError> {
+    Ok(storage::Folder::open(location)?)
+}
+
 /// What [`Store::pull`] did.
 #[derive(Debug, Default)]
 pub struct Pulled {

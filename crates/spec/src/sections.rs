@@ -97,6 +97,11 @@ pub struct ReferenceSection {
     /// Every rank computes so many of the values that it found in the store again and refuses the store if a bit differs.
     /// Default 4.
     pub verify_samples: usize,
+    /// Folder, or URL of an object store as in `checkpoint.path`, through which machines share values: what is there is fetched
+    /// before any is computed, and what is computed is sent there. Default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
+    pub shared: Option<PathBuf>,
 }
 
 impl Default for ReferenceSection {
@@ -104,6 +109,7 @@ impl Default for ReferenceSection {
         Self {
             store: "runs/reference-store".into(),
             verify_samples: 4,
+            shared: None,
         }
     }
 }

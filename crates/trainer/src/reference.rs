@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use collective::shard_range;
 use data::Pair;
 use model::{Model, Pack, PairTokens};
-use refcache::{EntryKey, Store, StoreError, sample};
+use refcache::{EntryKey, Store, StoreError, sample, shared_folder};
 use serde::Serialize;
 use spec::Spec;
 
@@ -37,6 +37,8 @@ pub struct ReferenceCounts {
 pub(crate) struct References {
     store: Store,
     folder: PathBuf,
+    /// `reference.shared`.
+    shared: Option<PathBuf>,
 }
 
 /// One completion that needs a value.
@@ -65,7 +67,12 @@ impl References {
         for tail in torn {
             tracing::warn!(store = %folder.display(), "{tail}");
         }
-        let references = Self { store, folder };
+        let mut references = Self {
+            store,
+            folder,
+            shared: setup.spec.reference.shared.clone(),
+        };
+        references.pull();
         let entries = entries(&[
             &setup.train.pairs,
             setup.held_out(),
@@ -83,6 +90,7 @@ impl References {
         let micro_batch_tokens = setup.spec.train.micro_batch_tokens;
         references.verify(&found, setup.spec.reference.verify_samples, model)?;
         references.compute(&missing, micro_batch_tokens, model, progress)?;
+        references.push();
         let counts = ReferenceCounts {
             reused: found.len() as u64,
             computed: missing.len() as u64,
@@ -90,11 +98,53 @@ impl References {
         Ok((references, counts))
     }
 
+    /// Fetches what others have sent to `reference.shared`. It saves work and is no reason to stop: what is not there is computed.
+    fn pull(&mut self) {
+        let Some(shared) = &self.shared else {
+            return;
+        };
+        let pulled = shared_folder(shared).and_then(|shared| self.store.pull(&shared));
+        match pulled {
+            Ok(pulled) => {
+                for error in &pulled.refused {
+                    tracing::warn!("reference.shared: {error}; remove it there");
+                }
+                if pulled.segments > 0 {
+                    let (segments, bytes) = (pulled.segments, pulled.bytes);
+                    tracing::info!(segments, bytes, "reference values were fetched");
+                }
+            }
+            Err(error) => {
+                tracing::warn!("reference.shared: {error}; nothing is fetched from there")
+            }
+        }
+    }
+
+    /// Sends what is sorted here to `reference.shared`.
+    fn push(&mut self) {
+        let Some(shared) = &self.shared else {
+            return;
+        };
+        let pushed = shared_folder(shared).and_then(|shared| self.store.push(&shared));
+        match pushed {
+            Ok(pushed) if pushed.segments == 0 => {}
+            Ok(pushed) => {
+                let (segments, bytes) = (pushed.segments, pushed.bytes);
+                tracing::info!(segments, bytes, "reference values were sent");
+            }
+            Err(error) => {
+                tracing::warn!("reference.shared: {error}; others compute these values again")
+            }
+        }
+    }
+
     /// Reads what the other ranks stored and looks up all values of `pairs`, one list per list.
     pub fn collect<const N: usize>(
         mut self,
         pairs: [&[Pair]; N],
     ) -> Result<[Vec<[f64; 2]>; N], TrainError> {
+        // Ranks on other machines may have sent theirs.
+        self.pull();
         for tail in self.store.reload()? {
             tracing::warn!(store = %self.folder.display(), "{tail}");
         }
