@@ -218,7 +218,8 @@ fn without_mirrors_and_checkpoints_a_lost_worker_takes_the_run_back_to_its_begin
 fn a_worker_that_dies_again_and_again_ends_the_attempt_and_is_told_of() {
     let run = run().set("cluster.workers=1").set("train.steps=100000");
     let mut running = run.start();
-    wait_for_step(&run, &mut running, 5);
+    // Nobody else has its state: the run goes back to this, and no further.
+    running.wait_until("a checkpoint", || run.checkpoints().contains(&50));
     // As soon as one is there it is killed, so that no step commits in between.
     let start = std::time::Instant::now();
     let mut killed = 0;
@@ -241,7 +242,7 @@ fn a_worker_that_dies_again_and_again_ends_the_attempt_and_is_told_of() {
     assert_eq!(status.code(), Some(75), "{}", running.said());
     assert!(killed >= 3, "{killed} were killed");
     assert!(running.said().contains("its log is"), "{}", running.said());
-    assert!(run.metrics().len() >= 5, "rows are gone");
+    assert!(run.metrics().len() >= 50, "rows are gone");
 }
 
 /// A run's rows tell its schedule of worlds, and that its bits.

@@ -175,10 +175,15 @@ fn a_gpu_that_is_not_here_is_planned_for_and_not_probed() {
     ] {
         assert!(text.contains(part), "no `{part}` in: {text}");
     }
-    // Workers that reduce over the host keep their moments there.
-    let two = planned_for_gpu(&["cluster.workers=2"], 8.0).gpu.unwrap();
-    let mut moments = two.worker.moments.iter();
-    assert!(moments.all(|it| it.parts.optimizer_moments == 0));
+    // Of two workers each has the moments of its shard, and of the other's unless there are no mirrors.
+    let shard = made.run.parameters.div_ceil(2);
+    for (mirror, shards) in [("true", 2), ("false", 1)] {
+        let set = ["cluster.workers=2", &format!("cluster.mirror={mirror}")];
+        let two = planned_for_gpu(&set, 8.0).gpu.unwrap();
+        let mut moments = two.worker.moments.iter();
+        let training = moments.find(|it| it.name == "training step").unwrap();
+        assert_eq!(training.parts.optimizer_moments, shards * 8 * shard);
+    }
 }
 
 #[test]

@@ -193,9 +193,11 @@ impl Collector for Jobs {
         }
         phases(&mut encoder, &jobs)?;
         for (name, help, value) in GPU {
-            gauge(&mut encoder, &jobs, (name, help), |job| {
-                value(&job.row?.gpu)
-            })?;
+            let of = |job: &State| value(&job.row?.gpu);
+            // A service without GPUs has no families of them.
+            if jobs.values().any(|job| of(job).is_some()) {
+                gauge(&mut encoder, &jobs, (name, help), of)?;
+            }
         }
         for (name, help, value) in COUNTERS {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
