@@ -36,7 +36,7 @@ pub enum Input {
     /// A session spoke for the first time.
     Connected(Connected),
     /// A worker's message.
-    Message(FromWorker),
+    Message(Box<FromWorker>),
     /// A session ended.
     Disconnected(Incarnation, SessionId),
     /// Somebody asks how the job is.
@@ -253,7 +253,7 @@ impl<'a> Driver<'a> {
                     };
                     self.references.insert(message.incarnation, counts);
                 }
-                Some(Event::Message(message))
+                Some(Event::Message(*message))
             }
             Input::Disconnected(incarnation, session) => {
                 // A worker that connected again has another session, and the end of the old one says nothing.

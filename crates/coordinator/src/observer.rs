@@ -64,7 +64,7 @@ impl Observer {
         };
         match action {
             Action::Journal(Record::Rewind { to, .. }) => trackers.rewind(now, to.0),
-            Action::RecordStep(row) => trackers.record(now, Entry::Step(*row)),
+            Action::RecordStep(row) => trackers.record(now, Entry::Step(Box::new(*row))),
             Action::RecordEvaluation { row, samples } => {
                 let (row, samples) = (*row, samples.clone());
                 trackers.record(now, Entry::Evaluation { row, samples });
@@ -86,7 +86,7 @@ impl Observer {
 /// counted back from now by their durations.
 fn past(directory: &RunDirectory, committed: Step) -> Past {
     let rows = directory.metrics().iter();
-    let steps = rows.map(|row| Entry::Step(*row));
+    let steps = rows.map(|row| Entry::Step(Box::new(*row)));
     let evaluations = directory.evaluations().iter().map(|row| {
         let samples = directory.samples().iter().find(|it| it.step == row.step);
         let samples = samples.map(|it| it.samples.clone()).unwrap_or_default();

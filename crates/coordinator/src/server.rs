@@ -400,7 +400,7 @@ impl Session {
             }
             Some(_) => {}
         }
-        tell(&route, Input::Message(message)).await
+        tell(&route, Input::Message(Box::new(message))).await
     }
 }
 

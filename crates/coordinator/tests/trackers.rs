@@ -43,7 +43,7 @@ fn config(folder: &Path, trackers: &str, set: &[&str]) -> Config {
 /// A row whose numbers tell its step and its `life`: the same step computed again is another one.
 fn step(step: u64, life: u64) -> Entry {
     let value = step as f64 + life as f64 / 8.0;
-    Entry::Step(MetricsRow {
+    Entry::Step(Box::new(MetricsRow {
         report: StepReport {
             step,
             epoch: step / 4,
@@ -64,7 +64,7 @@ fn step(step: u64, life: u64) -> Entry {
         seconds: 0.5,
         gpu: protocol::GpuFigures::default(),
         phases: Phases::from_values(std::array::from_fn(|phase| value + phase as f64)),
-    })
+    }))
 }
 
 fn evaluation(step: u64, life: u64) -> Entry {

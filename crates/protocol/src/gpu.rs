@@ -44,8 +44,8 @@ impl GpuFigures {
     }
 
     /// What a row says of these members: of a slow step the hottest, the fullest and the slowest GPU matter.
-    pub fn of<'a>(members: impl Iterator<Item = &'a Self> + Clone) -> Self {
-        let told = |figure: fn(&Self) -> Option<f64>| members.clone().filter_map(figure);
+    pub fn of(members: &[Self]) -> Self {
+        let told = |figure: fn(&Self) -> Option<f64>| members.iter().filter_map(figure);
         let mean = |figure| {
             let (sum, count) =
                 told(figure).fold((0.0, 0u32), |(sum, count), it| (sum + it, count + 1));
@@ -85,7 +85,7 @@ mod tests {
             sm_clock_mhz: Some(1200.0),
         };
         let cpu = GpuFigures::default();
-        let row = GpuFigures::of([one, cpu, other].iter());
+        let row = GpuFigures::of(&[one, cpu, other]);
         let expected = GpuFigures {
             mfu: Some(0.375),
             memory_gib: Some(30.0),
@@ -95,6 +95,6 @@ mod tests {
             sm_clock_mhz: Some(1200.0),
         };
         assert_eq!(row, expected);
-        assert_eq!(GpuFigures::of([cpu].iter()), cpu);
+        assert_eq!(GpuFigures::of(&[cpu]), cpu);
     }
 }

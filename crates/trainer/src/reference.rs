@@ -115,7 +115,7 @@ impl References {
                 }
             }
             Err(error) => {
-                tracing::warn!("reference.shared: {error}; nothing is fetched from there")
+                tracing::warn!("reference.shared: {error}; nothing is fetched from there");
             }
         }
     }
@@ -133,7 +133,7 @@ impl References {
                 tracing::info!(segments, bytes, "reference values were sent");
             }
             Err(error) => {
-                tracing::warn!("reference.shared: {error}; others compute these values again")
+                tracing::warn!("reference.shared: {error}; others compute these values again");
             }
         }
     }

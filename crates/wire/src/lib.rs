@@ -34,6 +34,7 @@ pub use token::{Guard, Pass, Token, TokenError};
 /// What tonic and prost generate from `/proto`; its documentation is that of the protocol files.
 #[allow(
     missing_docs,
+    clippy::large_enum_variant,
     clippy::pedantic,
     clippy::unwrap_used,
     reason = "generated code"

@@ -404,19 +404,19 @@ fn figures_that_no_gpu_can_have_are_refused_by_field() {
     let fields: [(&str, Spoil); 6] = [
         ("GpuFigures.mfu", |it, value| it.mfu = Some(value)),
         ("GpuFigures.memory_gib", |it, value| {
-            it.memory_gib = Some(value)
+            it.memory_gib = Some(value);
         }),
         ("GpuFigures.utilization", |it, value| {
-            it.utilization = Some(value)
+            it.utilization = Some(value);
         }),
         ("GpuFigures.temperature_celsius", |it, value| {
             it.temperature_celsius = Some(value);
         }),
         ("GpuFigures.power_watts", |it, value| {
-            it.power_watts = Some(value)
+            it.power_watts = Some(value);
         }),
         ("GpuFigures.sm_clock_mhz", |it, value| {
-            it.sm_clock_mhz = Some(value)
+            it.sm_clock_mhz = Some(value);
         }),
     ];
     for (field, spoil) in fields {

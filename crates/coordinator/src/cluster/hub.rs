@@ -186,7 +186,7 @@ impl Hub {
                 self.waiting.insert(incarnation, Waiting { session, join });
                 Ok(())
             }
-            Input::Message(message) => self.message(message),
+            Input::Message(message) => self.message(*message),
             Input::Disconnected(incarnation, session) => {
                 if self.sessions.get(&incarnation) != Some(&session) {
                     return Ok(()); // it has connected again
@@ -230,7 +230,7 @@ impl Hub {
             _ => {
                 if let Some(id) = self.scheduler.job_of(incarnation).cloned() {
                     // Said while its session was handed on.
-                    self.pass_on(&id, vec![Input::Message(message)]);
+                    self.pass_on(&id, vec![Input::Message(Box::new(message))]);
                     return Ok(());
                 }
                 // Otherwise said between its job's end and its session's; it waits for nothing here.
@@ -368,7 +368,7 @@ impl Hub {
         let mut first = vec![Input::Connected(session)];
         if let Some(mut join) = join {
             join.job = id.clone();
-            first.push(Input::Message(join));
+            first.push(Input::Message(Box::new(join)));
         }
         // Only then may it speak there: a job takes who has not joined for somebody else's worker.
         if let Ok(places) = inputs.try_reserve_many(first.len()) {

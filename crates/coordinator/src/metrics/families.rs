@@ -13,6 +13,7 @@ use super::{Jobs, State};
 
 type Gauge = (&'static str, &'static str, fn(&State) -> Option<f64>);
 type Statistic = (&'static str, &'static str, fn(&Statistics) -> f64);
+type Figure = (&'static str, &'static str, fn(&GpuFigures) -> Option<f64>);
 type Counter = (&'static str, &'static str, fn(&State) -> u64);
 
 /// Of the job and its last committed step; a job without one has none of the latter.
@@ -235,7 +236,7 @@ fn phases(encoder: &mut DescriptorEncoder, jobs: &BTreeMap<String, State>) -> Re
 }
 
 /// Of the last committed step, where there are GPUs. Units are Prometheus' base units.
-const GPU: [(&str, &str, fn(&GpuFigures) -> Option<f64>); 6] = [
+const GPU: [Figure; 6] = [
     (
         "gpu_mfu",
         "Model FLOPs utilization, the mean over the ranks",

@@ -8,7 +8,7 @@ use serde_json::Value;
 #[derive(Clone, Debug, PartialEq)]
 pub enum Entry {
     /// A row of `metrics.jsonl`.
-    Step(MetricsRow),
+    Step(Box<MetricsRow>),
     /// A row of `eval.jsonl`, and its line of `samples.jsonl`.
     Evaluation {
         /// The means.

@@ -23,7 +23,7 @@ use std::{
     time::SystemTime,
 };
 
-use protocol::{EvaluationRow, MetricsRow, Outcome, Sample};
+use protocol::{EvaluationRow, Outcome, Sample};
 use storage::{LineFile, atomic_write, create_directory, remove_file};
 
 use super::{Description, Entry, Position, Tracker, TrackerError, description::plain_text, files};
@@ -96,7 +96,7 @@ impl Mlflow {
             row: EvaluationRow::default(),
             samples: Vec::new(),
         };
-        let trained = self.last_of_all(&Entry::Step(MetricsRow::default()));
+        let trained = self.last_of_all(&Entry::Step(Box::default()));
         let evaluated = self.last_of_all(&evaluation);
         match (trained, evaluated) {
             (None, evaluated) => Position {

@@ -80,7 +80,8 @@ impl Job {
             && self.evaluating.is_none()
         {
             let phases = Phases::mean(prepared.values().map(|vote| &vote.phases));
-            let gpu = GpuFigures::of(prepared.values().map(|vote| &vote.gpu));
+            let gpu: Vec<GpuFigures> = prepared.values().map(|vote| vote.gpu).collect();
+            let gpu = GpuFigures::of(&gpu);
             self.commit(now_ms, report, (phases, gpu), actions);
         }
     }

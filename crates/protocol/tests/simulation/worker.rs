@@ -51,6 +51,7 @@ pub enum Health {
 
 /// What its shell is to do.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "one at a time, and gone at once")]
 pub enum Effect {
     Say(WorkerMessage),
     /// Take part in the collective of this step (0: connecting, and moving the state); goes on when all ranks do.
