@@ -139,11 +139,18 @@ impl Gpu {
         driver::mem_get_info().map_err(GpuError::of("cuMemGetInfo"))
     }
 
-    /// Where it sits, such as `0000:3b:00.0`.
+    /// The number that no other device of any machine has.
     ///
     /// # Errors
     /// A device that stopped working.
-    pub fn pci_address(&self) -> Result<String, GpuError> {
+    pub fn uuid(&self) -> Result<u128, GpuError> {
+        let uuid =
+            driver::device::get_uuid(self.device).map_err(GpuError::of("cuDeviceGetUuid"))?;
+        Ok(u128::from_be_bytes(uuid.bytes.map(|byte| byte as u8)))
+    }
+
+    /// Where it sits, such as `0000:3b:00.0`.
+    pub(crate) fn pci_address(&self) -> Result<String, GpuError> {
         let mut text = [0u8; 32];
         // SAFETY: the driver writes at most so many bytes, the last of them 0.
         unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), 32, self.device) }

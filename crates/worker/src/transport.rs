@@ -79,8 +79,6 @@ impl Transport {
 
     #[cfg(feature = "cuda")]
     fn nccl(device: &Device, must: bool) -> anyhow::Result<Self> {
-        use std::hash::{DefaultHasher, Hash, Hasher};
-
         use anyhow::Context;
         use collective::nccl::{Device, Driver, Library};
 
@@ -88,16 +86,13 @@ impl Transport {
         let gpu = gpu.context("--collective nccl: this worker does not compute on a GPU")?;
         let library = Library::open(None)?;
         let opened = Device::open(Driver::open(None)?, gpu.ordinal())?;
-        // Equal among workers, which are of one build.
-        let mut hasher = DefaultHasher::new();
-        rustix::system::uname().nodename().hash(&mut hasher);
-        gpu.pci_address()?.hash(&mut hasher);
+        let uuid = gpu.uuid()?;
         Ok(Self {
             nccl: Some((library, opened)),
             offer: Offer {
                 can: true,
                 must,
-                gpu: hasher.finish() >> (u64::BITS - GPU_BITS),
+                gpu: (uuid >> (u128::BITS - GPU_BITS)) as u64,
             },
         })
     }
