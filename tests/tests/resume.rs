@@ -116,7 +116,7 @@ fn t3_a_run_killed_again_and_again_at_random_moments_ends_in_the_same_bits() {
     expected().check(&run);
 }
 
-/// Takes minutes: `cargo test --release -p tests --test resume -- --ignored --nocapture two_hundred`. CALDPO_TEST_KILLS takes another
+/// Takes minutes: `cargo test --release --workspace --test resume -- --ignored --nocapture two_hundred`. CALDPO_TEST_KILLS takes another
 /// number.
 #[test]
 #[ignore = "takes minutes"]
