@@ -9,7 +9,7 @@
 # PAIRS         preference pairs, by default ../shared/data/chat-preferences-1024.jsonl: at least 192 of them
 # SHORT         short pairs for 60 steps on the CPU too, by default ../shared/data/instruction-preferences.jsonl
 # TOKENS        tokens at once to try, by default "8192 16384"
-# PEER_PYTHON   a Python with torch, transformers and trl, by default python3; PEER_MICRO its micro-batches, by default "8 16"
+# PEER_PYTHON   a Python with torch, transformers and trl, by default python3; PEER_MICRO its micro-batches, by default "8 32"
 # GPU_BIN       a folder with programs that were built elsewhere (coordinator, kernels_cuda, model_golden, collective_nccl, gpu_probe);
 #               without it cargo builds them here
 # OUT           where logs go, by default a temporary folder

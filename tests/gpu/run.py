@@ -129,14 +129,14 @@ def larger():
             rows[key] = [json.loads(line) for line in open(os.path.join(output, "metrics.jsonl"))]
         names = ("log_ratios/chosen", "log_ratios/rejected")
         for key in (("cuda", "f32"), ("cuda", "bf16")):
-            means = [(a[name], b[name]) for a, b in zip(rows["cpu", "f32"], rows[key]) for name in names if abs(a[name]) >= 10]
+            means = [(a[name], b[name]) for a, b in zip(rows["cpu", "f32"], rows[key]) for name in names if abs(a[name]) >= 5]
             worst = max((abs(a - b) / abs(a) for a, b in means), default=1.0)
             first = max(abs(rows[key][0][name]) for name in names)
             good = first == 0.0 and means and worst <= 0.05
             if not good:
                 FAILED.append("larger")
             row(f"60 steps of SmolLM2's shape, {key[1]}, against the CPU's f32", "passed" if good else "FAILED",
-                f"first step's log-ratios {first:g}; the {len(means)} means of at least 10 nats differ by {100 * worst:.2f} % at most")
+                f"first step's log-ratios {first:g}; the {len(means)} means of at least 5 nats differ by {100 * worst:.2f} % at most")
 
     LATER.append(finish)
 
@@ -281,7 +281,7 @@ def speed():
     models = [(os.environ.get("MODEL") or random_model("smollm2-135m-random", "--like"), TOKENS), (random_model("llama-1.2b-random"), TOKENS)]
     for model, tokens in models:
         own = [result for result in (bench(model, micro) for micro in tokens) if result]
-        peers = [result for result in (peer(model, micro) for micro in os.environ.get("PEER_MICRO", "8 16").split()) if result]
+        peers = [result for result in (peer(model, micro) for micro in os.environ.get("PEER_MICRO", "8 32").split()) if result]
         if own and peers:
             best = lambda results: max(results, key=lambda result: result["pairs_per_second"])
             a, b = best(own), best(peers)

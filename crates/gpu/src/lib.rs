@@ -9,7 +9,8 @@
 //!
 //! All of the crate's `unsafe` is calls of the driver, NVRTC and cuBLASLt, whose libraries (and NVML's) are loaded at run time: a
 //! program that holds this crate starts on machines without them. What a launched kernel does with its arguments nobody checks, so
-//! [`Launch`] and [`Gpu::product`] are the borders at which `kernels` has to be right.
+//! [`Launch`], [`Gpu::product`] and [`View::region`], which lends memory to a collective, are the borders at which callers have to be
+//! right.
 //!
 //! Without the feature `cuda` the crate is empty.
 

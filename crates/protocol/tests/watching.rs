@@ -210,6 +210,31 @@ fn a_broken_collective_without_a_suspect_costs_a_generation_and_nobody() {
 }
 
 #[test]
+fn collectives_that_break_by_themselves_again_and_again_end_the_attempt() {
+    let mut policy = elastic(2, 1);
+    policy.elastic.failures_max = 3;
+    let mut play = Play::new(policy, Recovery::default()).0;
+    play.join_all();
+    let mut breaks = |generation: u64| {
+        for incarnation in [1, 2] {
+            play.held(incarnation, generation, vec![]);
+        }
+        // Both say so: that is one failure, told by the first.
+        let [first, _] = [1, 2].map(|by| {
+            let reason = format!("NCCL refuses generation {}", generation + 1);
+            let suspect = None;
+            play.say(by, WorkerMessage::CollectiveFailed { suspect, reason })
+        });
+        first
+    };
+    for generation in [0, 1] {
+        assert_eq!(outcome(&breaks(generation)), None);
+    }
+    let parts = ["NCCL refuses generation 3", "step 1 broke 3 times in a row"];
+    failed(&breaks(2), &parts);
+}
+
+#[test]
 fn a_job_that_gets_nowhere_ends_resumable() {
     let mut play = Play::elastic(1, 1, 9);
     let mut number = 1;

@@ -364,7 +364,7 @@ impl Job {
 
     /// How often in a row the present step lost a worker for this reason, generation after generation, if that is too often: it will
     /// not mend itself.
-    fn fails_again(&mut self, how: &str) -> Option<u32> {
+    pub(super) fn fails_again(&mut self, how: &str) -> Option<u32> {
         let generation = self.generation;
         let times = match self.failing.take() {
             Some(it) if it.reason == how && it.generation == generation => it.times,

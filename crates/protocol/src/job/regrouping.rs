@@ -11,8 +11,8 @@ use super::phase::Phase;
 use super::{Action, Job, note};
 use crate::layout::newest_layout;
 use crate::{
-    Afterwards, Awaits, CoordinatorMessage, Generation, Held, Incarnation, Layout, Rank, Record,
-    Step, WorkerMessage,
+    Afterwards, Awaits, Cause, CoordinatorMessage, Generation, Held, Incarnation, Layout, Rank,
+    Record, Step, WorkerMessage,
 };
 
 impl Job {
@@ -254,6 +254,15 @@ impl Job {
         if let Some(accused) = accused {
             self.suspected.insert(incarnation, accused);
             text = format!("{text}; it suspects {}", self.name(accused));
+        } else if !matches!(self.phase, Phase::Regrouping { .. })
+            && let Some(times) = self.fails_again("a collective that broke by itself")
+        {
+            // Such as a library that refuses what all ranks ask of it: the next generation would fare no better.
+            let text = format!(
+                "{text}; the generations of step {} broke {times} times in a row without a rank to blame: look into the workers' logs",
+                self.committed.next()
+            );
+            return self.fail(Cause::Temporary, text, None, actions);
         }
         self.regroup(now_ms, text, actions);
     }
