@@ -6,6 +6,8 @@ is asserted. Standard library only. All seconds go to the standard error stream,
 usage: tests/bench_checkpoint.py [FOLDER]     where to write, by default the system's folder for temporary files
 
 ROUNDS        rounds that are counted, by default 5; one more comes before them
+STEP          seconds from the begin of a save to the next update, by default 2: what is not written by then is copied. Saves
+              whose update comes at once are timed beside
 PEER_PYTHON   a Python that has torch; without one the peer is left out
 PEER          its settings to try, as thread_count of FileSystemWriter and whether it keeps its staging memory, by default
               "1:0 1:1 2:1": what async_save does by itself, and with a DefaultStager that has no pinned memory
@@ -21,6 +23,7 @@ import tempfile
 import time
 
 ROUNDS = int(os.environ.get("ROUNDS", 5))
+STEP = float(os.environ.get("STEP", 2))
 PEER_PYTHON = os.environ.get("PEER_PYTHON")
 PEER = os.environ.get("PEER", "1:0 1:1 2:1").split()
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", "target")).resolve()
@@ -135,11 +138,13 @@ def run(folder):
 
     def ours(world):
         program = programs[world]
-        stall, written, committed = program.ask("save", fresh(folder / "ours"))
+        stall, _, committed = program.ask("save", fresh(folder / "ours"), 0)
+        note(**{f"stall at once {world}": stall, f"committed at once {world}": committed})
+        stall, written, committed = program.ask("save", fresh(folder / "ours"), STEP)
         (step,) = (folder / "ours").iterdir()
         ranks = sorted(map(str, step.glob("*.safetensors")))
         sizes.add(sum(os.path.getsize(path) for path in ranks) // 1_000_000)
-        note(**{f"stall {world}": stall, f"written {world}": written - stall, f"committed {world}": committed})
+        note(**{f"stall {world}": stall, f"written {world}": written, f"committed {world}": committed})
         note(**{f"cat {world}": timed("cat", *ranks), f"load {world}": program.ask("load", step)[0]})
         shutil.rmtree(folder / "ours")
 
@@ -184,16 +189,18 @@ def show(size, median):
         print(f"| load, checked by crc32c | {world} | {median[name]:.2f} | {rate[name]:.2f} | {rate[name] / rate[cat]:.0%} |")
     what = ("stall", "total", "load")
     print("\n| save and load | stall, s | save, end to end, s | load, s |\n|---|---:|---:|---:|")
-    ours = {}
+    ours = []
     for world in (1, 2):
-        ours[world] = [median[f"{what} {world}"] for what in ("stall", "committed", "load")]
-        print(f"| this project, {world} writer{'s' * (world - 1)} | " + " | ".join(f"{it:.2f}" for it in ours[world]) + " |")
+        for when, text in ((" at once", "at once"), ("", f"after {STEP:g} s")):
+            ours.append([median[f"stall{when} {world}"], median[f"committed{when} {world}"], median[f"load {world}"]])
+            named = f"this project, {world} writer{'s' * (world - 1)}, the next update {text}"
+            print(f"| {named} | {ours[-1][0]:.3f} | {ours[-1][1]:.2f} | {ours[-1][2]:.2f} |")
     for setting in PEER if "peer load " + PEER[0] in median else []:
         theirs = [median[f"peer {it} {setting}"] for it in what]
         threads, kept = setting.split(":")
         named = f"torch.distributed.checkpoint, {threads} thread{'s' * (threads != '1')}{', staging kept' * int(kept)}"
-        # Beside the slower of ours.
-        times = [f"{it:.2f} ({it / max(ours[1][index], ours[2][index]):.1f}x)" for index, it in enumerate(theirs)]
+        # Beside the slowest of ours.
+        times = [f"{it:.2f} ({it / max(own[index] for own in ours):.1f}x)" for index, it in enumerate(theirs)]
         print(f"| {named} | " + " | ".join(times) + " |")
 
 

@@ -89,7 +89,7 @@ fn save(dir: &Path, parameters: usize, world: u32) -> Checkpoint {
                 owned.push((kind, spec, cut(rank), values.collect::<Vec<f32>>()));
             }
         }
-        let pieces: Vec<Piece<'_>> = owned
+        let pieces: Vec<_> = owned
             .iter()
             .map(|(kind, spec, start, values)| Piece {
                 tensor: &spec.name,
@@ -98,7 +98,7 @@ fn save(dir: &Path, parameters: usize, world: u32) -> Checkpoint {
                 values,
             })
             .collect();
-        ranks.push(write_rank(dir, 1, rank, world, state, &tensors, &pieces).unwrap());
+        ranks.push(write_rank(dir, 1, rank, world, state, &tensors, pieces).unwrap());
     }
     Checkpoint::open(&commit(dir, &ranks, &info).unwrap().path).unwrap()
 }

@@ -3,13 +3,14 @@
 //!
 //! ```text
 //! timed WORLD '{"NAME": [SIZE, ..], ..}'  the model's tensors and their shapes; values are random
-//! save DIR      -> STALL WRITTEN COMMITTED
-//!                                       seconds until the state was copied and training could go on, until all files were
-//!                                       durable, and until the checkpoint was read back and visible
-//! load STEP     -> SECONDS              into memory that is there, every byte checked
+//! save DIR STEP  -> STALL WRITTEN COMMITTED
+//!                                       seconds that training waited if it updates the state STEP seconds after the save
+//!                                       began, and seconds until all files were durable, and until the checkpoint was read
+//!                                       back and visible
+//! load FOLDER    -> SECONDS             into memory that is there, every byte checked
 //! ```
-//! WORLD threads stand for as many workers: each copies its share of every tensor, a weight and two moments, into memory of
-//! the save before, and writes it in a thread of its own. That is what the trainer's snapshot does between two steps.
+//! WORLD threads stand for as many workers: each shares its part of every tensor, a weight and two moments, with a thread of its
+//! own that writes it, and copies what is not written yet when the update comes. That is what the trainer's snapshot does.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::{
@@ -18,9 +19,9 @@ use std::{
     io::{self, BufRead, Write},
     ops::Range,
     path::Path,
-    sync::Mutex,
+    sync::{Arc, Mutex},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use checkpoint::{
@@ -36,13 +37,27 @@ fn tensors(shapes: &str) -> Vec<TensorSpec> {
     specs.collect()
 }
 
-/// A worker: its elements of every tensor, and the memory that a save copies them into.
+/// A worker: its elements of every tensor.
 struct Worker {
     rank: u32,
     ranges: Vec<Range<usize>>,
-    /// Of each kind, all ranges one behind the other.
-    state: [Vec<f32>; 3],
-    copy: [Vec<f32>; 3],
+    /// Of each kind, by bucket.
+    state: [Vec<Arc<Vec<f32>>>; 3],
+    /// The tensors of each bucket.
+    buckets: Vec<Range<usize>>,
+}
+
+/// Values of a bucket, held until they are written.
+#[derive(Clone)]
+struct Part {
+    bucket: Arc<Vec<f32>>,
+    range: Range<usize>,
+}
+
+impl AsRef<[f32]> for Part {
+    fn as_ref(&self) -> &[f32] {
+        &self.bucket[self.range.clone()]
+    }
 }
 
 impl Worker {
@@ -53,77 +68,114 @@ impl Worker {
             .map(|spec| spec.elements().unwrap())
             .map(|len| cut(len, rank)..cut(len, rank + 1))
             .collect();
-        let len = ranges.iter().map(ExactSizeIterator::len).sum();
+        // A block has nine tensors.
+        let starts: Vec<usize> = (0..tensors.len()).step_by(9).collect();
+        let ends = starts.iter().skip(1).copied().chain([tensors.len()]);
+        let buckets: Vec<Range<usize>> = starts
+            .iter()
+            .copied()
+            .zip(ends)
+            .map(|(a, b)| a..b)
+            .collect();
         let mut random = 0x9e37_79b9_7f4a_7c15_u64 + u64::from(rank);
         let state = [(); 3].map(|()| {
-            let values = (0..len).map(|_| {
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                (random >> 40) as f32 / (1 << 24) as f32 - 0.5
+            let buckets = buckets.iter().map(|tensors| {
+                let len = ranges[tensors.clone()]
+                    .iter()
+                    .map(ExactSizeIterator::len)
+                    .sum();
+                let values = (0..len).map(|_| {
+                    random ^= random << 13;
+                    random ^= random >> 7;
+                    random ^= random << 17;
+                    (random >> 40) as f32 / (1 << 24) as f32 - 0.5
+                });
+                Arc::new(values.collect())
             });
-            values.collect()
+            buckets.collect()
         });
         Self {
             rank,
             ranges,
             state,
-            copy: Default::default(),
+            buckets,
         }
     }
 
-    /// Copies all of the state.
-    fn snapshot(&mut self) {
-        for (copy, state) in self.copy.iter_mut().zip(&self.state) {
-            copy.clear();
-            copy.extend_from_slice(state);
-        }
-    }
-
-    fn write(&self, dir: &Path, world: u32, step: u64, tensors: &[TensorSpec]) -> RankFile {
+    /// The pieces of the file, weights first.
+    fn pieces<'a>(&self, tensors: &'a [TensorSpec]) -> Vec<Piece<'a, Part>> {
         let mut pieces = Vec::new();
-        for (kind, values) in Kind::ALL.into_iter().zip(&self.copy) {
-            let mut rest = &values[..];
-            for (spec, range) in tensors.iter().zip(&self.ranges) {
-                let (values, others) = rest.split_at(range.len());
-                rest = others;
-                pieces.push(Piece {
-                    tensor: &spec.name,
-                    kind,
-                    start: range.start,
-                    values,
-                });
+        for (kind, state) in Kind::ALL.into_iter().zip(&self.state) {
+            for (bucket, within) in state.iter().zip(&self.buckets) {
+                let mut end = 0;
+                for tensor in within.clone() {
+                    let start = end;
+                    end += self.ranges[tensor].len();
+                    pieces.push(Piece {
+                        tensor: &tensors[tensor].name,
+                        kind,
+                        start: self.ranges[tensor].start,
+                        values: Part {
+                            bucket: Arc::clone(bucket),
+                            range: start..end,
+                        },
+                    });
+                }
             }
         }
-        let state = TrainState {
-            step,
-            epoch: 0,
-            updates: step,
-            seed: 0,
-            shift: None,
-        };
-        write_rank(dir, 1, self.rank, world, state, tensors, &pieces).unwrap()
+        pieces
+    }
+
+    /// Makes the state ready for an update.
+    fn unshare(&mut self) {
+        self.state.iter_mut().flatten().for_each(|bucket| {
+            Arc::make_mut(bucket);
+        });
     }
 }
 
-fn save(dir: &Path, ranks: &mut [Worker], step: u64, tensors: &[TensorSpec]) -> [f64; 3] {
+fn save(
+    dir: &Path,
+    ranks: &mut [Worker],
+    step: u64,
+    until_update: Duration,
+    tensors: &[TensorSpec],
+) -> [f64; 3] {
     let world = ranks.len() as u32;
+    let state = TrainState {
+        step,
+        epoch: 0,
+        updates: step,
+        seed: 0,
+        shift: None,
+    };
     let start = Instant::now();
-    thread::scope(|scope| {
-        for rank in ranks.iter_mut() {
-            scope.spawn(|| rank.snapshot());
-        }
-    });
-    let stall = start.elapsed().as_secs_f64();
-    let files: Vec<RankFile> = thread::scope(|scope| {
-        let writing = ranks
+    let (written, stall) = thread::scope(|scope| {
+        let writing: Vec<_> = ranks
             .iter()
-            .map(|rank| scope.spawn(move || rank.write(dir, world, step, tensors)));
-        let writing: Vec<_> = writing.collect();
-        let files = writing.into_iter().map(|it| it.join().unwrap());
-        files.collect()
+            .map(|it| {
+                let (rank, pieces) = (it.rank, it.pieces(tensors));
+                scope.spawn(move || {
+                    let file = write_rank(dir, 1, rank, world, state, tensors, pieces).unwrap();
+                    (file, start.elapsed())
+                })
+            })
+            .collect();
+        let begun = start.elapsed();
+        thread::sleep(until_update);
+        let update = Instant::now();
+        thread::scope(|scope| {
+            for rank in ranks.iter_mut() {
+                scope.spawn(|| rank.unshare());
+            }
+        });
+        let stall = (begun + update.elapsed()).as_secs_f64();
+        let written = writing.into_iter().map(|it| it.join().unwrap());
+        (written.collect::<Vec<_>>(), stall)
     });
-    let written = start.elapsed().as_secs_f64();
+    let (files, ends): (Vec<RankFile>, Vec<Duration>) = written.into_iter().unzip();
+    let written = ends.into_iter().max().unwrap_or_default().as_secs_f64();
+    let start = Instant::now();
     let info = ManifestInfo {
         model_digest: String::new(),
         tokenizer_digest: String::new(),
@@ -132,7 +184,7 @@ fn save(dir: &Path, ranks: &mut [Worker], step: u64, tensors: &[TensorSpec]) -> 
         tool_version: String::new(),
     };
     commit(dir, &files, &info).unwrap();
-    [stall, written, start.elapsed().as_secs_f64()]
+    [stall, written, written + start.elapsed().as_secs_f64()]
 }
 
 /// Reads a checkpoint into the workers' state, each its own, on all cores.
@@ -141,12 +193,15 @@ fn load(folder: &Path, ranks: &mut [Worker], tensors: &[TensorSpec]) -> f64 {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let mut wanted = Vec::new();
     for rank in ranks {
-        for (kind, values) in Kind::ALL.into_iter().zip(&mut rank.state) {
-            let mut rest = &mut values[..];
-            for (spec, range) in tensors.iter().zip(&rank.ranges) {
-                let (values, others) = rest.split_at_mut(range.len());
-                rest = others;
-                wanted.push((&spec.name, kind, range.start, values));
+        for (kind, state) in Kind::ALL.into_iter().zip(&mut rank.state) {
+            for (bucket, within) in state.iter_mut().zip(&rank.buckets) {
+                let mut rest = &mut Arc::get_mut(bucket).unwrap()[..];
+                for tensor in within.clone() {
+                    let range = &rank.ranges[tensor];
+                    let (values, others) = rest.split_at_mut(range.len());
+                    rest = others;
+                    wanted.push((&tensors[tensor].name, kind, range.start, values));
+                }
             }
         }
     }
@@ -178,11 +233,14 @@ fn main() {
     io::stdout().flush().unwrap();
     for (step, line) in (1..).zip(io::stdin().lock().lines()) {
         let line = line.unwrap();
-        let (what, dir) = line.split_once(' ').unwrap();
-        let seconds = match what {
-            "save" => save(Path::new(dir), &mut ranks, step, &tensors).to_vec(),
-            "load" => vec![load(Path::new(dir), &mut ranks, &tensors)],
-            _ => panic!("`{what}` is neither save nor load"),
+        let words: Vec<&str> = line.split(' ').collect();
+        let seconds = match words[..] {
+            ["save", dir, seconds] => {
+                let until_update = Duration::from_secs_f64(seconds.parse().unwrap());
+                save(Path::new(dir), &mut ranks, step, until_update, &tensors).to_vec()
+            }
+            ["load", folder] => vec![load(Path::new(folder), &mut ranks, &tensors)],
+            _ => panic!("`{line}` is neither a save nor a load"),
         };
         let told: Vec<String> = seconds.iter().map(f64::to_string).collect();
         println!("{}", told.join(" "));

@@ -57,9 +57,10 @@ impl fmt::Display for Kind {
     }
 }
 
-/// A contiguous part of a tensor, counted in elements of its row-major order, that one rank writes.
+/// A contiguous part of a tensor, counted in elements of its row-major order, that one rank writes. `V` holds its values until they
+/// are written.
 #[derive(Clone, Copy, Debug)]
-pub struct Piece<'a> {
+pub struct Piece<'a, V = &'a [f32]> {
     /// The tensor's name.
     pub tensor: &'a str,
     /// Which of its values.
@@ -67,7 +68,7 @@ pub struct Piece<'a> {
     /// First element.
     pub start: usize,
     /// The values from there on.
-    pub values: &'a [f32],
+    pub values: V,
 }
 
 /// Where the training stands, beside the tensors. Data order is a function of seed, epoch and step.

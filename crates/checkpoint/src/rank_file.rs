@@ -114,16 +114,19 @@ pub enum WriteError {
 /// are part of no checkpoint until [`crate::commit`] has all ranks' entries. Empty pieces are left out. `tensors` are all
 /// tensors of the model.
 ///
+/// Each piece is dropped as soon as it is written, so that values which are shared with a training that goes on can be written to
+/// there without a copy, in the order of the pieces.
+///
 /// What an earlier, uncommitted try left under the same name is replaced; a committed checkpoint of the same step by another
 /// generation is not touched, because file names carry the generation.
-pub fn write_rank(
+pub fn write_rank<'a, V: AsRef<[f32]> + Clone + Send>(
     dir: &Path,
     generation: u64,
     rank: u32,
     world: u32,
     state: TrainState,
     tensors: &[TensorSpec],
-    pieces: &[Piece<'_>],
+    pieces: impl IntoIterator<Item = Piece<'a, V>>,
 ) -> Result<RankFile, WriteError> {
     write_rank_in(
         &Folder::open(dir)?,
@@ -137,36 +140,37 @@ pub fn write_rank(
 }
 
 /// [`write_rank`] below a folder of any store.
-pub fn write_rank_in(
+pub fn write_rank_in<'a, V: AsRef<[f32]> + Clone + Send>(
     dir: &Folder,
     generation: u64,
     rank: u32,
     world: u32,
     state: TrainState,
     tensors: &[TensorSpec],
-    pieces: &[Piece<'_>],
+    pieces: impl IntoIterator<Item = Piece<'a, V>>,
 ) -> Result<RankFile, WriteError> {
-    let pieces: Vec<Piece<'_>> = pieces
-        .iter()
-        .filter(|piece| !piece.values.is_empty())
-        .copied()
-        .collect();
-    let extent = |piece: &Piece<'_>| Extent {
-        tensor: piece.tensor.to_owned(),
-        kind: piece.kind,
-        start: piece.start,
-        len: piece.values.len(),
-    };
+    let (mut extents, mut values) = (Vec::new(), Vec::new());
+    for piece in pieces {
+        let len = piece.values.as_ref().len();
+        if len > 0 {
+            extents.push(Extent {
+                tensor: piece.tensor.to_owned(),
+                kind: piece.kind,
+                start: piece.start,
+                len,
+            });
+            values.push(piece.values);
+        }
+    }
     let file = NewRankFile {
         generation,
         rank,
         world,
         state,
         tensors,
-        extents: pieces.iter().map(extent).collect(),
+        extents,
     };
-    let values = pieces.iter().map(|piece| piece.values);
-    file.write_from_memory(dir, &values.collect::<Vec<_>>())
+    file.write_from_memory(dir, values)
 }
 
 /// Elements of a tensor that one file holds side by side.
@@ -232,22 +236,24 @@ impl NewRankFile<'_> {
         Ok(self.finish(file, digester.finish(checksums))?)
     }
 
-    /// The same of values that are all there: another thread makes the digests, which take about as long as the writing.
-    fn write_from_memory(
+    /// The same of values that are all there: another thread makes the digests, which take about as long as the writing. Values are
+    /// dropped by whichever of the two is done with them last.
+    fn write_from_memory<V: AsRef<[f32]> + Clone + Send>(
         mut self,
         dir: &Folder,
-        values: &[&[f32]],
+        values: Vec<V>,
     ) -> Result<RankFile, WriteError> {
         let mut file = self.begin(dir)?;
         let (header, failed) = (&file.header, AtomicBool::new(false));
+        let to_digest = values.clone();
         let digest = || {
             let mut digester = Digester::default();
             digester.update(header);
             digester.end_part();
             let mut swapped = Vec::new();
-            let mut checksums = Vec::with_capacity(values.len());
-            for values in values {
-                for run in values.chunks(RUN) {
+            let mut checksums = Vec::with_capacity(to_digest.len());
+            for values in to_digest {
+                for run in values.as_ref().chunks(RUN) {
                     if failed.load(Relaxed) {
                         break;
                     }
@@ -260,9 +266,11 @@ impl NewRankFile<'_> {
         let mut swapped = Vec::new();
         let digests = thread::scope(|scope| {
             let digests = scope.spawn(digest);
-            let mut runs = values.iter().flat_map(|values| values.chunks(RUN));
-            let written =
-                runs.try_for_each(|run| file.writing.append(little_endian(run, &mut swapped)));
+            let mut write = |values: V| {
+                let mut runs = values.as_ref().chunks(RUN);
+                runs.try_for_each(|run| file.writing.append(little_endian(run, &mut swapped)))
+            };
+            let written = values.into_iter().try_for_each(&mut write);
             failed.store(written.is_err(), Relaxed);
             let digests = digests.join();
             written.map(|()| digests.unwrap_or_else(|it| panic::resume_unwind(it)))

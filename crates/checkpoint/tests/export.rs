@@ -189,7 +189,7 @@ fn save_values(dir: &Path, shape: &[usize], values: &[f32]) -> PathBuf {
         values,
     });
     let dir = dir.join("checkpoints");
-    let rank = write_rank(&dir, GENERATION, 0, 1, state(1), &[spec], &pieces).unwrap();
+    let rank = write_rank(&dir, GENERATION, 0, 1, state(1), &[spec], pieces).unwrap();
     commit(&dir, &[rank], &info()).unwrap().path
 }
 
@@ -510,7 +510,7 @@ fn adapter(dir: &Path) -> (PathBuf, Vec<f32>, Vec<f32>) {
             values: &b_values,
         });
     }
-    let file = write_rank(dir, GENERATION, 0, 1, state(5), &tensors, &pieces).unwrap();
+    let file = write_rank(dir, GENERATION, 0, 1, state(5), &tensors, pieces).unwrap();
     let path = commit(dir, &[file], &info()).unwrap().path;
     let config = r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 5.0, "target_modules": ["proj"]}"#;
     keep_adapter(config, dir).unwrap();

@@ -125,7 +125,7 @@ fn values_across_chunks_are_read_and_verified() {
         1,
         state(1),
         &tensors,
-        &pieces,
+        pieces,
     )
     .unwrap();
     assert_eq!(written.file.chunks.len(), 8);
@@ -190,7 +190,7 @@ fn a_moment_that_nobody_saved_is_not_read_as_anything() {
     };
     let pieces = [Kind::Weight, Kind::SecondMoment].map(piece);
     let (dir, state) = (directory.path(), state(20));
-    let written = write_rank(dir, GENERATION, 0, 1, state, tensors, &pieces).unwrap();
+    let written = write_rank(dir, GENERATION, 0, 1, state, tensors, pieces).unwrap();
     let committed = commit(dir, &[written], &info()).unwrap();
     let checkpoint = Checkpoint::open(&committed.path).unwrap();
     assert_eq!(
@@ -219,7 +219,7 @@ fn pieces_that_do_not_fit_their_tensor_are_refused_before_anything_is_written() 
             1,
             state(1),
             &tensors(),
-            &[piece],
+            [piece],
         );
         let error = result.unwrap_err();
         assert!(matches!(error, WriteError::Piece { .. }));
@@ -324,7 +324,7 @@ fn a_missing_rank_or_missing_elements_are_not_committed() {
         1,
         state(20),
         tensors,
-        &[piece],
+        [piece],
     );
     let text = commit(directory.path(), &[part.unwrap()], &info())
         .unwrap_err()

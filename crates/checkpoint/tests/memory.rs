@@ -54,7 +54,7 @@ fn save(dir: &Path, tensors: usize, rows: usize, world: u32) -> Checkpoint {
                     values: &values,
                 }));
             }
-            write_rank(dir, 1, rank, world, state, &specs, &pieces).unwrap()
+            write_rank(dir, 1, rank, world, state, &specs, pieces).unwrap()
         })
         .collect();
     let committed = commit(dir, &ranks, &info).unwrap();

@@ -42,7 +42,7 @@ fn save_random(dir: &Path, seed: u64, tensors: &[TensorSpec], kinds: &[Kind], wo
                 owned.push((kind, spec, range.start, values.collect::<Vec<f32>>()));
             }
         }
-        let pieces: Vec<Piece<'_>> = owned
+        let pieces: Vec<_> = owned
             .iter()
             .map(|(kind, spec, start, values)| Piece {
                 tensor: &spec.name,
@@ -51,7 +51,7 @@ fn save_random(dir: &Path, seed: u64, tensors: &[TensorSpec], kinds: &[Kind], wo
                 values,
             })
             .collect();
-        write_rank(dir, GENERATION, rank, world, state(20), tensors, &pieces).unwrap()
+        write_rank(dir, GENERATION, rank, world, state(20), tensors, pieces).unwrap()
     };
     let ranks: Vec<RankFile> = (0..world).map(write).collect();
     commit(dir, &ranks, &info()).unwrap();

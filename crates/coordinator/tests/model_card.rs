@@ -319,7 +319,7 @@ impl Ended {
             start: 0,
             values: &[1.0, 2.0],
         });
-        let rank = checkpoint::write_rank(dir, 1, 0, 1, state, &tensors, &pieces).unwrap();
+        let rank = checkpoint::write_rank(dir, 1, 0, 1, state, &tensors, pieces).unwrap();
         let info = ManifestInfo {
             model_digest: "aaaa".into(),
             tokenizer_digest: "bbbb".into(),

@@ -3,7 +3,7 @@
 
 use collective::DeviceRegion;
 
-use crate::{Device, Precision, Tensor};
+use crate::{Device, Precision, Tensor, Values};
 
 /// Where one parameter lies: `len` elements from `offset` of bucket `bucket`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +74,16 @@ impl Flat {
         view(&self.buckets, slot, shape)
     }
 
-    /// The buckets as host memory, leaving no weights behind. On flex nothing is copied, provided that no view is alive.
+    /// Elements `range` of a bucket, held for reading: shared on flex, copied from a GPU.
+    ///
+    /// # Panics
+    /// If the weights have been taken, the bucket has fewer, or the device fails.
+    pub fn values(&self, bucket: usize, range: std::ops::Range<usize>) -> Values {
+        Values::of(self.buckets[bucket].slice(range))
+    }
+
+    /// The buckets as host memory, leaving no weights behind. On flex nothing is copied, provided that no view or value of them is
+    /// held.
     pub fn take_host(&mut self) -> Vec<Vec<f32>> {
         self.operands.clear();
         std::mem::take(&mut self.buckets)

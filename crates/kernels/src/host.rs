@@ -11,6 +11,7 @@ use crate::Tensor;
 use crate::tensor::Place;
 
 /// A flex tensor held for reading as one contiguous f32 slice, row-major.
+#[derive(Clone)]
 pub(crate) struct Host(FlexTensor);
 
 impl Host {

@@ -59,6 +59,7 @@ mod rotary;
 mod rows;
 mod speed;
 mod tensor;
+mod values;
 
 pub use activation::{
     Activation, activate, activate_backward, gated, gated_backward, gated_backward_inner,
@@ -90,6 +91,7 @@ pub use rotary::{RotaryTable, rotary, rotary_backward};
 pub use rows::{gather_rows, scatter_add_rows};
 pub use speed::product_speed;
 pub use tensor::{Device, DeviceKernels, DeviceTime, Tensor};
+pub use values::Values;
 
 /// Changes whenever the bits of a forward result may change, so that values computed by another version are not reused.
 pub const KERNEL_VERSION: u32 = 1;

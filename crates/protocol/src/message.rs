@@ -297,8 +297,8 @@ pub enum CoordinatorMessage {
         spare: bool,
         /// The job, as the worker is to name it from now on.
         job: JobId,
-        /// What holds for its session; a coordinator always says it. `None`: it ends with its stream.
-        terms: Option<Terms>,
+        /// What holds for its session.
+        terms: Terms,
     },
     /// A generation: load, connect, score your part of the reference, then say Ready.
     Form {

@@ -20,13 +20,13 @@ struct Digests(Vec<u64>);
 pub(crate) fn compare(
     collective: &mut dyn Collective,
     layout: &Layout,
-    weights: &[Vec<f32>],
+    weights: &[impl AsRef<[f32]>],
     optimizer: &ShardedOptimizer,
     step: u64,
     deadline: Instant,
 ) -> Result<(), TrainError> {
     let buckets = weights.len();
-    let weights = weights.iter().map(|bucket| digest([&bucket[..]]));
+    let weights = weights.iter().map(|bucket| digest([bucket.as_ref()]));
     let moments = [optimizer.shards(), optimizer.mirrored()].map(moments);
     let own = Digests(weights.chain(moments).collect());
     let all = own.share(collective, deadline)?;

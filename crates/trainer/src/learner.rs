@@ -16,7 +16,7 @@ use crate::error::TrainError;
 use crate::exchange::share_logps;
 use crate::lanes::Lanes;
 use crate::measure::pair_logps;
-use crate::phases::{PackTimes, Phases};
+use crate::phases::{PackTimes, Phases, timed};
 use crate::pulse::{Pulse, Work};
 use crate::reform::{Past, Transfer};
 use crate::shards::{Buckets, Place, Reduced, ShardedOptimizer, Stretch, Ungathered};
@@ -352,7 +352,13 @@ impl Learner {
             self.times.update += start.elapsed().as_secs_f64();
             return ended;
         }
-        let weights = self.model.take_weights();
+        let (model, optimizer) = (&mut self.model, &mut self.optimizer);
+        // What a checkpoint is still being written from is copied first.
+        let weights = timed(&mut self.times.checkpoint, || {
+            optimizer.unshare();
+            model.take_weights()
+        });
+        let start = Instant::now();
         let collective = self.collective.as_mut();
         let applied = self
             .optimizer
@@ -388,11 +394,13 @@ impl Learner {
         }
         let start = Instant::now();
         let deadline = self.deadline();
-        let weights = self.model.take_weights();
         let layout = self.model.trained();
+        let whole = layout.bucket_lens().into_iter().enumerate();
+        let weights: Vec<_> = whole
+            .map(|(bucket, len)| self.model.flat().values(bucket, 0..len))
+            .collect();
         let (collective, optimizer) = (self.collective.as_mut(), &self.optimizer);
         let compared = compare(collective, layout, &weights, optimizer, step, deadline);
-        self.model.put_weights(weights);
         self.times.update += start.elapsed().as_secs_f64();
         compared
     }

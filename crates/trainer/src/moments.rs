@@ -1,13 +1,14 @@
 //! Moments of an optimizer where its weights are updated: host memory, or a GPU's.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
-use kernels::{Device, Tensor};
+use kernels::{Device, Tensor, Values};
 
 /// A moment of one bucket's shard.
 pub enum Moments {
-    /// Updated by this crate.
-    Host(Vec<f32>),
+    /// Updated by this crate; in a copy while a checkpoint is written from these.
+    Host(Arc<Vec<f32>>),
     /// Updated by a GPU; `None` holds nothing.
     Device(Option<Box<Tensor<1>>>),
 }
@@ -17,7 +18,7 @@ impl Moments {
     pub fn zeros(len: usize, device: Option<&Device>) -> Self {
         match device {
             Some(device) => Self::Device((len > 0).then(|| Box::new(Tensor::zeros([len], device)))),
-            None => Self::Host(vec![0.0; len]),
+            None => Self::Host(Arc::new(vec![0.0; len])),
         }
     }
 
@@ -40,6 +41,21 @@ impl Moments {
         }
     }
 
+    /// The values, held for reading while updates go on: shared on the host, copied from a device.
+    pub fn values(&self) -> Values {
+        match self {
+            Self::Host(values) => Arc::clone(values).into(),
+            Self::Device(_) => Arc::new(self.read().into_owned()).into(),
+        }
+    }
+
+    /// Copies values that are held elsewhere, so that an update need not.
+    pub fn unshare(&mut self) {
+        if let Self::Host(values) = self {
+            Arc::make_mut(values);
+        }
+    }
+
     /// Replaces the values by as many.
     ///
     /// # Panics
@@ -47,7 +63,7 @@ impl Moments {
     pub fn write(&mut self, new: Vec<f32>) {
         assert_eq!(new.len(), self.len(), "moments of a shard");
         match self {
-            Self::Host(values) => *values = new,
+            Self::Host(values) => *values = Arc::new(new),
             Self::Device(None) => (),
             Self::Device(Some(values)) => {
                 let shape = values.dims();
@@ -56,13 +72,13 @@ impl Moments {
         }
     }
 
-    /// Host memory for updating in place.
+    /// Host memory for updating in place, of which nobody else holds any.
     ///
     /// # Panics
     /// If a GPU has them.
     pub fn host(&mut self) -> &mut [f32] {
         match self {
-            Self::Host(values) => values,
+            Self::Host(values) => Arc::make_mut(values).as_mut_slice(),
             Self::Device(_) => panic!("moments of a GPU are not updated here"),
         }
     }
@@ -79,5 +95,29 @@ impl Moments {
 impl std::fmt::Debug for Moments {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(formatter, "{} moments", self.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_that_are_held_stay_what_they_were_and_nothing_is_copied_for_nobody() {
+        let mut moments = Moments::zeros(1000, None);
+        let before = moments.host().as_ptr();
+        let held = moments.values();
+        assert_eq!(held.as_ptr(), before, "held without a copy");
+        moments.host()[7] = 1.0;
+        assert!(held.iter().all(|&value| value == 0.0));
+        assert_eq!(moments.read()[7], 1.0);
+        drop(held);
+        let after = moments.host().as_ptr();
+        moments.unshare();
+        assert_eq!(moments.host().as_ptr(), after, "nobody holds them");
+        let held = moments.values();
+        moments.unshare();
+        assert_ne!(moments.host().as_ptr(), held.as_ptr());
+        assert_eq!(held[7], 1.0);
     }
 }

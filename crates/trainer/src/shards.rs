@@ -283,6 +283,15 @@ impl ShardedOptimizer {
         }
     }
 
+    /// Copies what is held of the moments elsewhere, on all threads, so that the next update need not do it one by one.
+    pub fn unshare(&mut self) {
+        let shards = self.buckets.par_iter_mut().chain(&mut self.mirrored);
+        shards.for_each(|shard| {
+            shard.first.unshare();
+            shard.second.unshare();
+        });
+    }
+
     fn next_update(&mut self, norm: f64, learning_rate: f64) -> Update {
         assert!(norm.is_finite(), "norm {norm} applied");
         self.updates += 1;

@@ -1,11 +1,13 @@
-//! What a checkpoint holds of a rank: its shard of weights and moments, copied between two steps and written by a thread of
-//! its own while training goes on. One save is in flight at a time; a second one waits for the first.
+//! What a checkpoint holds of a rank: its shard of weights and moments after a step, written by a thread of its own while training
+//! goes on. On the host nothing is copied for it but what is not written yet when the next update comes, which the learner copies
+//! first. One save is in flight at a time; a second one waits for the first.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
 use checkpoint::{Checkpoint, Kind, Piece, TensorSpec, TrainState};
+use kernels::Values;
 use model::Layout;
 
 use crate::error::TrainError;
@@ -23,21 +25,27 @@ pub(crate) struct Destination {
     pub world: u32,
 }
 
-/// The thread that writes, and the memory it gives back.
+/// The thread that writes.
 pub(crate) struct Saver {
     destination: Destination,
-    writing: Option<JoinHandle<Snapshot>>,
-    spare: Snapshot,
+    writing: Option<JoinHandle<()>>,
 }
 
-/// A copy of a rank's shard; the shards of all buckets lie one behind the other.
-#[derive(Default)]
+/// A rank's shard as it was after a step: shared with the training that goes on, which copies what is not written yet when it
+/// is to change.
 struct Snapshot {
-    tensors: Vec<TensorSpec>,
-    parts: Vec<Part>,
-    weights: Vec<f32>,
-    first: Vec<f32>,
-    second: Vec<f32>,
+    layout: Layout,
+    /// By bucket.
+    shards: Vec<Held>,
+}
+
+/// A bucket's share.
+struct Held {
+    range: Range<usize>,
+    weights: Values,
+    /// Empty for a rule without it.
+    first: Values,
+    second: Values,
 }
 
 /// The elements of one tensor within the shard.
@@ -58,28 +66,25 @@ impl Saver {
         Self {
             destination,
             writing: None,
-            spare: Snapshot::default(),
         }
     }
 
-    /// Copies the shard and writes it in the background; `report` hears when it is durable, or why it is not.
+    /// Writes the shard as it is now in the background; `report` hears when it is durable, or why it is not.
     pub fn save(
         &mut self,
-        learner: &mut Learner,
+        learner: &Learner,
         state: TrainState,
         report: SavedReporter,
     ) -> Result<(), TrainError> {
         self.finish();
-        let mut snapshot = std::mem::take(&mut self.spare);
-        snapshot.take(learner);
+        let snapshot = Snapshot::of(learner);
         let destination = self.destination.clone();
         let write = move || {
-            let file = snapshot.write(&destination, state);
+            let file = destination.write(state, snapshot);
             report(SavedShard {
                 step: state.step,
                 file,
             });
-            snapshot
         };
         let thread = thread::Builder::new().name("snapshot".into());
         let writing = thread.spawn(write).map_err(|source| TrainError::Thread {
@@ -90,124 +95,70 @@ impl Saver {
         Ok(())
     }
 
-    /// Writes the shard as it lies there, for a state that nothing changes any more; `report` hears as in [`Saver::save`]. A copy
-    /// would cost as much memory as weights and moments for nothing.
-    pub fn save_last(&mut self, learner: &mut Learner, state: TrainState, report: SavedReporter) {
-        self.finish();
-        self.spare = Snapshot::default();
-        let ranges = shard_ranges(learner);
-        let parts = parts(learner.model.trained(), &ranges);
-        let tensors = tensor_specs(learner.model.trained());
-        let weights = learner.model.take_weights();
-        let shards = learner.optimizer.shards();
-        let moments = shards
-            .iter()
-            .map(|shard| [shard.first.read(), shard.second.read()])
-            .collect::<Vec<_>>();
-        let mut pieces = Vec::new();
-        for kind in [Kind::Weight, Kind::FirstMoment, Kind::SecondMoment] {
-            for part in &parts {
-                let shard = &shards[part.bucket];
-                let own = part.range.start - shard.range.start..part.range.end - shard.range.start;
-                let [first, second] = &moments[part.bucket];
-                let values = match kind {
-                    Kind::Weight => &weights[part.bucket][part.range.clone()],
-                    Kind::FirstMoment if first.is_empty() => continue,
-                    Kind::FirstMoment => &first[own],
-                    Kind::SecondMoment => &second[own],
-                };
-                pieces.push(part.piece(kind, values));
-            }
-        }
-        let file = self.destination.write(state, &tensors, &pieces);
-        learner.model.put_weights(weights);
-        report(SavedShard {
-            step: state.step,
-            file,
-        });
-    }
-
     /// Waits for the save in flight.
     pub fn finish(&mut self) {
-        if let Some(writing) = self.writing.take() {
-            match writing.join() {
-                Ok(snapshot) => self.spare = snapshot,
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
+        if let Some(Err(panic)) = self.writing.take().map(JoinHandle::join) {
+            std::panic::resume_unwind(panic);
         }
     }
 }
 
 impl Snapshot {
-    fn take(&mut self, learner: &mut Learner) {
-        if self.parts.is_empty() {
-            self.tensors = tensor_specs(learner.model.trained());
-            self.parts = parts(learner.model.trained(), &shard_ranges(learner));
+    fn of(learner: &Learner) -> Self {
+        let shards = learner.optimizer.shards().iter().enumerate();
+        let held = shards.map(|(bucket, shard)| Held {
+            range: shard.range.clone(),
+            weights: learner.model.flat().values(bucket, shard.range.clone()),
+            first: shard.first.values(),
+            second: shard.second.values(),
+        });
+        Self {
+            layout: learner.model.trained().clone(),
+            shards: held.collect(),
         }
-        self.weights.clear();
-        self.first.clear();
-        self.second.clear();
-        let weights = learner.model.take_weights();
-        for (bucket, shard) in weights.iter().zip(learner.optimizer.shards()) {
-            self.weights.extend_from_slice(&bucket[shard.range.clone()]);
-            self.first.extend_from_slice(&shard.first.read());
-            self.second.extend_from_slice(&shard.second.read());
-        }
-        learner.model.put_weights(weights);
-    }
-
-    fn write(&self, destination: &Destination, state: TrainState) -> Result<String, String> {
-        let mut pieces = Vec::new();
-        for (kind, values) in [
-            (Kind::Weight, &self.weights),
-            (Kind::FirstMoment, &self.first),
-            (Kind::SecondMoment, &self.second),
-        ] {
-            if values.is_empty() {
-                // A rule without this moment.
-                continue;
-            }
-            let mut rest = &values[..];
-            for part in &self.parts {
-                let (own, others) = rest.split_at(part.range.len());
-                rest = others;
-                pieces.push(part.piece(kind, own));
-            }
-        }
-        destination.write(state, &self.tensors, &pieces)
     }
 }
 
 impl Destination {
     /// The rank's file as the manifest lists it, in JSON.
-    fn write(
-        &self,
-        state: TrainState,
-        tensors: &[TensorSpec],
-        pieces: &[Piece<'_>],
-    ) -> Result<String, String> {
+    fn write(&self, state: TrainState, snapshot: Snapshot) -> Result<String, String> {
+        let Snapshot { layout, shards } = snapshot;
+        let ranges: Vec<_> = shards.iter().map(|shard| shard.range.clone()).collect();
+        let (parts, tensors) = (parts(&layout, &ranges), tensor_specs(&layout));
+        let mut pieces = Vec::new();
+        for kind in Kind::ALL {
+            for part in &parts {
+                let shard = &shards[part.bucket];
+                let values = match kind {
+                    Kind::Weight => &shard.weights,
+                    Kind::FirstMoment => &shard.first,
+                    Kind::SecondMoment => &shard.second,
+                };
+                if values.is_empty() {
+                    continue;
+                }
+                let own = part.range.start - shard.range.start..part.range.end - shard.range.start;
+                pieces.push(Piece {
+                    tensor: &part.tensor,
+                    kind,
+                    start: part.start,
+                    values: values.slice(own),
+                });
+            }
+        }
+        // From here on each piece holds its values alone, and lets them go when it is written.
+        drop(shards);
         let written = checkpoint::write_rank(
             &self.checkpoints,
             self.generation,
             self.rank,
             self.world,
             state,
-            tensors,
+            &tensors,
             pieces,
         );
         let file = written.map_err(|error| error.to_string())?;
         serde_json::to_string(&file).map_err(|error| error.to_string())
-    }
-}
-
-impl Part {
-    fn piece<'a>(&'a self, kind: Kind, values: &'a [f32]) -> Piece<'a> {
-        Piece {
-            tensor: &self.tensor,
-            kind,
-            start: self.start,
-            values,
-        }
     }
 }
 
@@ -296,12 +247,6 @@ fn read_moments(layout: &Layout, shards: &mut [Shard], read: Read<'_>) -> Result
         shard.second.write(second);
     }
     Ok(())
-}
-
-/// The own elements within every bucket.
-fn shard_ranges(learner: &Learner) -> Vec<Range<usize>> {
-    let shards = learner.optimizer.shards().iter();
-    shards.map(|shard| shard.range.clone()).collect()
 }
 
 fn tensor_specs(layout: &Layout) -> Vec<TensorSpec> {

@@ -498,11 +498,10 @@ impl Trainer {
 
     fn save(&mut self, last: bool, gate: &mut dyn StepGate) -> Result<(), TrainError> {
         let (reporter, start) = (gate.saved_reporter(), Instant::now());
-        let (saver, learner) = (&mut self.saver, &mut self.learner);
+        let (saver, learner) = (&mut self.saver, &self.learner);
+        saver.save(learner, self.state, reporter)?;
         if last {
-            saver.save_last(learner, self.state, reporter);
-        } else {
-            saver.save(learner, self.state, reporter)?;
+            saver.finish();
         }
         self.learner.times.checkpoint += start.elapsed().as_secs_f64();
         Ok(())

@@ -52,10 +52,10 @@ impl From<CoordinatorMessage> for Message {
                 probe,
                 spare,
                 job: job.0,
-                terms: terms.map(|it| proto::Terms {
-                    mirror: it.mirror,
-                    collective_timeout_ms: it.collective_timeout_ms,
-                    silence_ms: it.silence_ms,
+                terms: Some(proto::Terms {
+                    mirror: terms.mirror,
+                    collective_timeout_ms: terms.collective_timeout_ms,
+                    silence_ms: terms.silence_ms,
                 }),
             }),
             CoordinatorMessage::Form {
@@ -126,7 +126,7 @@ impl TryFrom<Message> for CoordinatorMessage {
                 probe: it.probe,
                 spare: it.spare,
                 job: JobId(it.job),
-                terms: it.terms.map(terms).transpose()?,
+                terms: terms(required("Welcome.terms", it.terms)?)?,
             },
             Message::Form(it) => form(it)?,
             Message::Go(it) => Self::Go {

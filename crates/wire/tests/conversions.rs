@@ -223,7 +223,11 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             probe: ".probe-1".into(),
             spare: false,
             job: JobId("run".into()),
-            terms: None,
+            terms: Terms {
+                mirror: false,
+                collective_timeout_ms: 1,
+                silence_ms: 1,
+            },
         },
         form(0, None),
         form(40, Some("checkpoints/step-00000040".into())),
@@ -252,11 +256,11 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             probe: String::new(),
             spare: true,
             job: JobId("run".into()),
-            terms: Some(Terms {
+            terms: Terms {
                 mirror: true,
                 collective_timeout_ms: 5_000,
                 silence_ms: 10_000,
-            }),
+            },
         },
     ];
     all.extend((0..4).map(commit));

@@ -16,7 +16,7 @@ use tokio::runtime::Handle;
 use trainer::plan::Peers;
 use trainer::{End, Facts, GateClosed, Membership, Setup, TrainError, Trainer};
 
-use crate::entrance::{Entrance, Formed};
+use crate::entrance::{Entrance, Formed, accuse};
 use crate::gate::{Gate, ProgressTeller};
 use crate::memory::{self, MemoryError};
 use crate::presence::Presence;
@@ -173,9 +173,7 @@ fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError>
         _ => None,
     })?;
     let (config_toml, checkpoint_dir, probe, terms) = welcome;
-    if let Some(terms) = terms {
-        voice.outlive(profile, terms);
-    }
+    voice.outlive(profile, terms);
     let spec = spec::parse(&config_toml)?;
     let checkpoints = PathBuf::from(checkpoint_dir);
     same_disk(&checkpoints, &probe, &options.name)?;
@@ -280,14 +278,14 @@ fn train(
                 let interrupted = match &error {
                     AgentError::Train(TrainError::Collective(broken)) => {
                         if place.is_none() {
-                            entrance.accuse(session, broken);
+                            accuse(session, broken);
                         }
                         true
                     }
                     AgentError::Closed(_) | AgentError::Train(TrainError::Closed(_)) => true,
                     _ => false,
                 };
-                if !interrupted || !entrance.is_elastic() || session.over().is_some() {
+                if !interrupted || session.over().is_some() {
                     return Err(error);
                 }
                 tracing::info!("generation {generation} is over: {error}");

@@ -18,14 +18,6 @@ use crate::session::Session;
 use crate::transport::Transport;
 use crate::watched::Watched;
 
-/// How long ranks wait for each other's connections; all of them were just formed.
-const RENDEZVOUS_PATIENCE: Duration = Duration::from_mins(1);
-
-/// How long one collective operation of a job that is not elastic may take. The coordinator notices a dead or silent rank much
-/// sooner and stops the others, which aborts their collectives; this bound only keeps a fault in that machinery from waiting
-/// for ever.
-const COLLECTIVE_PATIENCE: Duration = Duration::from_hours(1);
-
 /// How a worker enters the generations of one job.
 pub(crate) struct Entrance<'a> {
     pub(crate) rendezvous: &'a Rendezvous,
@@ -33,8 +25,8 @@ pub(crate) struct Entrance<'a> {
     /// How this worker's GPU fares, if it has one.
     pub(crate) gpu: &'a Watched,
     pub(crate) checkpoints: PathBuf,
-    /// What holds in a job that goes on without a lost member.
-    pub(crate) terms: Option<Terms>,
+    /// What holds in the job.
+    pub(crate) terms: Terms,
 }
 
 /// A generation as its members are told of it.
@@ -50,17 +42,12 @@ pub(crate) struct Formed {
 }
 
 impl Entrance<'_> {
-    /// Whether the job goes on without a lost member.
-    pub(crate) fn is_elastic(&self) -> bool {
-        self.terms.is_some()
-    }
-
     /// Enters the next generation, with whatever this worker has `held` before; `found` is what a worker that has loaded model
     /// and data found, which a spare says. A generation whose ranks do not find each other is reported, and the one after it
     /// entered.
     ///
     /// # Errors
-    /// The session is over; in a job that is not elastic also a peer that is not found.
+    /// The session is over.
     pub(crate) fn enter(
         &self,
         session: &Session,
@@ -69,7 +56,7 @@ impl Entrance<'_> {
     ) -> Result<(Formed, Box<dyn Collective>), GateClosed> {
         let voice = session.voice();
         loop {
-            let form = self.form(session, held, found)?;
+            let form = hear_form(session, held, found)?;
             voice.enter(form.generation, &self.rendezvous.aborter());
             voice.know(form.committed);
             if !form.can_be_entered(held) {
@@ -81,13 +68,9 @@ impl Entrance<'_> {
                     voice.enter(form.generation, &collective.aborter());
                     return Ok((form, collective));
                 }
-                Err(error) if self.is_elastic() => {
-                    tracing::warn!("generation {} did not connect: {error}", form.generation);
-                    self.accuse(session, &error);
-                }
                 Err(error) => {
-                    let reason = error.to_string();
-                    return Err(GateClosed { reason });
+                    tracing::warn!("generation {} did not connect: {error}", form.generation);
+                    accuse(session, &error);
                 }
             }
         }
@@ -98,7 +81,7 @@ impl Entrance<'_> {
         if form.addresses.len() == 1 {
             return Ok(Box::new(single(generation)));
         }
-        let deadline = Instant::now() + self.patience(RENDEZVOUS_PATIENCE);
+        let deadline = Instant::now() + self.patience();
         let (addresses, secret) = (&form.addresses, form.secret);
         let tcp = self
             .rendezvous
@@ -106,25 +89,11 @@ impl Entrance<'_> {
         self.transport.connect(tcp, deadline)
     }
 
-    /// Tells that the present generation's collective broke, unless that was the coordinator's wish.
-    pub(crate) fn accuse(&self, session: &Session, error: &CollectiveError) {
-        if !self.is_elastic() || matches!(error, CollectiveError::Aborted { .. }) {
-            return;
-        }
-        let suspect = error.suspect().map(|peer| Rank(peer.rank as u32));
-        let message = WorkerMessage::CollectiveFailed {
-            suspect,
-            reason: error.to_string(),
-        };
-        // A session that ended is noticed where its answer is needed.
-        drop(session.voice().say(message));
-    }
-
     /// The job's workers, if there are so many.
     pub(crate) fn peers(&self, workers: usize) -> Peers {
         Peers {
             workers,
-            mirror: self.terms.is_some_and(|it| it.mirror),
+            mirror: self.terms.mirror,
         }
     }
 
@@ -137,78 +106,84 @@ impl Entrance<'_> {
     ) -> Membership {
         Membership {
             collective,
-            step_deadline: self.patience(COLLECTIVE_PATIENCE),
+            step_deadline: self.patience(),
             checkpoints: self.checkpoints.clone(),
             resume: form.resume.clone(),
-            mirror: self.terms.is_some_and(|it| it.mirror),
+            mirror: self.terms.mirror,
             pulse: session.voice().pulse(),
             generation: form.generation.0,
         }
     }
 
-    /// How long this worker waits for its peers, where the job does not say.
-    fn patience(&self, otherwise: Duration) -> Duration {
-        let terms = self.terms.map(|it| it.collective_timeout_ms);
-        terms.map_or(otherwise, Duration::from_millis)
+    /// How long this worker waits for its peers.
+    fn patience(&self) -> Duration {
+        Duration::from_millis(self.terms.collective_timeout_ms)
     }
+}
 
-    /// Waits for a Form, and says again what the coordinator needs for it when it asks.
-    fn form(
-        &self,
-        session: &Session,
-        held: &[Held],
-        found: Option<&RunFacts>,
-    ) -> Result<Formed, GateClosed> {
-        let voice = session.voice();
-        voice.await_next(Awaits::Form);
-        let say = || -> Result<(), GateClosed> {
-            if !self.is_elastic() {
-                return Ok(());
-            }
-            let held = held.to_vec();
-            let facts = found.filter(|_| voice.is_spare()).cloned();
-            let loaded = facts.map(|facts| WorkerMessage::Loaded { facts });
-            let mut all = std::iter::once(WorkerMessage::Held { held }).chain(loaded);
-            all.try_for_each(|it| voice.say(it))
-                .map_err(|error| closed(&error))
-        };
-        if !session.has_put_back() {
-            say()?;
-        }
-        loop {
-            let heard = session.hear(REPEAT).map_err(|error| closed(&error))?;
-            match heard.map(|heard| (heard.generation, heard.message)) {
-                Some((
+/// Tells that the present generation's collective broke, unless that was the coordinator's wish.
+pub(crate) fn accuse(session: &Session, error: &CollectiveError) {
+    if matches!(error, CollectiveError::Aborted { .. }) {
+        return;
+    }
+    let suspect = error.suspect().map(|peer| Rank(peer.rank as u32));
+    let message = WorkerMessage::CollectiveFailed {
+        suspect,
+        reason: error.to_string(),
+    };
+    // A session that ended is noticed where its answer is needed.
+    drop(session.voice().say(message));
+}
+
+/// Waits for a Form, and says again what the coordinator needs for it when it asks.
+fn hear_form(
+    session: &Session,
+    held: &[Held],
+    found: Option<&RunFacts>,
+) -> Result<Formed, GateClosed> {
+    let voice = session.voice();
+    voice.await_next(Awaits::Form);
+    let say = || -> Result<(), GateClosed> {
+        let held = held.to_vec();
+        let facts = found.filter(|_| voice.is_spare()).cloned();
+        let loaded = facts.map(|facts| WorkerMessage::Loaded { facts });
+        let mut all = std::iter::once(WorkerMessage::Held { held }).chain(loaded);
+        all.try_for_each(|it| voice.say(it))
+            .map_err(|error| closed(&error))
+    };
+    if !session.has_put_back() {
+        say()?;
+    }
+    loop {
+        let heard = session.hear(REPEAT).map_err(|error| closed(&error))?;
+        match heard.map(|heard| (heard.generation, heard.message)) {
+            Some((
+                generation,
+                CoordinatorMessage::Form {
+                    rank,
+                    addresses,
+                    secret,
+                    committed,
+                    resume,
+                    apply,
+                    base,
+                },
+            )) if generation > voice.generation() => {
+                voice.await_next(Awaits::Nothing);
+                return Ok(Formed {
                     generation,
-                    CoordinatorMessage::Form {
-                        rank,
-                        addresses,
-                        secret,
-                        committed,
-                        resume,
-                        apply,
-                        base,
-                    },
-                )) if generation > voice.generation() => {
-                    voice.await_next(Awaits::Nothing);
-                    return Ok(Formed {
-                        generation,
-                        rank: rank.0,
-                        addresses,
-                        secret,
-                        committed,
-                        resume: resume.map(PathBuf::from),
-                        apply,
-                        base,
-                    });
-                }
-                Some((
-                    _,
-                    CoordinatorMessage::Welcome { .. } | CoordinatorMessage::Abort { .. },
-                ))
-                | None => say()?,
-                Some(_) => {}
+                    rank: rank.0,
+                    addresses,
+                    secret,
+                    committed,
+                    resume: resume.map(PathBuf::from),
+                    apply,
+                    base,
+                });
             }
+            Some((_, CoordinatorMessage::Welcome { .. } | CoordinatorMessage::Abort { .. }))
+            | None => say()?,
+            Some(_) => {}
         }
     }
 }

@@ -12,7 +12,7 @@ use trainer::{
     StepGate, StepReport, TrainError, Verdict,
 };
 
-use crate::entrance::{Entrance, Formed};
+use crate::entrance::{Entrance, Formed, accuse};
 use crate::session::{Session, SessionError, Voice};
 
 /// A vote without an answer is cast again after this time; voting twice changes nothing.
@@ -263,9 +263,6 @@ impl StepGate for Gate<'_> {
         why: &TrainError,
         held: &[trainer::Held],
     ) -> Result<Option<Reformation>, GateClosed> {
-        if !self.entrance.is_elastic() {
-            return Ok(None);
-        }
         let held = held.iter().map(|it| Held {
             generation: Generation(it.generation),
             rank: Rank(it.rank as u32),
@@ -275,7 +272,7 @@ impl StepGate for Gate<'_> {
         });
         let held: Vec<Held> = held.collect();
         if let TrainError::Collective(error) = why {
-            self.entrance.accuse(self.session, error);
+            accuse(self.session, error);
         }
         let entered = self.entrance.enter(self.session, &held, self.facts());
         let (form, collective) = entered?;

@@ -8,7 +8,7 @@
 //! ```
 //! The session task never computes and the training thread never touches the network of the control plane, so a long step
 //! cannot silence the beats. When a generation or the session is over, the collective is aborted and the training thread
-//! finds out at its next wait; it enters the next generation with what it holds. The session of an elastic job outlives its
+//! finds out at its next wait; it enters the next generation with what it holds. The session of a worker with a job outlives its
 //! stream.
 //!
 //! Not here: the step itself (`trainer`), message formats (`wire`), decisions about a job (`protocol`).

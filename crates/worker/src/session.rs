@@ -5,8 +5,8 @@
 //! whose result nobody wants: a process that serves one job exits under it, one that serves more lets it end, unless it was told
 //! to be started again.
 //!
-//! A stream that breaks ends the session, except in an elastic job, whose workers outlive their coordinator: then the task
-//! connects again, for [`RECONNECT_PATIENCE`], and joins under the same incarnation. What was said into the gap is lost; whoever
+//! A stream that breaks ends the session of a worker that was not welcomed to a job, or whose job is done. Others outlive their
+//! coordinator: the task connects again, for [`RECONNECT_PATIENCE`], and joins under the same incarnation. What was said into the gap is lost; whoever
 //! waits for an answer says it again.
 
 use std::cell::RefCell;
@@ -38,7 +38,7 @@ const OUTGOING_MESSAGES_MAX: usize = 64;
 /// A coordinator whose machine is gone is noticed by this: a ping so often, and so long for its answer.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// How long a worker of an elastic job tries to reach its coordinator again.
+/// How long a worker that has a job tries to reach its coordinator again.
 const RECONNECT_PATIENCE: Duration = Duration::from_mins(10);
 
 /// Longest pause between two attempts to reach a coordinator.
@@ -113,8 +113,8 @@ struct State {
     outgoing: mpsc::Sender<FromWorker>,
     /// The job that it was welcomed to.
     job: JobId,
-    /// What it says of itself whenever it connects again, and what holds for it; set in an elastic job.
-    elastic: Option<(WorkerProfile, Terms)>,
+    /// What it says of itself whenever it connects again, and what holds for it; set while it has a job.
+    welcomed: Option<(WorkerProfile, Terms)>,
     /// Whether it waits to be admitted.
     spare: bool,
     /// The highest that it has heard.
@@ -148,7 +148,7 @@ impl Session {
             state: Mutex::new(State {
                 outgoing,
                 job: JobId::default(),
-                elastic: None,
+                welcomed: None,
                 spare: false,
                 fence: Fence::default(),
                 generation: Generation::default(),
@@ -241,7 +241,7 @@ impl Voice {
         match (sent, &state.ended) {
             (Ok(()), _) => Ok(()),
             // It is being connected again.
-            (Err(_), None) if state.elastic.is_some() => Ok(()),
+            (Err(_), None) if state.welcomed.is_some() => Ok(()),
             (Err(_), ended) => Err(ended
                 .clone()
                 .unwrap_or_else(|| SessionError::Closed("the stream is gone".into()))),
@@ -258,7 +258,7 @@ impl Voice {
 
     /// From now on the session outlives its stream, and joins again as `profile`.
     pub(crate) fn outlive(&self, profile: WorkerProfile, terms: Terms) {
-        self.shared.state().elastic = Some((profile, terms));
+        self.shared.state().welcomed = Some((profile, terms));
     }
 
     /// Where training shows its work.
@@ -445,7 +445,7 @@ async fn beat(shared: Arc<Shared>) {
                 },
             };
             let beat = shared.sign(&state, beat);
-            (state.outgoing.clone(), beat, state.elastic.is_some())
+            (state.outgoing.clone(), beat, state.welcomed.is_some())
         };
         // A full queue means that the network is behind: what waits in it proves life as well.
         if let Err(mpsc::error::TrySendError::Closed(_)) = outgoing.try_send(beat)
@@ -466,11 +466,11 @@ async fn listen(
         let Some(end) = hear(&mut incoming, &shared, &tell).await else {
             return;
         };
-        let elastic = shared.state().elastic.clone();
+        let welcomed = shared.state().welcomed.clone();
         let again = match &end {
-            SessionError::Closed(_) => elastic,
+            SessionError::Closed(_) => welcomed,
             SessionError::Stopped { afterwards, .. } => {
-                elastic.filter(|_| *afterwards == Afterwards::Return)
+                welcomed.filter(|_| *afterwards == Afterwards::Return)
             }
             _ => None,
         };
@@ -513,7 +513,11 @@ async fn hear(
 ) -> Option<SessionError> {
     let closed = |reason: String| Some(SessionError::Closed(reason));
     loop {
-        let silence = shared.state().elastic.as_ref().map(|(_, it)| it.silence_ms);
+        let silence = shared
+            .state()
+            .welcomed
+            .as_ref()
+            .map(|(_, it)| it.silence_ms);
         let next = match silence {
             Some(silence_ms) => {
                 let next = timeout(Duration::from_millis(silence_ms), incoming.message()).await;
@@ -558,7 +562,7 @@ async fn hear(
             }
             CoordinatorMessage::Abort { reason } => shared.abort(generation, reason),
             // All is durable: the stream's end is the job's.
-            CoordinatorMessage::Finish => shared.state().elastic = None,
+            CoordinatorMessage::Finish => shared.state().welcomed = None,
             CoordinatorMessage::Welcome { spare, job, .. } => {
                 let mut state = shared.state();
                 state.spare = *spare;

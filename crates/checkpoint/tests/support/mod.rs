@@ -86,16 +86,13 @@ pub fn write_in(
             owned.push((index, kind, start, whole[start..end].to_vec()));
         }
     }
-    let pieces: Vec<Piece<'_>> = owned
-        .iter()
-        .map(|(index, kind, start, values)| Piece {
-            tensor: &tensors[*index].name,
-            kind: *kind,
-            start: *start,
-            values,
-        })
-        .collect();
-    write_rank_in(dir, generation, rank, world, state(step), &tensors, &pieces)
+    let pieces = owned.iter().map(|(index, kind, start, values)| Piece {
+        tensor: &tensors[*index].name,
+        kind: *kind,
+        start: *start,
+        values,
+    });
+    write_rank_in(dir, generation, rank, world, state(step), &tensors, pieces)
 }
 
 /// A whole checkpoint.

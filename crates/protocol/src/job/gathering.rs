@@ -57,11 +57,11 @@ impl Job {
             probe: self.spec.probe.clone(),
             spare,
             job: self.spec.id.clone(),
-            terms: Some(Terms {
+            terms: Terms {
                 mirror: self.elastic().mirror,
                 collective_timeout_ms: self.elastic().collective_timeout_ms,
                 silence_ms: self.spec.policy.heartbeat_timeout_ms,
-            }),
+            },
         }
     }
 

@@ -71,7 +71,8 @@ pub struct Parts {
     pub gradients: u64,
     /// The optimizer's moments of this worker's share of the weights.
     pub optimizer_moments: u64,
-    /// Copy of weights and moments of this worker's share, for checkpoints.
+    /// Weights and moments of this worker's share, of which an update copies what a checkpoint has not written yet: at most all,
+    /// and nothing where a step takes longer than a save.
     pub snapshot: u64,
     /// What a forward keeps for its backward.
     pub activations: u64,
@@ -284,7 +285,7 @@ impl Workload {
         }
     }
 
-    /// A copy of a worker's share of weights and moments.
+    /// A copy of a worker's share of weights and moments: what an update makes of it that comes before any of it is written.
     fn snapshot(&self, knobs: &Knobs) -> u64 {
         (1 + self.moments) * self.shard(knobs) * FLOAT
     }

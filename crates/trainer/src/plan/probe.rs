@@ -336,7 +336,7 @@ fn write_and_verify(folder: &Path) -> Option<(f64, f64)> {
         tool_version: String::new(),
     };
     let start = Instant::now();
-    let file = checkpoint::write_rank(folder, 0, 0, 1, state, &tensors, &pieces).ok()?;
+    let file = checkpoint::write_rank(folder, 0, 0, 1, state, &tensors, pieces).ok()?;
     let (written, start) = (start.elapsed(), Instant::now());
     let committed = checkpoint::commit(folder, &[file], &info).ok()?;
     let verified = start.elapsed();
