@@ -30,6 +30,9 @@ use crate::ui::Console;
 /// it yet, and a stream loses nothing: the Forms of thousands, said again at each of their beats, would keep them from it.
 const FORM_PAUSE: Duration = Duration::from_secs(5);
 
+/// Workers that are gone whose counts are told apart.
+const GONE_MAX: usize = 1024;
+
 /// What reaches the driver. The queue that carries it is bounded; senders wait.
 #[derive(Debug)]
 pub enum Input {
@@ -80,7 +83,10 @@ pub struct Driver<'a> {
     /// For the results of work that is done beside the loop.
     inputs: mpsc::Sender<Input>,
     sessions: BTreeMap<Incarnation, Line>,
+    /// By worker: who connects again says its own again.
     references: BTreeMap<Incarnation, ReferenceCounts>,
+    /// Of workers that are gone and no more in `references`.
+    references_of_gone: ReferenceCounts,
     /// Worker processes of this machine that ended since the step that was committed then.
     exits: (Step, u32),
     /// The last checkpoint that is being published.
@@ -133,6 +139,7 @@ impl<'a> Driver<'a> {
             inputs,
             sessions: BTreeMap::new(),
             references: BTreeMap::new(),
+            references_of_gone: ReferenceCounts::default(),
             exits: (Step(0), 0),
             publishing: None,
             start,
@@ -190,18 +197,28 @@ impl<'a> Driver<'a> {
         self.console.finish(Instant::now());
         let outcome = self.outcome.context("the job has no outcome")?;
         self.observer.finish(&outcome);
-        let references = self.references.values();
+        let references = self.references.values().copied();
         Ok(Driven {
             outcome,
             committed: self.job.committed(),
             facts: self.job.facts().cloned(),
-            references: references.fold(ReferenceCounts::default(), |sum, counts| {
-                ReferenceCounts {
-                    reused: sum.reused + counts.reused,
-                    computed: sum.computed + counts.computed,
-                }
-            }),
+            references: references.fold(self.references_of_gone, ReferenceCounts::plus),
         })
+    }
+
+    /// Of workers that come and go only so many are told apart: the newest counts replace older ones of the same worker.
+    fn count_references(&mut self, worker: Incarnation, counts: ReferenceCounts) {
+        self.references.insert(worker, counts);
+        if self.references.len() > self.sessions.len() + GONE_MAX {
+            let (sessions, gone) = (&self.sessions, &mut self.references_of_gone);
+            self.references.retain(|worker, counts| {
+                let connected = sessions.contains_key(worker);
+                if !connected {
+                    *gone = gone.plus(*counts);
+                }
+                connected
+            });
+        }
     }
 
     /// The job as it is, for whoever asks.
@@ -251,7 +268,7 @@ impl<'a> Driver<'a> {
                         reused: *reference_reused,
                         computed: *reference_computed,
                     };
-                    self.references.insert(message.incarnation, counts);
+                    self.count_references(message.incarnation, counts);
                 }
                 Some(Event::Message(*message))
             }

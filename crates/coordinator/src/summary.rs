@@ -38,6 +38,17 @@ pub struct ReferenceCounts {
     pub computed: u64,
 }
 
+impl ReferenceCounts {
+    /// Both counts together with `other`'s.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            reused: self.reused + other.reused,
+            computed: self.computed + other.computed,
+        }
+    }
+}
+
 /// Sums over the committed steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Totals {

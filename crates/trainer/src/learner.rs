@@ -16,7 +16,7 @@ use crate::error::TrainError;
 use crate::exchange::share_logps;
 use crate::lanes::Lanes;
 use crate::measure::pair_logps;
-use crate::phases::{PackTimes, Phases, timed};
+use crate::phases::{PackTimes, Phases};
 use crate::pulse::{Pulse, Work};
 use crate::reform::{Past, Transfer};
 use crate::shards::{Buckets, Place, Reduced, ShardedOptimizer, Stretch, Ungathered};
@@ -352,13 +352,14 @@ impl Learner {
             self.times.update += start.elapsed().as_secs_f64();
             return ended;
         }
-        let (model, optimizer) = (&mut self.model, &mut self.optimizer);
-        // What a checkpoint is still being written from is copied first.
-        let weights = timed(&mut self.times.checkpoint, || {
-            optimizer.unshare();
-            model.take_weights()
-        });
-        let start = Instant::now();
+        // What a checkpoint is still being written from is copied first: weights, which are written before the moments, too.
+        let copied = self.optimizer.unshare();
+        let weights = self.model.take_weights();
+        let mut start = start;
+        if copied {
+            self.times.checkpoint += start.elapsed().as_secs_f64();
+            start = Instant::now();
+        }
         let collective = self.collective.as_mut();
         let applied = self
             .optimizer

@@ -49,11 +49,14 @@ impl Moments {
         }
     }
 
-    /// Copies values that are held elsewhere, so that an update need not.
-    pub fn unshare(&mut self) {
-        if let Self::Host(values) = self {
-            Arc::make_mut(values);
-        }
+    /// Copies values that are held elsewhere, so that an update need not; says whether they were.
+    pub fn unshare(&mut self) -> bool {
+        let Self::Host(values) = self else {
+            return false;
+        };
+        let held = Arc::strong_count(values) > 1;
+        Arc::make_mut(values);
+        held
     }
 
     /// Replaces the values by as many.
@@ -113,10 +116,10 @@ mod tests {
         assert_eq!(moments.read()[7], 1.0);
         drop(held);
         let after = moments.host().as_ptr();
-        moments.unshare();
+        assert!(!moments.unshare());
         assert_eq!(moments.host().as_ptr(), after, "nobody holds them");
         let held = moments.values();
-        moments.unshare();
+        assert!(moments.unshare());
         assert_ne!(moments.host().as_ptr(), held.as_ptr());
         assert_eq!(held[7], 1.0);
     }

@@ -283,13 +283,12 @@ impl ShardedOptimizer {
         }
     }
 
-    /// Copies what is held of the moments elsewhere, on all threads, so that the next update need not do it one by one.
-    pub fn unshare(&mut self) {
+    /// Copies what is held of the moments elsewhere, on all threads, so that the next update need not do it one by one; says whether
+    /// anything was.
+    pub fn unshare(&mut self) -> bool {
         let shards = self.buckets.par_iter_mut().chain(&mut self.mirrored);
-        shards.for_each(|shard| {
-            shard.first.unshare();
-            shard.second.unshare();
-        });
+        let held = shards.map(|shard| shard.first.unshare() | shard.second.unshare());
+        held.reduce(|| false, |one, other| one | other)
     }
 
     fn next_update(&mut self, norm: f64, learning_rate: f64) -> Update {
