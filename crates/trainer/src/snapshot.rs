@@ -11,6 +11,7 @@ use model::Layout;
 use crate::error::TrainError;
 use crate::gate::{SavedReporter, SavedShard};
 use crate::learner::{Learner, running_mean};
+use crate::moments::Moments;
 use crate::setup::Facts;
 use crate::shards::Shard;
 
@@ -98,20 +99,23 @@ impl Saver {
         let ranges = shard_ranges(learner);
         let parts = parts(learner.model.trained(), &ranges);
         let tensors = tensor_specs(learner.model.trained());
-        let weights = learner.model.take_weights();
+        let weights = learner.take_whole();
         let shards = learner.optimizer.shards();
         let moments = shards
             .iter()
-            .map(|shard| [shard.first.read(), shard.second.read()])
+            .map(|shard| [&shard.master, &shard.first, &shard.second].map(Moments::read))
             .collect::<Vec<_>>();
         let mut pieces = Vec::new();
         for kind in [Kind::Weight, Kind::FirstMoment, Kind::SecondMoment] {
             for part in &parts {
                 let shard = &shards[part.bucket];
                 let own = part.range.start - shard.range.start..part.range.end - shard.range.start;
-                let [first, second] = &moments[part.bucket];
+                let [master, first, second] = &moments[part.bucket];
                 let values = match kind {
-                    Kind::Weight => &weights[part.bucket][part.range.clone()],
+                    Kind::Weight => match &weights {
+                        Some(weights) => &weights[part.bucket][part.range.clone()],
+                        None => &master[own],
+                    },
                     Kind::FirstMoment if first.is_empty() => continue,
                     Kind::FirstMoment => &first[own],
                     Kind::SecondMoment => &second[own],
@@ -120,7 +124,8 @@ impl Saver {
             }
         }
         let file = self.destination.write(state, &tensors, &pieces);
-        learner.model.put_weights(weights);
+        drop(moments);
+        learner.put_whole(weights);
         report(SavedShard {
             step: state.step,
             file,
@@ -147,13 +152,19 @@ impl Snapshot {
         self.weights.clear();
         self.first.clear();
         self.second.clear();
-        let weights = learner.model.take_weights();
-        for (bucket, shard) in weights.iter().zip(learner.optimizer.shards()) {
-            self.weights.extend_from_slice(&bucket[shard.range.clone()]);
+        let weights = learner.take_whole();
+        for (bucket, shard) in learner.optimizer.shards().iter().enumerate() {
+            match &weights {
+                Some(weights) => {
+                    let own = &weights[bucket][shard.range.clone()];
+                    self.weights.extend_from_slice(own);
+                }
+                None => self.weights.extend_from_slice(&shard.master.read()),
+            }
             self.first.extend_from_slice(&shard.first.read());
             self.second.extend_from_slice(&shard.second.read());
         }
-        learner.model.put_weights(weights);
+        learner.put_whole(weights);
     }
 
     fn write(&self, destination: &Destination, state: TrainState) -> Result<String, String> {
@@ -259,12 +270,12 @@ pub(crate) fn restore(
         read.map_err(|error| resume(error.to_string()))
     };
     let whole: Vec<_> = layout.bucket_lens().into_iter().map(|len| 0..len).collect();
-    let mut weights = learner.model.take_weights();
-    for part in parts(&layout, &whole) {
-        let out = &mut weights[part.bucket][part.range.clone()];
-        read(&part, Kind::Weight, out)?;
-    }
-    learner.model.put_weights(weights);
+    let all = parts(&layout, &whole);
+    learner.restore_weights(&mut |bucket, out| {
+        let own = all.iter().filter(|part| part.bucket == bucket);
+        own.into_iter()
+            .try_for_each(|part| read(part, Kind::Weight, &mut out[part.range.clone()]))
+    })?;
     read_moments(&layout, learner.optimizer.shards_mut(), &read)?;
     read_moments(&layout, learner.optimizer.mirrored_mut(), &read)?;
     learner.optimizer.set_updates(state.updates);
