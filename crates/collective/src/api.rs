@@ -38,6 +38,8 @@ pub enum Region {
     HostF32(Vec<f32>),
     /// Norms, counts, log-probs.
     HostF64(Vec<f64>),
+    /// The bits of bf16: weights to gather, to mirror, to broadcast or to send. Sums are made in f32 or wider.
+    HostBf16(Vec<u16>),
     /// Opaque bytes, for [`Op::Broadcast`] alone; ranks other than the root get the root's length.
     HostBytes(Vec<u8>),
     /// Memory of a GPU, where [`Collective::takes_devices`].
@@ -50,6 +52,7 @@ impl Region {
         match self {
             Self::HostF32(values) => values.len(),
             Self::HostF64(values) => values.len(),
+            Self::HostBf16(values) => values.len(),
             Self::HostBytes(bytes) => bytes.len(),
             Self::Device(region) => region.elements(),
         }
@@ -79,6 +82,17 @@ impl Region {
         match self {
             Self::HostF64(values) => values,
             other => panic!("region of {} where f64 was started", other.element()),
+        }
+    }
+
+    /// The bits of bf16.
+    ///
+    /// # Panics
+    /// If the region holds something else: an operation never changes a region's type.
+    pub fn into_bf16(self) -> Vec<u16> {
+        match self {
+            Self::HostBf16(values) => values,
+            other => panic!("region of {} where bf16 was started", other.element()),
         }
     }
 
@@ -119,6 +133,7 @@ impl Region {
         match self {
             Self::HostF32(_) => "f32",
             Self::HostF64(_) => "f64",
+            Self::HostBf16(_) => "bf16",
             Self::HostBytes(_) => "bytes",
             Self::Device(region) => region.element().name(),
         }

@@ -127,7 +127,8 @@ pub(crate) fn check_start(
             "bytes can be broadcast and nothing else".into()
         }
         Op::AllReduceSum | Op::ReduceScatterSum
-            if region.device_element() == Some(Element::Bf16) =>
+            if matches!(region, Region::HostBf16(_))
+                || region.device_element() == Some(Element::Bf16) =>
         {
             "sums are made in f32 or wider".into()
         }

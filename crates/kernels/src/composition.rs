@@ -17,12 +17,12 @@ use crate::{Activation, Gradients, RotaryTable, Slot};
 pub use attention::{segment_attention, segment_attention_backward};
 pub use head::{logprob_head, logprob_head_backward, token_logprobs};
 
-/// Rows `ids` of the table.
+/// Rows `ids` of the table, f32.
 pub fn embedding(weight: &Tensor<2>, ids: &[u32]) -> Tensor<2> {
-    weight.clone().select(
+    result(weight.clone().select(
         0,
         indices(ids.iter().map(|&id| i64::from(id)), &weight.device()),
-    )
+    ))
 }
 
 /// Adds the rows of `dy` to the table's gradient.

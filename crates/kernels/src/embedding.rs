@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::host::{self, Host};
 use crate::{Gradients, Slot, Tensor, composition};
 
-/// Rows `ids` of `weight`, `[vocabulary, d]` → `[ids, d]`.
+/// Rows `ids` of `weight`, `[vocabulary, d]` of any [`crate::Precision`] → `[ids, d]`, f32.
 ///
 /// # Panics
 /// If an id is not below the vocabulary size.

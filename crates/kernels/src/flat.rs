@@ -1,8 +1,17 @@
 //! Flat weights: every parameter as a range of a few large buckets. Only the memory; what a bucket holds is the layout's
 //! business (`model`), what is done to it the optimizer's (`trainer`).
+//!
+//! ```text
+//! whole      buckets: f32 masters ─────────► operands: bf16, made of them       a rank alone, f32, adapters
+//! parted     (an optimizer has the masters)  operands: bf16, gathered           ranks that share the masters out
+//!                                            narrow:   f32 of what is read in f32
+//! ```
+
+use std::ops::Range;
 
 use collective::DeviceRegion;
 
+use crate::precision::{from_bf16, to_bf16};
 use crate::{Device, Precision, Tensor, Values};
 
 /// Where one parameter lies: `len` elements from `offset` of bucket `bucket`.
@@ -18,12 +27,32 @@ pub struct Slot {
 
 /// The weights of a model on one device, one tensor per bucket.
 pub struct Flat {
-    /// f32: what an optimizer updates.
+    /// f32 masters: what an optimizer updates. Memory of the device, or of the host where they are parked beside a GPU, or none
+    /// while an optimizer has them.
     buckets: Vec<Tensor<1>>,
     /// The same as operands of products, where they are not f32; made anew whenever the buckets are put in place.
     operands: Vec<Tensor<1>>,
+    /// What is read in f32, where the masters are not memory of the device.
+    narrow: Option<Narrow>,
     precision: Precision,
     device: Device,
+}
+
+/// The elements that are read in f32 whatever the precision of products is, such as norms and biases.
+struct Narrow {
+    /// By bucket.
+    places: Vec<Vec<Place>>,
+    /// All of them, one behind the other.
+    values: Tensor<1>,
+}
+
+/// A stretch of a bucket among the narrow values.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Place {
+    /// Elements within the bucket.
+    range: Range<usize>,
+    /// First element among the narrow values.
+    at: usize,
 }
 
 impl Flat {
@@ -32,11 +61,37 @@ impl Flat {
         let mut flat = Self {
             buckets: Vec::new(),
             operands: Vec::new(),
+            narrow: None,
             precision,
             device: device.clone(),
         };
         flat.put_host(buckets);
         flat
+    }
+
+    /// As [`Flat::from_host`] for products of bf16, with nothing but operands and the `narrow` ranges of every bucket on the
+    /// device: the masters stay where they are, for [`Flat::take_masters`].
+    pub fn parked(buckets: Vec<Vec<f32>>, narrow: &[Vec<Range<usize>>], device: &Device) -> Self {
+        let mut operands = Vec::with_capacity(buckets.len());
+        let mut bits = Vec::new();
+        for bucket in &buckets {
+            bits.resize(bucket.len(), 0);
+            to_bf16(bucket, &mut bits);
+            operands.push(Tensor::from_bf16(&bits, device));
+        }
+        let host = Device::flex();
+        let buckets = buckets.into_iter().map(|bucket| {
+            let len = bucket.len();
+            Tensor::new(bucket, [len], &host)
+        });
+        let buckets: Vec<_> = buckets.collect();
+        Self {
+            narrow: Some(Narrow::of(&buckets, narrow, device)),
+            buckets,
+            operands,
+            precision: Precision::Bf16,
+            device: device.clone(),
+        }
     }
 
     /// What the weights are as operands of products.
@@ -45,7 +100,14 @@ impl Flat {
     }
 
     /// Changes what the weights are as operands of products; the weights stay.
+    ///
+    /// # Panics
+    /// If the masters are elsewhere and the precision is another.
     pub fn set_precision(&mut self, precision: Precision) {
+        if self.narrow.is_some() {
+            assert_eq!(precision, self.precision, "the masters are elsewhere");
+            return;
+        }
         self.precision = precision;
         self.make_operands();
     }
@@ -66,12 +128,24 @@ impl Flat {
         };
     }
 
-    /// The parameter at `slot` as a tensor of `shape`; on flex a view, not a copy.
+    /// The parameter at `slot` in f32 as a tensor of `shape`; on flex a view, not a copy. While the masters are elsewhere, only
+    /// narrow ones are here.
     ///
     /// # Panics
     /// If the weights have been taken, the slot lies outside its bucket, or the shape has another size.
     pub fn view<const D: usize>(&self, slot: &Slot, shape: [usize; D]) -> Tensor<D> {
-        view(&self.buckets, slot, shape)
+        match &self.narrow {
+            None => view(&self.buckets, slot, shape),
+            Some(narrow) => narrow.view(slot).reshape(shape),
+        }
+    }
+
+    /// A copy of the masters at `slot` in host memory, wherever they lie.
+    ///
+    /// # Panics
+    /// If they have been taken.
+    pub fn master(&self, slot: &Slot) -> Vec<f32> {
+        view(&self.buckets, slot, [slot.len]).into_vec()
     }
 
     /// Elements `range` of a bucket, held for reading: shared on flex, copied from a GPU.
@@ -86,6 +160,7 @@ impl Flat {
     /// held.
     pub fn take_host(&mut self) -> Vec<Vec<f32>> {
         self.operands.clear();
+        self.narrow = None;
         std::mem::take(&mut self.buckets)
             .into_iter()
             .map(Tensor::into_vec)
@@ -102,6 +177,7 @@ impl Flat {
                 Tensor::new(bucket, [len], device)
             })
             .collect();
+        self.narrow = None;
         self.make_operands();
     }
 
@@ -110,11 +186,16 @@ impl Flat {
     pub(crate) fn arrays(
         &self,
         bucket: usize,
-        range: &std::ops::Range<usize>,
+        range: &Range<usize>,
     ) -> Option<(gpu::View, Option<gpu::View>)> {
-        let part = |bucket: &Tensor<1>| Some(bucket.array()?.view.slice(range.clone()));
-        let weights = part(self.buckets.get(bucket)?)?;
-        Some((weights, self.operands.get(bucket).and_then(part)))
+        let weights = part(self.buckets.get(bucket)?, range)?;
+        Some((weights, self.operand_array(bucket, range)))
+    }
+
+    /// What elements `range` of a bucket are as operands, when they are memory of a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn operand_array(&self, bucket: usize, range: &Range<usize>) -> Option<gpu::View> {
+        part(self.operands.get(bucket)?, range)
     }
 
     /// A bucket's f32 weights as a region of a collective, when they are memory of a GPU: nothing may use them until the region is
@@ -137,6 +218,225 @@ impl Flat {
     pub fn device(&self) -> &Device {
         &self.device
     }
+}
+
+/// Weights whose masters an optimizer has, in shards.
+impl Flat {
+    /// Whether the masters are in place, on the device.
+    pub fn is_whole(&self) -> bool {
+        self.narrow.is_none()
+    }
+
+    /// The f32 masters, by bucket: memory of the device, or of the host where they were parked there. What stays are operands, and
+    /// the `narrow` ranges of every bucket in f32.
+    ///
+    /// # Panics
+    /// If the masters have been taken, or products are not of bf16.
+    pub fn take_masters(&mut self, narrow: &[Vec<Range<usize>>]) -> Vec<Tensor<1>> {
+        assert_eq!(self.precision, Precision::Bf16, "operands of their own");
+        assert_eq!(self.buckets.len(), narrow.len(), "buckets of masters");
+        if self.narrow.is_none() {
+            self.narrow = Some(Narrow::of(&self.buckets, narrow, &self.device));
+        }
+        std::mem::take(&mut self.buckets)
+    }
+
+    /// Puts masters in place, wherever they lie.
+    pub fn put_masters(&mut self, masters: Vec<Tensor<1>>) {
+        let device = &self.device;
+        let placed = masters.into_iter().map(|bucket| {
+            if bucket.device() == *device {
+                return bucket;
+            }
+            let [len] = bucket.dims();
+            Tensor::new(bucket.into_vec(), [len], device)
+        });
+        self.buckets = placed.collect();
+        self.narrow = None;
+        self.make_operands();
+    }
+
+    /// Replaces a bucket's operands, whole, by the values of these bits of bf16.
+    ///
+    /// # Panics
+    /// If their number is not the bucket's.
+    pub fn put_operands(&mut self, bucket: usize, bits: &[u16]) {
+        let operand = &mut self.operands[bucket];
+        assert_eq!(operand.dims(), [bits.len()], "operands of a bucket");
+        if self.device.is_host() {
+            // The memory that is there, unless somebody still looks at it.
+            let old = std::mem::replace(operand, Tensor::zeros([0], &self.device));
+            let mut values = old.into_vec();
+            from_bf16(bits, &mut values);
+            *operand = Tensor::new(values, [bits.len()], &self.device);
+        } else {
+            *operand = Tensor::from_bf16(bits, &self.device);
+        }
+    }
+
+    /// A bucket's operands as a region of a collective, when they are memory of a GPU: nothing may use them until the region is
+    /// given back.
+    ///
+    /// # Panics
+    /// If the device fails.
+    pub fn operand_region(&self, bucket: usize) -> Option<DeviceRegion> {
+        self.operands[bucket].region()
+    }
+
+    /// Number of elements that are read in f32.
+    ///
+    /// # Panics
+    /// If the masters are in place.
+    pub fn narrow_len(&self) -> usize {
+        self.apart().values.dims()[0]
+    }
+
+    /// Copies what is narrow among elements `range` of a bucket, whose masters are `masters`, to its place in `narrow`.
+    ///
+    /// # Panics
+    /// If the masters are in place.
+    pub fn collect_narrow(
+        &self,
+        bucket: usize,
+        range: &Range<usize>,
+        masters: &[f32],
+        narrow: &mut [f32],
+    ) {
+        for (own, to) in self.apart().within(bucket, range) {
+            narrow[to].copy_from_slice(&masters[own]);
+        }
+    }
+
+    /// Replaces what is read in f32.
+    ///
+    /// # Panics
+    /// If the masters are in place, or the number is another.
+    pub fn put_narrow(&mut self, values: Vec<f32>) {
+        let device = self.device.clone();
+        let narrow = self.narrow.as_mut().expect(MASTERS_HERE);
+        let len = values.len();
+        assert_eq!(narrow.values.dims(), [len], "values that are read in f32");
+        narrow.values = Tensor::new(values, [len], &device);
+    }
+
+    /// What is read in f32 as a region of a collective, when it is memory of a GPU, with nothing in it but what is narrow among
+    /// these ranges of buckets, whose masters lie there too: a sum over ranks makes it whole. `None` elsewhere.
+    ///
+    /// # Panics
+    /// If the masters are in place, or the device fails.
+    pub fn narrow_region<'m>(
+        &mut self,
+        masters: impl IntoIterator<Item = (usize, &'m Range<usize>, &'m Tensor<1>)>,
+    ) -> Option<DeviceRegion> {
+        if !self.device.is_gpu() {
+            return None;
+        }
+        let narrow = self.narrow.as_mut().expect(MASTERS_HERE);
+        narrow.values.clear();
+        for (bucket, range, masters) in masters {
+            for (own, to) in narrow.within(bucket, range) {
+                narrow.values.slice(to).overwrite(&masters.slice(own));
+            }
+        }
+        narrow.values.region()
+    }
+
+    /// Makes operands of elements `range` of a bucket, whose masters are `masters`, where both are memory of a GPU.
+    ///
+    /// # Panics
+    /// If they are not, or the device fails.
+    pub fn round_in_place(&self, bucket: usize, range: Range<usize>, masters: &Tensor<1>) {
+        let operand = self.operands[bucket].slice(range);
+        operand.overwrite(&Precision::Bf16.operand(masters));
+    }
+
+    /// As [`Flat::round_in_place`] for bits of bf16 of the host.
+    ///
+    /// # Panics
+    /// If the operands are not memory of a GPU, or the device fails.
+    pub fn write_in_place(&self, bucket: usize, range: Range<usize>, bits: &[u16]) {
+        let operand = self.operands[bucket].slice(range);
+        operand.overwrite(&Tensor::from_bf16(bits, &self.device));
+    }
+
+    /// What a forward reads of a bucket: its operands, and behind them what it reads in f32.
+    ///
+    /// # Panics
+    /// If the masters are in place.
+    pub fn computed(&self, bucket: usize) -> Vec<f32> {
+        let mut values = self.operands[bucket].clone().into_vec();
+        let narrow = self.apart();
+        for place in &narrow.places[bucket] {
+            let range = place.at..place.at + place.range.len();
+            values.extend(narrow.values.slice(range).into_vec());
+        }
+        values
+    }
+
+    fn apart(&self) -> &Narrow {
+        self.narrow.as_ref().expect(MASTERS_HERE)
+    }
+}
+
+const MASTERS_HERE: &str = "masters are elsewhere";
+
+impl Narrow {
+    /// Copies of the `ranges` of every bucket, on `device`.
+    fn of(buckets: &[Tensor<1>], ranges: &[Vec<Range<usize>>], device: &Device) -> Self {
+        let mut values = Vec::new();
+        let mut places = Vec::with_capacity(ranges.len());
+        for (bucket, ranges) in buckets.iter().zip(ranges) {
+            let mut own = Vec::with_capacity(ranges.len());
+            for range in ranges {
+                own.push(Place {
+                    range: range.clone(),
+                    at: values.len(),
+                });
+                values.extend(bucket.slice(range.clone()).into_vec());
+            }
+            places.push(own);
+        }
+        let len = values.len();
+        Self {
+            places,
+            values: Tensor::new(values, [len], device),
+        }
+    }
+
+    fn view(&self, slot: &Slot) -> Tensor<1> {
+        let asked = slot.offset..slot.offset + slot.len;
+        let place = self.places[slot.bucket]
+            .iter()
+            .find(|place| place.range.start <= asked.start && asked.end <= place.range.end);
+        let place = place.unwrap_or_else(|| panic!("the masters of {slot:?} are elsewhere"));
+        let start = place.at + asked.start - place.range.start;
+        self.values.slice(start..start + slot.len)
+    }
+
+    /// What is narrow of a range of a bucket: elements within the range, and among the narrow values.
+    fn within(
+        &self,
+        bucket: usize,
+        range: &Range<usize>,
+    ) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        let places = self.places[bucket].iter();
+        places.filter_map(|place| {
+            let start = place.range.start.max(range.start);
+            let end = place.range.end.min(range.end);
+            let at = place.at + start.checked_sub(place.range.start)?;
+            (start < end).then(|| {
+                (
+                    start - range.start..end - range.start,
+                    at..at + (end - start),
+                )
+            })
+        })
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn part(bucket: &Tensor<1>, range: &Range<usize>) -> Option<gpu::View> {
+    Some(bucket.array()?.view.slice(range.clone()))
 }
 
 fn view<const D: usize>(buckets: &[Tensor<1>], slot: &Slot, shape: [usize; D]) -> Tensor<D> {

@@ -1,6 +1,8 @@
 //! Flat gradients: the sums into which every backward adds, laid out like [`crate::Flat`]. On flex plain host memory,
 //! so that a product accumulates in place and the collective gets it without a copy.
 
+use std::ops::Range;
+
 use collective::DeviceRegion;
 
 use crate::{Device, Slot, Tensor};
@@ -95,20 +97,18 @@ impl Gradients {
         }
     }
 
-    /// All buckets, when they are memory of a GPU.
+    /// Elements `range` of a bucket, the same memory, when it is that of a GPU.
     ///
     /// # Panics
-    /// If one of them is not here.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn arrays(&self) -> impl Iterator<Item = &crate::tensor::Array<1>> {
-        let buckets = match &self.buckets {
-            Buckets::Host(_) => &[],
-            Buckets::Device(buckets) => &buckets[..],
-        };
-        buckets.iter().map(|bucket| {
-            let bucket = bucket.as_ref().unwrap_or_else(|| gone());
-            bucket.array().expect("buckets of a GPU lie there")
-        })
+    /// If the bucket is not here.
+    pub fn part(&self, bucket: usize, range: Range<usize>) -> Option<Tensor<1>> {
+        match &self.buckets {
+            Buckets::Host(_) => None,
+            Buckets::Device(buckets) => {
+                let bucket = buckets[bucket].as_ref().unwrap_or_else(|| gone());
+                Some(bucket.slice(range))
+            }
+        }
     }
 
     /// These buckets alone, for adding to them beside others; [`Gradients::join`] brings them back.

@@ -84,8 +84,8 @@ pub use norm::{
     LayerSaved, RmsSaved, layer_norm, layer_norm_backward, layer_norm_backward_weight, rms_norm,
     rms_norm_backward, rms_norm_backward_add, rms_norm_backward_weight, rms_norm_operand,
 };
-pub use optimizer::{UpdateRule, prepare_update, sum_of_squares, update};
-pub use precision::Precision;
+pub use optimizer::{Kept, UpdateRule, prepare_update, sum_of_squares, update};
+pub use precision::{Precision, to_bf16};
 pub use residual::add;
 pub use rotary::{RotaryTable, rotary, rotary_backward};
 pub use rows::{gather_rows, scatter_add_rows};
@@ -94,4 +94,4 @@ pub use tensor::{Device, DeviceKernels, DeviceTime, Tensor};
 pub use values::Values;
 
 /// Changes whenever the bits of a forward result may change, so that values computed by another version are not reused.
-pub const KERNEL_VERSION: u32 = 1;
+pub const KERNEL_VERSION: u32 = 2;

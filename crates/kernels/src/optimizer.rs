@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::{Device, Flat, Gradients, Tensor};
+use crate::{Device, Flat, Tensor};
 
 /// A rule with its factors of one update.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,23 +54,33 @@ pub fn prepare_update(device: &Device) {
     let _ = device;
 }
 
-/// Σx² over a range of each bucket of the gradients, in f64: finite exactly when every element is. `None` when they do not lie on
-/// a GPU.
-pub fn sum_of_squares(
-    gradients: &Gradients,
-    ranges: impl IntoIterator<Item = Range<usize>>,
-) -> Option<f64> {
+/// Σx² over `parts` of a gradient, in f64: finite exactly when every element is. `None` when `device` is no GPU.
+///
+/// # Panics
+/// If the device fails, or a part does not lie there.
+pub fn sum_of_squares(device: &Device, parts: impl IntoIterator<Item = Tensor<1>>) -> Option<f64> {
     #[cfg(feature = "cuda")]
-    return crate::cuda::sum_of_squares(gradients, ranges);
+    return crate::cuda::sum_of_squares(device, parts);
     #[cfg(not(feature = "cuda"))]
     {
-        let _ = (gradients, ranges);
+        let _ = (device, parts);
         None
     }
 }
 
+/// What an update keeps of some elements, as many values of each.
+#[derive(Clone, Copy)]
+pub struct Kept<'a> {
+    /// Their masters, where the weights' own are elsewhere.
+    pub masters: Option<&'a Tensor<1>>,
+    /// First moments, where the rule has them.
+    pub first: Option<&'a Tensor<1>>,
+    /// Second moments.
+    pub second: &'a Tensor<1>,
+}
+
 /// Moves elements `range` of bucket `bucket` of `weights` by `rule` and their gradient times `clip`, together with what they are as
-/// operands. `moments` are those elements' first ones, where the rule has them, and second ones.
+/// operands.
 ///
 /// # Panics
 /// If not all of them lie on one GPU.
@@ -78,16 +88,16 @@ pub fn update(
     weights: &Flat,
     bucket: usize,
     range: Range<usize>,
-    gradients: &Gradients,
-    moments: (Option<&Tensor<1>>, &Tensor<1>),
+    gradient: &Tensor<1>,
+    kept: Kept<'_>,
     clip: f32,
     rule: &UpdateRule,
 ) {
     #[cfg(feature = "cuda")]
-    let moved = crate::cuda::update(weights, bucket, range, gradients, moments, clip, rule);
+    let moved = crate::cuda::update(weights, bucket, &range, gradient, kept, clip, rule);
     #[cfg(not(feature = "cuda"))]
     let moved = {
-        let _ = (weights, bucket, range, gradients, moments, clip, rule);
+        let _ = (weights, bucket, range, gradient, kept, clip, rule);
         None::<()>
     };
     moved.expect("weights, moments and gradient lie on one GPU");

@@ -47,6 +47,24 @@ pub(crate) fn row_blocks_of_two(
         .for_each(|(index, (one, two))| work(index * rows, one, two));
 }
 
+/// Elements that a thread turns into others at a time.
+const PIECE_ELEMENTS: usize = 1 << 16;
+
+/// Runs `work` on pieces of `from` and the pieces of `to` that belong to them.
+pub(crate) fn of_elements<A: Sync, B: Send>(
+    from: &[A],
+    to: &mut [B],
+    work: impl Fn(&[A], &mut [B]) + Sync + Send,
+) {
+    if !is_parallel() {
+        return work(from, to);
+    }
+    let pieces = from.par_chunks(PIECE_ELEMENTS);
+    pieces
+        .zip(to.par_chunks_mut(PIECE_ELEMENTS))
+        .for_each(|(from, to)| work(from, to));
+}
+
 /// Runs `work` on every item.
 pub(crate) fn each<T: Send>(items: &mut [T], work: impl Fn(&mut T) + Sync + Send) {
     if is_parallel() {

@@ -67,6 +67,39 @@ pub(crate) fn round(values: &mut [f32]) {
     });
 }
 
+/// The bits of bf16 that are nearest to `values`, even in a tie: those of [`Precision::operand`]. NaN stays one.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn to_bf16(values: &[f32], bits: &mut [u16]) {
+    assert_eq!(values.len(), bits.len(), "as many bits as values");
+    parallel::of_elements(values, bits, |values, bits| {
+        for (value, bits) in values.iter().zip(bits) {
+            let exact = value.to_bits();
+            let even = (exact >> 16) & 1;
+            *bits = if value.is_nan() {
+                // Its upper half alone might be an infinity's.
+                (exact >> 16) as u16 | 0x40
+            } else {
+                (exact.wrapping_add(0x7fff + even) >> 16) as u16
+            };
+        }
+    });
+}
+
+/// The values of bits of bf16.
+///
+/// # Panics
+/// If the lengths differ.
+pub(crate) fn from_bf16(bits: &[u16], values: &mut [f32]) {
+    assert_eq!(values.len(), bits.len(), "as many values as bits");
+    parallel::of_elements(bits, values, |bits, values| {
+        for (bits, value) in bits.iter().zip(values) {
+            *value = f32::from_bits(u32::from(*bits) << 16);
+        }
+    });
+}
+
 /// A result in f32, whatever the operands were.
 pub(crate) fn result<const D: usize>(x: BurnTensor<D>) -> BurnTensor<D> {
     if x.dtype() == DType::F32 {
@@ -90,7 +123,7 @@ pub(crate) fn like<const D: usize, const E: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::round;
+    use super::{from_bf16, round, to_bf16};
 
     #[test]
     fn rounding_is_that_of_bf16_to_nearest_and_even() {
@@ -110,6 +143,17 @@ mod tests {
         }
         let mut rounded = values.clone();
         round(&mut rounded);
+        let mut bits = vec![0; values.len()];
+        to_bf16(&values, &mut bits);
+        let mut again = vec![0.0; values.len()];
+        from_bf16(&bits, &mut again);
+        for (again, rounded) in again.iter().zip(&rounded) {
+            let same = again.to_bits() == rounded.to_bits();
+            assert!(
+                same || again.is_nan() && rounded.is_nan(),
+                "{again} {rounded}"
+            );
+        }
         for (value, rounded) in values.into_iter().zip(rounded) {
             let expected = half::bf16::from_f32(value).to_f32();
             assert!(

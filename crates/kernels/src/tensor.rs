@@ -419,6 +419,39 @@ impl<const D: usize> std::fmt::Debug for Tensor<D> {
 }
 
 impl Tensor<1> {
+    /// The values of bits of bf16 on `device`: bf16 on a GPU, elsewhere f32 of its values.
+    ///
+    /// # Panics
+    /// If the device has no room.
+    pub(crate) fn from_bf16(bits: &[u16], device: &Device) -> Self {
+        #[cfg(feature = "cuda")]
+        if let Kind::Gpu(gpu) = &device.0 {
+            let view = crate::cuda::done(View::upload(gpu, bits, Element::Bf16));
+            let shape = [bits.len()];
+            return Array { view, shape }.into();
+        }
+        let mut values = vec![0.0; bits.len()];
+        crate::precision::from_bf16(bits, &mut values);
+        Self::new(values, [bits.len()], device)
+    }
+
+    /// Copies `from`, of the same size and type, over these elements, for all who share them.
+    ///
+    /// # Panics
+    /// If not both are memory of one GPU, or it fails.
+    pub(crate) fn overwrite(&self, from: &Self) {
+        #[cfg(feature = "cuda")]
+        if let (Place::Gpu(own), Place::Gpu(from)) = (&self.0, &from.0) {
+            assert_eq!(own.view.element(), from.view.element(), "types of elements");
+            return crate::cuda::done(own.view.copy(&from.view));
+        }
+        panic!(
+            "elements {:?} and {:?} lie on one GPU",
+            self.dims(),
+            from.dims()
+        );
+    }
+
     /// As a region of a collective, when it is memory of a GPU.
     pub(crate) fn region(&self) -> Option<collective::DeviceRegion> {
         match &self.0 {

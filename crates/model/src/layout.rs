@@ -102,6 +102,26 @@ impl Layout {
             .map(|(index, _)| index)
     }
 
+    /// The elements of every bucket that a forward reads in f32 whatever products are made of: norms and biases, a few in a
+    /// thousand. Neighbors are one range.
+    pub fn narrow(&self) -> Vec<Vec<Range<usize>>> {
+        let of = |bucket: &Bucket| {
+            let mut ranges: Vec<Range<usize>> = Vec::new();
+            let parameters = self.parameters[bucket.parameters.clone()].iter();
+            for range in parameters
+                .filter(|it| it.shape.len() < 2)
+                .map(Parameter::range)
+            {
+                match ranges.last_mut() {
+                    Some(last) if last.end == range.start => last.end = range.end,
+                    _ => ranges.push(range),
+                }
+            }
+            ranges
+        };
+        self.buckets.iter().map(of).collect()
+    }
+
     /// Zeros for every bucket.
     pub(crate) fn zeros(&self) -> Vec<Vec<f32>> {
         self.buckets

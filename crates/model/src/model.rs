@@ -21,7 +21,8 @@ use crate::sums::{InputGradient, Sums};
 use crate::write::little_endian;
 use crate::{Layout, Lora, ModelConfig, ModelError, Stage, weights};
 
-/// A decoder with its weights, f32, on one device. With an adapter only that is trained.
+/// A decoder with its weights, f32, on one device. With an adapter only that is trained. Products may be of bf16, made of the
+/// weights; then the weights may also be elsewhere ([`Model::take_masters`]), and the model computes the same without them.
 pub struct Model {
     config: ModelConfig,
     layout: Layout,
@@ -111,6 +112,16 @@ impl Model {
         Self::from_parts(config, weights, device)
     }
 
+    /// As [`Model::load`], for products of bf16, with nothing on the device that a forward does not read: the f32 weights stay in
+    /// the host's memory until [`Model::take_masters`] or [`Model::put_masters`].
+    pub fn load_parked(dir: &Path, device: &Device) -> Result<Self, ModelError> {
+        let config = ModelConfig::load(dir)?;
+        let layout = Layout::new(&config);
+        let weights = weights::load(dir, &layout, &config)?;
+        let weights = Flat::parked(weights, &layout.narrow(), device);
+        Ok(Self::with_weights(config, layout, weights))
+    }
+
     /// A model from its description and its flat weights, bucket by bucket as in [`Layout::new`].
     pub fn from_parts(
         config: ModelConfig,
@@ -122,9 +133,14 @@ impl Model {
         if expected != found {
             return Err(ModelError::Buckets { expected, found });
         }
-        Ok(Self {
+        let weights = Flat::from_host(weights, Precision::F32, device);
+        Ok(Self::with_weights(config, layout, weights))
+    }
+
+    fn with_weights(config: ModelConfig, layout: Layout, weights: Flat) -> Self {
+        Self {
             slots: Slots::new(&layout, &config, None),
-            weights: Flat::from_host(weights, Precision::F32, device),
+            weights,
             adapter: None,
             frequencies: config.rotary.frequencies(config.head_dim()),
             window_frequencies: config
@@ -134,7 +150,7 @@ impl Model {
             saving: Saving::default(),
             config,
             layout,
-        })
+        }
     }
 
     /// A fresh model with [`random_weights`](crate::random_weights), the same for the same seed.
@@ -196,10 +212,7 @@ impl Model {
             for &size in &parameter.shape {
                 hasher.update(&(size as u64).to_le_bytes());
             }
-            let values = self
-                .weights
-                .view::<1>(&parameter.slot(), [parameter.elements()]);
-            let values = values.into_vec();
+            let values = self.weights.master(&parameter.slot());
             let hashed = little_endian(&values, |bytes| {
                 hasher.update(bytes);
                 Ok::<(), std::convert::Infallible>(())
@@ -364,6 +377,32 @@ impl Model {
         }
     }
 
+    /// The same, for changing what a forward reads of weights whose masters are elsewhere.
+    pub fn flat_mut(&mut self) -> &mut Flat {
+        self.trained_weights()
+    }
+
+    /// The f32 weights that are trained, by bucket, where products are of bf16: the model computes on with what it has of them. They
+    /// are memory of the device, or of the host after [`Model::load_parked`].
+    ///
+    /// # Panics
+    /// If they have been taken, or products are of f32.
+    pub fn take_masters(&mut self) -> Vec<Tensor<1>> {
+        let narrow = self.trained().narrow();
+        self.trained_weights().take_masters(&narrow)
+    }
+
+    /// Puts f32 weights that were taken (back) in place, on the device.
+    ///
+    /// # Panics
+    /// If their lengths are not those of [`Model::trained`].
+    pub fn put_masters(&mut self, masters: Vec<Tensor<1>>) {
+        let lens: Vec<usize> = masters.iter().map(|bucket| bucket.dims()[0]).collect();
+        let expected = self.trained().bucket_lens();
+        assert_eq!(lens, expected, "lengths of the weight buckets");
+        self.trained_weights().put_masters(masters);
+    }
+
     /// To be called after the trained weights were changed where they lie.
     pub fn refresh(&mut self) {
         self.trained_weights().refresh();
@@ -507,7 +546,8 @@ impl Model {
 
     pub(crate) fn embed(&self, tokens: &[u32]) -> Tensor<2> {
         let shape = [self.config.vocabulary, self.config.hidden];
-        let x = embedding(&self.weights.view(&self.slots.embedding, shape), tokens);
+        // The operand, so that the bits do not depend on who has the masters.
+        let x = embedding(&self.weights.operand(&self.slots.embedding, shape), tokens);
         match self.config.embedding_scale {
             Some(scale) => x.scale(scale),
             None => x,

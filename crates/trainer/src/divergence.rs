@@ -1,6 +1,7 @@
 //! Ranks that should hold the same bits, compared: data parallelism keeps a copy of the weights on every rank, and a copy that
 //! differs by a bit (a memory error, a kernel that is not deterministic) trains on as another model without a sign. The weights of
-//! every bucket, and the moments of every shard beside their mirror's, are compared by the first 64 bits of their BLAKE3.
+//! every bucket as they are computed with, and what the optimizer keeps of every shard beside its mirror's, are compared by the
+//! first 64 bits of their BLAKE3.
 
 use std::time::Instant;
 
@@ -8,25 +9,26 @@ use collective::{Collective, CollectiveError, Op, Region};
 use model::Layout;
 
 use crate::error::TrainError;
+use crate::moments::Moments;
 use crate::shards::{Shard, ShardedOptimizer};
 
-/// Numbers of a rank: a digest of each bucket of weights, of its own moments, of those that it mirrors.
+/// Numbers of a rank: a digest of each bucket of weights, of its own masters and moments, of those that it mirrors.
 struct Digests(Vec<u64>);
 
-/// Compares this rank's `weights` and moments with the others'.
+/// Compares this rank's `weights`, by bucket, and what its optimizer keeps with the others'.
 ///
 /// # Errors
 /// The first bucket whose weights differ, or the shard whose mirror does; the same on all ranks.
 pub(crate) fn compare(
     collective: &mut dyn Collective,
     layout: &Layout,
-    weights: &[impl AsRef<[f32]>],
+    weights: impl Iterator<Item = impl AsRef<[f32]>>,
     optimizer: &ShardedOptimizer,
     step: u64,
     deadline: Instant,
 ) -> Result<(), TrainError> {
-    let buckets = weights.len();
-    let weights = weights.iter().map(|bucket| digest([bucket.as_ref()]));
+    let buckets = layout.buckets.len();
+    let weights = weights.map(|bucket| digest([bucket.as_ref()]));
     let moments = [optimizer.shards(), optimizer.mirrored()].map(moments);
     let own = Digests(weights.chain(moments).collect());
     let all = own.share(collective, deadline)?;
@@ -48,12 +50,17 @@ pub(crate) fn compare(
     if optimizer.mirrored().is_empty() {
         return Ok(());
     }
+    let kept = if optimizer.has_masters() {
+        "the masters and moments"
+    } else {
+        "the moments"
+    };
     for rank in 0..world {
         let mirror = (rank + 1) % world;
         if all[rank][buckets] != all[mirror][buckets + 1] {
             return Err(TrainError::Diverged {
                 step,
-                what: format!("the moments of shard {rank}"),
+                what: format!("{kept} of shard {rank}"),
                 rank: mirror,
                 other: rank,
             });
@@ -65,7 +72,7 @@ pub(crate) fn compare(
 fn moments(shards: &[Shard]) -> u64 {
     let values: Vec<_> = shards
         .iter()
-        .flat_map(|shard| [shard.first.read(), shard.second.read()])
+        .flat_map(|shard| [&shard.master, &shard.first, &shard.second].map(Moments::read))
         .collect();
     digest(values.iter().map(AsRef::as_ref))
 }
@@ -117,7 +124,7 @@ mod tests {
     use spec::OptimizerSection;
 
     use super::*;
-    use crate::shards::{Place, Stretch};
+    use crate::shards::{Keeping, Place, Stretch};
 
     const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
         "num_attention_heads": 2, "vocab_size": 60, "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 10000.0,
@@ -154,9 +161,14 @@ mod tests {
                         mirror: true,
                     };
                     let section = OptimizerSection::default();
-                    let mut optimizer = ShardedOptimizer::new(section, &stretches, place, None);
+                    let keeping = Keeping {
+                        device: None,
+                        masters: true,
+                    };
+                    let mut optimizer = ShardedOptimizer::new(section, &stretches, place, keeping);
                     spoil(rank, &mut weights, &mut optimizer);
-                    let compared = compare(&mut tcp, layout, &weights, &optimizer, 7, deadline);
+                    let weights = weights.iter();
+                    let compared = compare(&mut tcp, layout, weights, &optimizer, 7, deadline);
                     compared.map_err(|error| error.to_string())
                 })
             });
@@ -191,17 +203,23 @@ mod tests {
 
     #[test]
     fn a_mirror_that_is_none_is_found_with_its_shard() {
-        let ends = found(|rank, _, optimizer| {
-            if rank == 0 {
-                // Rank 0 mirrors the shard of the last.
-                let second = &mut optimizer.mirrored_mut()[0].second;
-                second.host()[0] = 1e-30;
+        let of: [fn(&mut Shard) -> &mut Moments; 2] =
+            [|shard| &mut shard.second, |shard| &mut shard.master];
+        for of in of {
+            let ends = found(|rank, _, optimizer| {
+                if rank == 0 {
+                    // Rank 0 mirrors the shard of the last.
+                    of(&mut optimizer.mirrored_mut()[0]).host()[0] = 1e-30;
+                }
+            });
+            for end in ends {
+                let text = end.expect_err("a difference");
+                assert!(
+                    text.contains("the masters and moments of shard 2"),
+                    "{text}"
+                );
+                assert!(text.contains("between rank 0 and rank 2"), "{text}");
             }
-        });
-        for end in ends {
-            let text = end.expect_err("a difference");
-            assert!(text.contains("the moments of shard 2"), "{text}");
-            assert!(text.contains("between rank 0 and rank 2"), "{text}");
         }
     }
 }

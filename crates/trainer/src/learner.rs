@@ -1,12 +1,15 @@
 //! One step's arithmetic, over all ranks: forward and backward of the own packs, gradients reduced as they become complete,
 //! log-probs shared, weights updated. When to do which, and what it means for the job, is `trainer`'s.
 
+mod reforming;
+mod updating;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use checkpoint::{MeanState, TrainState};
 use collective::{Collective, CollectiveError, Op, Region, Ticket};
-use model::{Gradients, Model, PackLogps, Stage};
+use model::{Gradients, Model, PackLogps, Precision, Stage};
 use objective::{BatchStatistics, ObjectiveConfig, PairLogps, RunningMean, pair_loss};
 use spec::OptimizerSection;
 
@@ -18,8 +21,7 @@ use crate::lanes::Lanes;
 use crate::measure::pair_logps;
 use crate::phases::{PackTimes, Phases};
 use crate::pulse::{Pulse, Work};
-use crate::reform::{Past, Transfer};
-use crate::shards::{Buckets, Place, Reduced, ShardedOptimizer, Stretch, Ungathered};
+use crate::shards::{Keeping, Place, Reduced, ShardedOptimizer, Stretch, Sums};
 use crate::shared_sums::{SharedSums, early_stages, late_stages};
 use crate::warm_up::warm_up;
 
@@ -51,7 +53,7 @@ pub(crate) struct Learner {
     pub times: Phases,
 }
 
-/// What a rank holds of the weights.
+/// What a rank holds of the weights, where their masters are not in shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Weights {
     /// All.
@@ -96,7 +98,7 @@ pub(crate) struct Mismatched<'a> {
 impl Learner {
     /// A learner with fresh moments.
     pub fn new(
-        model: Model,
+        mut model: Model,
         section: OptimizerSection,
         collective: Box<dyn Collective>,
         mirror: bool,
@@ -104,8 +106,16 @@ impl Learner {
         pulse: Arc<Pulse>,
     ) -> Self {
         let resident = is_resident(&model, collective.as_ref());
+        let shared = shares_masters(&model, collective.as_ref());
+        let mut optimizer = optimizer(&model, section, collective.as_ref(), mirror, shared);
+        if shared {
+            optimizer.fill_masters(model.take_masters());
+        } else if !model.flat().is_whole() {
+            let parked = model.take_masters();
+            model.put_masters(parked);
+        }
         Self {
-            optimizer: optimizer(&model, section, collective.as_ref(), mirror),
+            optimizer,
             resident,
             weights: Weights::Whole,
             mirror,
@@ -322,69 +332,6 @@ impl Learner {
             .collect())
     }
 
-    /// Updates the weights on all ranks.
-    ///
-    /// # Errors
-    /// A gather that was interrupted; the update of what this rank holds is made all the same.
-    pub fn apply(&mut self, reduced: Reduced, learning_rate: f64) -> Result<(), CollectiveError> {
-        let start = Instant::now();
-        let alone = self.collective.world() == 1;
-        if !(self.resident && alone) {
-            self.pulse.turn_to(Work::Exchanges);
-        }
-        let deadline = self.deadline();
-        if self.resident {
-            let (model, gradients) = (&self.model, &self.gradients);
-            let (collective, scale) = (self.collective.as_mut(), (reduced.norm, learning_rate));
-            let ended = self
-                .optimizer
-                .apply_in_place(collective, model, gradients, scale, deadline);
-            match ended {
-                Ok(()) if alone => (),
-                Ok(()) => self.model.refresh(),
-                Err(_) => {
-                    // The device has let go of the weights when this returns.
-                    drop(self.disband());
-                    self.weights = Weights::Shards;
-                }
-            }
-            self.gradients.zero();
-            self.times.update += start.elapsed().as_secs_f64();
-            return ended;
-        }
-        // What a checkpoint is still being written from is copied first: weights, which are written before the moments, too.
-        let copied = self.optimizer.unshare();
-        let weights = self.model.take_weights();
-        let mut start = start;
-        if copied {
-            self.times.checkpoint += start.elapsed().as_secs_f64();
-            start = Instant::now();
-        }
-        let collective = self.collective.as_mut();
-        let applied = self
-            .optimizer
-            .apply(collective, weights, reduced, learning_rate, deadline);
-        let ended = match applied {
-            Ok((weights, memory)) => {
-                self.model.put_weights(weights);
-                self.reset(memory);
-                Ok(())
-            }
-            Err(ungathered) => {
-                let Ungathered {
-                    error,
-                    weights,
-                    gradients,
-                } = *ungathered;
-                self.recover(weights);
-                self.reset(gradients);
-                Err(error)
-            }
-        };
-        self.times.update += start.elapsed().as_secs_f64();
-        ended
-    }
-
     /// Compares weights and moments with the other ranks', after `step`.
     ///
     /// # Errors
@@ -395,50 +342,31 @@ impl Learner {
         }
         let start = Instant::now();
         let deadline = self.deadline();
-        let layout = self.model.trained();
-        let whole = layout.bucket_lens().into_iter().enumerate();
-        let weights: Vec<_> = whole
-            .map(|(bucket, len)| self.model.flat().values(bucket, 0..len))
-            .collect();
+        let (layout, flat) = (self.model.trained(), self.model.flat());
+        let lens = layout.bucket_lens().into_iter().enumerate();
+        let computed = lens.map(|(bucket, len)| {
+            if flat.is_whole() {
+                flat.values(bucket, 0..len)
+            } else {
+                Arc::new(flat.computed(bucket)).into()
+            }
+        });
         let (collective, optimizer) = (self.collective.as_mut(), &self.optimizer);
-        let compared = compare(collective, layout, &weights, optimizer, step, deadline);
+        let compared = compare(collective, layout, computed, optimizer, step, deadline);
         self.times.update += start.elapsed().as_secs_f64();
         compared
     }
 
-    /// Takes the weights that an interrupted gather had back from the group, which is over.
-    fn recover(&mut self, weights: Vec<Option<Vec<f32>>>) {
-        let mut regions = self.disband().into_iter();
-        self.weights = Weights::Shards;
-        let lens = self.model.trained().bucket_lens();
-        let weights = weights.into_iter().zip(lens).map(|(bucket, len)| {
-            let bucket = bucket.or_else(|| match regions.next() {
-                Some(Region::HostF32(values)) => Some(values),
-                _ => None,
-            });
-            bucket.filter(|it| it.len() == len).unwrap_or_else(|| {
-                self.weights = Weights::Lost;
-                vec![0.0; len]
-            })
-        });
-        let weights = weights.collect();
-        self.model.put_weights(weights);
+    /// The f32 weights as host memory, where they are whole; the model computes nothing until [`Learner::put_whole`]. `None` where the
+    /// masters are in shards, which the model can do without.
+    pub fn take_whole(&mut self) -> Option<Vec<Vec<f32>>> {
+        (!self.optimizer.has_masters()).then(|| self.model.take_weights())
     }
 
-    /// [`Learner::apply`] for a committed step whose group is no more.
-    pub fn apply_here(&mut self, reduced: &Reduced, learning_rate: f64, alone: bool) {
-        if self.resident {
-            let (model, gradients) = (&self.model, &self.gradients);
-            let scale = (reduced.norm, learning_rate);
-            self.optimizer.apply_here_in_place(model, gradients, scale);
-        } else {
-            let mut weights = self.model.take_weights();
-            self.optimizer
-                .apply_here(&mut weights, reduced, learning_rate);
+    /// Puts back what [`Learner::take_whole`] took.
+    pub fn put_whole(&mut self, weights: Option<Vec<Vec<f32>>>) {
+        if let Some(weights) = weights {
             self.model.put_weights(weights);
-        }
-        if !alone {
-            self.weights = Weights::Shards;
         }
     }
 
@@ -456,74 +384,6 @@ impl Learner {
         std::mem::replace(&mut self.collective, alone).reclaim()
     }
 
-    /// Takes from the ranks of the group what this one lacks to be at `committed`: the run's position, weights, and the moments of
-    /// its new shards. Returns the position and the shards; what this rank held is as it was, also with an error.
-    pub fn reform(
-        &mut self,
-        past: &Past,
-        holding: Holding<'_>,
-        state: TrainState,
-        committed: u64,
-    ) -> Result<(TrainState, ShardedOptimizer), TrainError> {
-        let deadline = self.deadline();
-        let mut new = self.fresh_shards();
-        let mut transfer = Transfer {
-            collective: self.collective.as_mut(),
-            past,
-            sources: past.sources()?,
-            lens: self.model.trained().bucket_lens(),
-            deadline,
-        };
-        if self.weights == Weights::Lost && !matches!(holding, Holding::Nothing) {
-            return Err(TrainError::NotHeld {
-                what: "its weights".into(),
-            });
-        }
-        let whole = transfer.agree(committed, state.step, self.weights == Weights::Whole)?;
-        let state = transfer.state(state)?;
-        if whole.contains(&false) {
-            let mut weights = self.model.take_weights();
-            let completed = transfer.weights(&mut weights, &whole);
-            self.model.put_weights(weights);
-            completed?;
-            self.weights = Weights::Whole;
-        }
-        let held = match holding {
-            Holding::Nothing => None,
-            Holding::Present => Some(&self.optimizer),
-            Holding::Before(shards) => Some(shards),
-        };
-        transfer.moments(held, &mut new, self.mirror)?;
-        new.set_updates(state.updates);
-        self.shift = running_mean(&state);
-        Ok((state, new))
-    }
-
-    /// Takes up these shards of the present group, with a fresh gradient; returns the shards before them.
-    pub fn take_up(&mut self, shards: ShardedOptimizer) -> ShardedOptimizer {
-        self.resident = is_resident(&self.model, self.collective.as_ref());
-        // First those that are there: a device need not have room for both.
-        self.gradients = Gradients::zeros(&[], self.model.device());
-        self.gradients = self.model.zero_gradients();
-        std::mem::replace(&mut self.optimizer, shards)
-    }
-
-    /// Fresh shards of the present group, for reading a checkpoint.
-    pub fn start_over(&mut self) {
-        let shards = self.fresh_shards();
-        drop(self.take_up(shards));
-        self.weights = Weights::Whole;
-    }
-
-    fn fresh_shards(&self) -> ShardedOptimizer {
-        optimizer(
-            &self.model,
-            self.section,
-            self.collective.as_ref(),
-            self.mirror,
-        )
-    }
-
     /// The running mean for a checkpoint; none where no objective has one.
     pub fn kept_shift(&self) -> Option<MeanState> {
         let RunningMean { mean, count } = self.shift;
@@ -532,7 +392,7 @@ impl Learner {
 
     /// Drops the gradient; nothing else changes (T6).
     pub fn skip(&mut self, reduced: Reduced) {
-        self.reset(reduced.buckets);
+        self.reset(reduced.sums);
     }
 
     /// Log-probs of all pairs of `batch`, nothing kept; `progress` after each of the own packs.
@@ -571,9 +431,11 @@ impl Learner {
         share_logps(self.collective.as_mut(), pairs, own, deadline)
     }
 
-    fn reset(&mut self, memory: Buckets) {
-        for (bucket, values) in memory.into_iter().enumerate() {
-            self.gradients.put(bucket, values);
+    fn reset(&mut self, sums: Sums) {
+        if let Sums::Whole(memory) = sums {
+            for (bucket, values) in memory.into_iter().enumerate() {
+                self.gradients.put(bucket, values);
+            }
         }
         self.gradients.zero();
     }
@@ -588,20 +450,34 @@ fn is_resident(model: &Model, collective: &dyn Collective) -> bool {
     model.device().is_gpu() && collective.takes_devices()
 }
 
-/// Fresh moments of a rank's shards.
+/// Whether a model's f32 masters can be apart from what it computes with: with products of bf16, where it is itself trained.
+fn can_share_masters(model: &Model) -> bool {
+    model.trains_itself() && model.precision() == Precision::Bf16
+}
+
+/// Whether the ranks of a group share the masters out. A rank alone has all of them anyway.
+fn shares_masters(model: &Model, collective: &dyn Collective) -> bool {
+    can_share_masters(model) && collective.world() > 1
+}
+
+/// Fresh moments of a rank's shards, and room for masters.
 fn optimizer(
     model: &Model,
     section: OptimizerSection,
     collective: &dyn Collective,
     mirror: bool,
+    masters: bool,
 ) -> ShardedOptimizer {
     let place = Place {
         world: collective.world(),
         rank: collective.rank(),
         mirror,
     };
-    let device = is_resident(model, collective).then(|| model.device());
-    ShardedOptimizer::new(section, &stretches(model), place, device)
+    let keeping = Keeping {
+        device: is_resident(model, collective).then(|| model.device()),
+        masters,
+    };
+    ShardedOptimizer::new(section, &stretches(model), place, keeping)
 }
 
 /// The running mean that a position holds.

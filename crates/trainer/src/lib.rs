@@ -23,6 +23,7 @@ mod gate;
 mod generate;
 mod lanes;
 mod learner;
+mod masters;
 mod measure;
 mod moments;
 mod phases;

@@ -86,6 +86,41 @@ impl Moments {
         }
     }
 
+    /// A tensor's values where `others` are, without a copy where they are there.
+    pub fn of(values: Tensor<1>, others: &Self) -> Self {
+        match others {
+            Self::Host(_) => Self::Host(Arc::new(values.into_vec())),
+            Self::Device(others) => {
+                let device = others.as_ref().map(|others| others.device());
+                let placed = match device {
+                    Some(device) if device != values.device() => {
+                        let shape = values.dims();
+                        Tensor::new(values.into_vec(), shape, &device)
+                    }
+                    _ => values,
+                };
+                Self::Device(Some(Box::new(placed)))
+            }
+        }
+    }
+
+    /// The values as a tensor of the device that has them.
+    pub fn into_tensor(self) -> Tensor<1> {
+        match self {
+            Self::Device(Some(values)) => *values,
+            Self::Device(None) => Tensor::new(Vec::new(), [0], &Device::flex()),
+            Self::Host(values) => {
+                let len = values.len();
+                Tensor::new(Arc::unwrap_or_clone(values), [len], &Device::flex())
+            }
+        }
+    }
+
+    /// Whether they are a GPU's.
+    pub fn is_on_device(&self) -> bool {
+        matches!(self, Self::Device(_))
+    }
+
     /// A GPU's memory, if it has any.
     pub fn device(&self) -> Option<&Tensor<1>> {
         match self {

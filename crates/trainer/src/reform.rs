@@ -5,6 +5,9 @@
 //! who is where, whose weights are whole ──all-reduce──► the same at all ranks, or nothing is done
 //! position ──broadcast──► weights: old shards to ranks that lack them ──► moments: old shards cut anew for owners and mirrors
 //! ```
+//! Where masters are in shards they move as moments do, no rank lacks any weights, and what the model computes with is gathered
+//! from the new shards (`masters`).
+//!
 //! An old shard comes from its owner, or from its mirror where the owner is gone; with neither it is lost, and the run goes
 //! back to a checkpoint. What is held is read and not changed, so that a loss on the way loses nothing: the next generation
 //! starts from the same.
@@ -157,7 +160,7 @@ impl Transfer<'_> {
         Ok(())
     }
 
-    /// Fills the moments of `new` from those of `old`, which a rank has that brings something.
+    /// Fills the moments of `new`, and its masters if it has any, from those of `old`, which a rank has that brings something.
     pub fn moments(
         &mut self,
         old: Option<&ShardedOptimizer>,
@@ -165,7 +168,7 @@ impl Transfer<'_> {
         mirror: bool,
     ) -> Result<(), CollectiveError> {
         for bucket in 0..self.lens.len() {
-            for moment in [Moment::First, Moment::Second] {
+            for moment in [Moment::Master, Moment::First, Moment::Second] {
                 self.moment(moment, bucket, old, new, mirror)?;
             }
         }
@@ -180,8 +183,13 @@ impl Transfer<'_> {
         new: &mut ShardedOptimizer,
         mirror: bool,
     ) -> Result<(), CollectiveError> {
-        // A rule has a first moment on all ranks, or on none. A shard may be empty on some.
-        if moment == Moment::First && !new.has_first_moment() {
+        // All ranks have them, or none. A shard may be empty on some.
+        let none = match moment {
+            Moment::Master => !new.has_masters(),
+            Moment::First => !new.has_first_moment(),
+            Moment::Second => false,
+        };
+        if none {
             return Ok(());
         }
         let (world, len) = (self.collective.world(), self.lens[bucket]);
@@ -293,6 +301,8 @@ fn covers(outer: &Range<usize>, inner: &Range<usize>) -> bool {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Moment {
+    /// The f32 weights themselves.
+    Master,
     First,
     Second,
 }
@@ -300,6 +310,7 @@ enum Moment {
 impl Moment {
     fn of(self, shard: &Shard) -> &crate::moments::Moments {
         match self {
+            Self::Master => &shard.master,
             Self::First => &shard.first,
             Self::Second => &shard.second,
         }
@@ -307,6 +318,7 @@ impl Moment {
 
     fn of_mut(self, shard: &mut Shard) -> &mut crate::moments::Moments {
         match self {
+            Self::Master => &mut shard.master,
             Self::First => &mut shard.first,
             Self::Second => &mut shard.second,
         }

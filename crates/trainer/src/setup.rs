@@ -72,7 +72,11 @@ impl Setup {
         let scored = held_out(spec, eval.as_ref());
         check_gpu(spec, &train.pairs, scored, peers, device)?;
         progress("load model", 0, 1)?;
-        let mut model = Model::load(&spec.model.path, device)?;
+        let mut model = if parks_masters(spec, peers, device) {
+            Model::load_parked(&spec.model.path, device)?
+        } else {
+            Model::load(&spec.model.path, device)?
+        };
         if spec.model.gradient_checkpointing {
             model.set_saving(Saving::BlockInputs);
         }
@@ -165,6 +169,13 @@ impl Setup {
     pub(crate) fn held_out(&self) -> &[Pair] {
         held_out(&self.spec, self.eval.as_ref())
     }
+}
+
+/// Whether f32 weights stay in the host's memory while a model is loaded: workers with GPUs that share them out need never have
+/// room for all of them on one.
+fn parks_masters(spec: &Spec, peers: Peers, device: &Device) -> bool {
+    let shared = spec.model.dtype == Dtype::Bf16 && spec.adapter.is_none() && peers.workers > 1;
+    device.is_gpu() && shared
 }
 
 /// What config.json asks for and training does otherwise, and what is trained if that is not the model.

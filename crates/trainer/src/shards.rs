@@ -1,5 +1,6 @@
-//! The sharded optimizer (ZeRO stage 1): each rank owns the same contiguous share of every bucket, holds its moments, and
-//! updates it. Reduce-scatter brings the gradient's sum to the owner, all-gather the new weights to everybody.
+//! The sharded optimizer (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054): each rank owns the same contiguous share of every
+//! bucket, holds its moments, and updates it. Reduce-scatter brings the gradient's sum to the owner, all-gather the new weights to
+//! everybody.
 //!
 //! ```text
 //! gradients (whole, own pairs) ──reduce-scatter──► sums of the own shard ──Σ²──all-reduce──► norm
@@ -11,14 +12,17 @@
 //! With a mirror, each rank also holds the moments of the rank before it and makes the same update to them, so that no loss of
 //! one rank loses a moment (DESIGN, "How a step commits"): a second exchange brings the sums of a shard to its mirror. Whatever
 //! happens to the gather, a rank that has applied a step holds its own and its mirrored shard at that step.
+//!
+//! Here every rank holds whole f32 weights and the optimizer only moments, as it is alone, in f32, and with adapters; `masters` has
+//! the other layout, in which the f32 weights are in shards too.
 
-use std::{ops::Range, time::Instant};
+use std::{borrow::Cow, ops::Range, time::Instant};
 
 use collective::{Collective, CollectiveError, Op, Region, Ticket, shard_range};
 use rayon::prelude::*;
 use spec::OptimizerSection;
 
-use kernels::{Device, Gradients};
+use kernels::{Device, Flat, Gradients, Kept, Tensor};
 use model::Model;
 
 use crate::moments::Moments;
@@ -36,13 +40,15 @@ pub struct Stretch {
     pub decay: bool,
 }
 
-/// Moments of this rank's share of every bucket.
+/// What this rank's optimizer keeps of its share of every bucket.
 #[derive(Debug)]
 pub struct ShardedOptimizer {
     section: OptimizerSection,
     buckets: Vec<Shard>,
     /// The shares of the rank before, updated alike; none without a mirror, or in a world of one.
     mirrored: Vec<Shard>,
+    /// Whether the shards have the f32 masters, and the model has not.
+    masters: bool,
     /// Updates applied so far: what the bias corrections count. Skipped steps are no updates.
     updates: u64,
 }
@@ -52,6 +58,8 @@ pub struct ShardedOptimizer {
 pub struct Shard {
     /// The own elements within the bucket.
     pub range: Range<usize>,
+    /// f32 masters of them; empty where the model has them.
+    pub master: Moments,
     /// First moments of them; empty for a rule that has none.
     pub first: Moments,
     /// Second moments of them.
@@ -60,14 +68,50 @@ pub struct Shard {
     stretches: Vec<Stretch>,
 }
 
+/// What a shard keeps, and where.
+#[derive(Clone, Copy)]
+pub struct Keeping<'a> {
+    /// The GPU that keeps it; `None`: the host.
+    pub device: Option<&'a Device>,
+    /// Whether the f32 masters belong to it.
+    pub masters: bool,
+}
+
 /// A reduced gradient, kept until the step is committed or dropped.
 #[derive(Debug)]
 pub struct Reduced {
-    /// The buckets, of which only the own shards are defined. None where the gradient stays on a GPU.
-    pub buckets: Buckets,
+    /// The sums over ranks.
+    pub sums: Sums,
     /// Norm of the whole gradient over all parameters and ranks; the same bits on all ranks, not finite if any element is
     /// not.
     pub norm: f64,
+}
+
+/// Where the sums of a gradient over the ranks are.
+#[derive(Debug)]
+pub enum Sums {
+    /// The buckets, of which only the own and the mirrored shards are defined.
+    Whole(Buckets),
+    /// The same in the gradients of the model, on a GPU.
+    Resident,
+}
+
+/// A reduced gradient, wherever its sums are.
+#[derive(Clone, Copy)]
+pub struct Gradient<'a> {
+    /// The sums over ranks.
+    pub sums: &'a Sums,
+    /// Those of [`Sums::Resident`].
+    pub resident: &'a Gradients,
+}
+
+/// Which of the two shards that a rank holds of a bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// Its own.
+    Own,
+    /// That of the rank before.
+    Mirrored,
 }
 
 /// A rank among the others, and whether it holds the shard of the rank before too.
@@ -88,6 +132,34 @@ impl Place {
     }
 }
 
+impl<'a> Gradient<'a> {
+    /// The sums of the shard `range` of a bucket in the host's memory; waits for a device that has them.
+    pub fn host(&self, bucket: usize, whose: Whose, range: &Range<usize>) -> Cow<'a, [f32]> {
+        let _ = whose;
+        match self.sums {
+            Sums::Whole(buckets) => Cow::Borrowed(&buckets[bucket][range.clone()]),
+            Sums::Resident => Cow::Owned(self.resident_part(bucket, range).into_vec()),
+        }
+    }
+
+    /// The same where they lie, on a GPU.
+    ///
+    /// # Panics
+    /// If they do not.
+    pub fn device(&self, bucket: usize, whose: Whose, range: &Range<usize>) -> Tensor<1> {
+        let _ = whose;
+        match self.sums {
+            Sums::Whole(_) => panic!("a gradient on the host"),
+            Sums::Resident => self.resident_part(bucket, range),
+        }
+    }
+
+    fn resident_part(&self, bucket: usize, range: &Range<usize>) -> Tensor<1> {
+        let part = self.resident.part(bucket, range.clone());
+        part.expect("a gradient on a GPU")
+    }
+}
+
 /// An update that was made here and did not reach every rank.
 #[derive(Debug)]
 pub struct Ungathered {
@@ -96,30 +168,38 @@ pub struct Ungathered {
     /// By bucket, with the own and the mirrored shard updated; `None` where the collective still has the region, in the order
     /// of the buckets ([`Collective::reclaim`]).
     pub weights: Vec<Option<Vec<f32>>>,
-    /// Memory of the gradient.
-    pub gradients: Buckets,
 }
 
 impl ShardedOptimizer {
-    /// Fresh moments for buckets of `stretches` that cover them in order, on `device` where that is a GPU that keeps them.
+    /// Fresh moments, and zeros where masters are kept, for buckets of `stretches` that cover them in order.
     pub fn new(
         section: OptimizerSection,
         buckets: &[Vec<Stretch>],
         place: Place,
-        device: Option<&Device>,
+        keeping: Keeping<'_>,
     ) -> Self {
         let shards = |rank: usize| {
             let buckets = buckets.iter();
             buckets
-                .map(|stretches| Shard::new(&section, stretches, place.world, rank, device))
+                .map(|stretches| Shard::new(&section, stretches, place.world, rank, keeping))
                 .collect()
         };
         Self {
             section,
             buckets: shards(place.rank),
             mirrored: place.before().map(shards).unwrap_or_default(),
+            masters: keeping.masters,
             updates: 0,
         }
+    }
+
+    /// Whether the shards have the f32 masters.
+    pub fn has_masters(&self) -> bool {
+        self.masters
+    }
+
+    pub(super) fn set_masters(&mut self, masters: bool) {
+        self.masters = masters;
     }
 
     /// The shards of the rank before, one per bucket; none without a mirror.
@@ -152,8 +232,10 @@ impl ShardedOptimizer {
     /// # Panics
     /// If neither the own nor the mirrored shard does.
     pub fn holding(&self, bucket: usize, range: &Range<usize>) -> &Shard {
-        let found = self.holders(bucket).find(|shard| shard.covers(range));
-        found.unwrap_or_else(|| panic!("{range:?} of bucket {bucket} is not held"))
+        let found = self.holders(bucket).find(|(_, shard)| shard.covers(range));
+        let (_, shard) =
+            found.unwrap_or_else(|| panic!("{range:?} of bucket {bucket} is not held"));
+        shard
     }
 
     /// As [`ShardedOptimizer::holding`], for writing.
@@ -161,16 +243,29 @@ impl ShardedOptimizer {
     /// # Panics
     /// If neither shard holds it.
     pub fn holding_mut(&mut self, bucket: usize, range: &Range<usize>) -> &mut Shard {
-        let shards = self.buckets.get_mut(bucket).into_iter();
-        let mut shards = shards.chain(self.mirrored.get_mut(bucket));
+        let mut shards = self.holders_mut(bucket).map(|(_, shard)| shard);
         let found = shards.find(|shard| shard.covers(range));
         found.unwrap_or_else(|| panic!("{range:?} of bucket {bucket} is not held"))
     }
 
     /// The own shard of a bucket, and the mirrored one.
-    fn holders(&self, bucket: usize) -> impl Iterator<Item = &Shard> {
-        let own = self.buckets.get(bucket).into_iter();
-        own.chain(self.mirrored.get(bucket))
+    pub(super) fn holders(&self, bucket: usize) -> impl Iterator<Item = (Whose, &Shard)> {
+        let own = self.buckets.get(bucket).map(|shard| (Whose::Own, shard));
+        let mirrored = self.mirrored.get(bucket);
+        own.into_iter()
+            .chain(mirrored.map(|shard| (Whose::Mirrored, shard)))
+    }
+
+    /// The same, for updating them.
+    pub(super) fn holders_mut(
+        &mut self,
+        bucket: usize,
+    ) -> impl Iterator<Item = (Whose, &mut Shard)> {
+        let own = self.buckets.get_mut(bucket);
+        let mirrored = self.mirrored.get_mut(bucket);
+        own.map(|shard| (Whose::Own, shard))
+            .into_iter()
+            .chain(mirrored.map(|shard| (Whose::Mirrored, shard)))
     }
 
     /// Updates applied so far.
@@ -211,16 +306,13 @@ impl ShardedOptimizer {
         for ticket in mirrors {
             buckets.push(collective.wait(ticket, deadline)?.into_f32());
         }
-        // Squares of f32 cannot overflow f64, so this sum is finite exactly when every element on every rank is.
-        let total = collective.run(Op::AllReduceSum, Region::HostF64(vec![squares]), deadline)?;
         Ok(Reduced {
-            buckets,
-            norm: total.into_f64()[0].sqrt(),
+            sums: Sums::Whole(buckets),
+            norm: norm(collective, squares, deadline)?,
         })
     }
 
-    /// Updates the own and the mirrored shards of `weights` and gathers the others'. Returns the gathered weights and the
-    /// gradient's memory.
+    /// Updates the own and the mirrored shards of `weights` and gathers the others'. Returns the gathered weights.
     ///
     /// # Errors
     /// What the collective says. The update is made all the same: the step was committed.
@@ -231,17 +323,17 @@ impl ShardedOptimizer {
         &mut self,
         collective: &mut dyn Collective,
         weights: Buckets,
-        reduced: Reduced,
-        learning_rate: f64,
+        gradient: Gradient<'_>,
+        scale: Scale,
         deadline: Instant,
-    ) -> Result<(Buckets, Buckets), Box<Ungathered>> {
+    ) -> Result<Buckets, Box<Ungathered>> {
         let generation = collective.generation();
         let mut failure = None;
         let mut tickets = Vec::with_capacity(weights.len());
         let mut gathered = Vec::with_capacity(weights.len());
-        let update = self.next_update(reduced.norm, learning_rate);
+        let update = self.next_update(scale);
         for (bucket, mut weights) in weights.into_iter().enumerate() {
-            self.update(&update, bucket, &mut weights, &reduced.buckets[bucket]);
+            self.update(&update, bucket, &mut weights, gradient);
             gathered.push(None);
             if failure.is_some() {
                 gathered[bucket] = Some(weights);
@@ -263,11 +355,10 @@ impl ShardedOptimizer {
             }
         }
         match failure {
-            None => Ok((gathered.into_iter().flatten().collect(), reduced.buckets)),
+            None => Ok(gathered.into_iter().flatten().collect()),
             Some(error) => Err(Box::new(Ungathered {
                 error,
                 weights: gathered,
-                gradients: reduced.buckets,
             })),
         }
     }
@@ -276,33 +367,56 @@ impl ShardedOptimizer {
     ///
     /// # Panics
     /// If the gradient is not finite.
-    pub fn apply_here(&mut self, weights: &mut Buckets, reduced: &Reduced, learning_rate: f64) {
-        let update = self.next_update(reduced.norm, learning_rate);
+    pub fn apply_here(&mut self, weights: &mut Buckets, gradient: Gradient<'_>, scale: Scale) {
+        let update = self.next_update(scale);
         for (bucket, weights) in weights.iter_mut().enumerate() {
-            self.update(&update, bucket, weights, &reduced.buckets[bucket]);
+            self.update(&update, bucket, weights, gradient);
         }
     }
 
-    /// Copies what is held of the moments elsewhere, on all threads, so that the next update need not do it one by one; says whether
+    /// Copies what is held of the shards elsewhere, on all threads, so that the next update need not do it one by one; says whether
     /// anything was.
     pub fn unshare(&mut self) -> bool {
         let shards = self.buckets.par_iter_mut().chain(&mut self.mirrored);
-        let held = shards.map(|shard| shard.first.unshare() | shard.second.unshare());
+        let held = shards.map(|shard| {
+            let all = [&mut shard.master, &mut shard.first, &mut shard.second];
+            all.map(Moments::unshare).contains(&true)
+        });
         held.reduce(|| false, |one, other| one | other)
     }
 
-    fn next_update(&mut self, norm: f64, learning_rate: f64) -> Update {
+    pub(super) fn next_update(&mut self, scale: Scale) -> Update {
+        let Scale {
+            norm,
+            learning_rate,
+        } = scale;
         assert!(norm.is_finite(), "norm {norm} applied");
         self.updates += 1;
         Update::new(&self.section, learning_rate, norm, self.updates)
     }
 
-    fn update(&mut self, update: &Update, bucket: usize, weights: &mut [f32], gradient: &[f32]) {
-        let mirrored = self.mirrored.get_mut(bucket);
-        for shard in self.buckets.get_mut(bucket).into_iter().chain(mirrored) {
-            shard.apply(update, weights, gradient);
+    fn update(
+        &mut self,
+        update: &Update,
+        bucket: usize,
+        weights: &mut [f32],
+        gradient: Gradient<'_>,
+    ) {
+        for (whose, shard) in self.holders_mut(bucket) {
+            let sums = gradient.host(bucket, whose, &shard.range);
+            let weights = &mut weights[shard.range.clone()];
+            shard.apply(update, Some(weights), &sums);
         }
     }
+}
+
+/// What an update's step is scaled by.
+#[derive(Clone, Copy, Debug)]
+pub struct Scale {
+    /// Norm of the gradient.
+    pub norm: f64,
+    /// The step's.
+    pub learning_rate: f64,
 }
 
 /// The same where everything stays on a GPU. A rank alone has nobody to exchange anything with.
@@ -330,15 +444,19 @@ impl ShardedOptimizer {
                 mirrors.push(collective.start(Op::Mirror, Region::Device(region), generation)?);
             }
         }
-        let own = self.buckets.iter().map(|shard| shard.range.clone());
-        let squares = kernels::sum_of_squares(gradients, own).expect("a gradient on a GPU");
+        let gradient = Gradient {
+            sums: &Sums::Resident,
+            resident: gradients,
+        };
+        let shards = self.buckets.iter().enumerate();
+        let own = shards.map(|(bucket, shard)| gradient.device(bucket, Whose::Own, &shard.range));
+        let squares = kernels::sum_of_squares(gradients.device(), own).expect("a GPU");
         for ticket in mirrors {
             drop(collective.wait(ticket, deadline)?);
         }
-        let total = collective.run(Op::AllReduceSum, Region::HostF64(vec![squares]), deadline)?;
         Ok(Reduced {
-            buckets: Vec::new(),
-            norm: total.into_f64()[0].sqrt(),
+            sums: Sums::Resident,
+            norm: norm(collective, squares, deadline)?,
         })
     }
 
@@ -354,15 +472,15 @@ impl ShardedOptimizer {
         &mut self,
         collective: &mut dyn Collective,
         model: &Model,
-        gradients: &Gradients,
-        (norm, learning_rate): (f64, f64),
+        gradient: Gradient<'_>,
+        scale: Scale,
         deadline: Instant,
     ) -> Result<(), CollectiveError> {
         let generation = collective.generation();
-        let update = self.next_update(norm, learning_rate);
+        let update = self.next_update(scale);
         let (mut tickets, mut failure) = (Vec::new(), None);
         for bucket in 0..self.buckets.len() {
-            self.update_in_place(&update, bucket, model, gradients);
+            self.update_in_place(&update, bucket, model.flat(), gradient);
             if collective.world() == 1 || failure.is_some() {
                 continue;
             }
@@ -384,26 +502,25 @@ impl ShardedOptimizer {
     ///
     /// # Panics
     /// If the gradient is not finite.
-    pub fn apply_here_in_place(
-        &mut self,
-        model: &Model,
-        gradients: &Gradients,
-        (norm, learning_rate): (f64, f64),
-    ) {
-        let update = self.next_update(norm, learning_rate);
+    pub fn apply_here_in_place(&mut self, model: &Model, gradient: Gradient<'_>, scale: Scale) {
+        let update = self.next_update(scale);
         for bucket in 0..self.buckets.len() {
-            self.update_in_place(&update, bucket, model, gradients);
+            self.update_in_place(&update, bucket, model.flat(), gradient);
         }
     }
 
-    fn update_in_place(
+    pub(super) fn update_in_place(
         &self,
         update: &Update,
         bucket: usize,
-        model: &Model,
-        gradients: &Gradients,
+        weights: &Flat,
+        gradient: Gradient<'_>,
     ) {
-        for shard in self.holders(bucket) {
+        for (whose, shard) in self.holders(bucket) {
+            if shard.range.is_empty() {
+                continue;
+            }
+            let gradient = gradient.device(bucket, whose, &shard.range);
             for stretch in &shard.stretches {
                 let range = stretch.range.clone();
                 let own = range.start - shard.range.start..range.end - shard.range.start;
@@ -411,14 +528,34 @@ impl ShardedOptimizer {
                     let moments = moments.device()?;
                     Some(moments.slice(own.clone()))
                 };
+                let master = if self.masters {
+                    part(&shard.master)
+                } else {
+                    None
+                };
                 let (first, second) = (part(&shard.first), part(&shard.second));
-                let second = second.expect("second moments on a GPU");
-                let moments = (first.as_ref(), &second);
+                let kept = Kept {
+                    masters: master.as_ref(),
+                    first: first.as_ref(),
+                    second: second.as_ref().expect("second moments on a GPU"),
+                };
+                let gradient = &gradient.slice(own.clone());
                 let (clip, rule) = (update.clip(), update.rule(stretch.decay));
-                kernels::update(model.flat(), bucket, range, gradients, moments, clip, &rule);
+                kernels::update(weights, bucket, range, gradient, kept, clip, &rule);
             }
         }
     }
+}
+
+/// The norm of a gradient of whose squares every rank has its part. Squares of f32 cannot overflow f64, so it is finite exactly
+/// when every element on every rank is.
+pub(super) fn norm(
+    collective: &mut dyn Collective,
+    squares: f64,
+    deadline: Instant,
+) -> Result<f64, CollectiveError> {
+    let total = collective.run(Op::AllReduceSum, Region::HostF64(vec![squares]), deadline)?;
+    Ok(total.into_f64()[0].sqrt())
 }
 
 /// Elements that a thread updates at a time: enough to be worth a thread, few enough for all of them.
@@ -430,18 +567,18 @@ impl Shard {
         stretches: &[Stretch],
         world: usize,
         rank: usize,
-        device: Option<&Device>,
+        keeping: Keeping<'_>,
     ) -> Self {
         let len = stretches.last().map_or(0, |stretch| stretch.range.end);
         let range = shard_range(len, world, rank);
-        let first = if has_first_moment(section) {
-            range.len()
-        } else {
-            0
+        let kept = |kept: bool| {
+            let len = if kept { range.len() } else { 0 };
+            Moments::zeros(len, keeping.device)
         };
         Self {
-            first: Moments::zeros(first, device),
-            second: Moments::zeros(range.len(), device),
+            master: kept(keeping.masters),
+            first: kept(has_first_moment(section)),
+            second: kept(true),
             stretches: cut(stretches, &range),
             range,
         }
@@ -451,11 +588,20 @@ impl Shard {
         self.range.start <= range.start && range.end <= self.range.end
     }
 
-    /// Updates the own elements, on all threads of this process: every element by itself, so that pieces do not show in the bits.
-    fn apply(&mut self, update: &Update, weights: &mut [f32], gradient: &[f32]) {
+    /// Updates the shard's elements by their gradient, on all threads of this process: every element by itself, so that pieces do
+    /// not show in the bits. `weights` of them; `None`: the masters that the shard has.
+    pub(super) fn apply(
+        &mut self,
+        update: &Update,
+        weights: Option<&mut [f32]>,
+        mut gradient: &[f32],
+    ) {
         let mut pieces = Vec::new();
-        let (mut weights, mut first) = (&mut weights[self.range.clone()], self.first.host());
-        let (mut second, mut gradient) = (self.second.host(), &gradient[self.range.clone()]);
+        let mut weights = match weights {
+            Some(weights) => weights,
+            None => self.master.host(),
+        };
+        let (mut first, mut second) = (self.first.host(), self.second.host());
         for stretch in &self.stretches {
             let mut rest = stretch.range.len();
             while rest > 0 {
@@ -492,7 +638,7 @@ fn cut(stretches: &[Stretch], range: &Range<usize>) -> Vec<Stretch> {
 }
 
 /// Σx² in f64, in eight interleaved sums so that the loop vectorizes; the order depends on the length alone.
-fn sum_of_squares(values: &[f32]) -> f64 {
+pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
     let mut sums = [0f64; 8];
     let chunks = values.chunks_exact(8);
     let rest = chunks.remainder();

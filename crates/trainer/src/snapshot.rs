@@ -108,7 +108,11 @@ impl Snapshot {
         let shards = learner.optimizer.shards().iter().enumerate();
         let held = shards.map(|(bucket, shard)| Held {
             range: shard.range.clone(),
-            weights: learner.model.flat().values(bucket, shard.range.clone()),
+            weights: if learner.optimizer.has_masters() {
+                shard.master.values()
+            } else {
+                learner.model.flat().values(bucket, shard.range.clone())
+            },
             first: shard.first.values(),
             second: shard.second.values(),
         });
@@ -210,12 +214,12 @@ pub(crate) fn restore(
         read.map_err(|error| resume(error.to_string()))
     };
     let whole: Vec<_> = layout.bucket_lens().into_iter().map(|len| 0..len).collect();
-    let mut weights = learner.model.take_weights();
-    for part in parts(&layout, &whole) {
-        let out = &mut weights[part.bucket][part.range.clone()];
-        read(&part, Kind::Weight, out)?;
-    }
-    learner.model.put_weights(weights);
+    let all = parts(&layout, &whole);
+    learner.restore_weights(&mut |bucket, out| {
+        let own = all.iter().filter(|part| part.bucket == bucket);
+        own.into_iter()
+            .try_for_each(|part| read(part, Kind::Weight, &mut out[part.range.clone()]))
+    })?;
     read_moments(&layout, learner.optimizer.shards_mut(), &read)?;
     read_moments(&layout, learner.optimizer.mirrored_mut(), &read)?;
     learner.optimizer.set_updates(state.updates);

@@ -182,6 +182,11 @@ impl Engine<'_> {
                 self.stage(what, op, Element::F64, bytes)?;
                 Region::HostF64(values)
             }
+            Region::HostBf16(mut values) => {
+                let bytes = bytemuck::cast_slice_mut(&mut values);
+                self.stage(what, op, Element::Bf16, bytes)?;
+                Region::HostBf16(values)
+            }
             Region::HostBytes(bytes) => Region::HostBytes(self.broadcast_bytes(what, op, bytes)?),
         };
         self.state.finish(sequence, region);

@@ -69,6 +69,7 @@ fn run(
     match region {
         Region::HostF32(values) => both(exchange.run(values), Region::HostF32),
         Region::HostF64(values) => both(exchange.run(values), Region::HostF64),
+        Region::HostBf16(values) => both(exchange.run(values), Region::HostBf16),
         Region::HostBytes(bytes) => both(exchange.broadcast_bytes(bytes), Region::HostBytes),
         Region::Device(_) => unreachable!("start refuses device memory"),
     }

@@ -42,7 +42,8 @@ pub(super) struct Exchange<'a> {
 struct Stopped;
 
 impl Exchange<'_> {
-    /// Runs an operation on numbers. After a failure the region comes back as an error.
+    /// Runs an operation on numbers. After a failure the region comes back as an error. Of bits no sum is asked for: `start` refuses
+    /// it.
     pub(super) fn run<T: Pod + Add<Output = T> + Send + Sync>(
         &self,
         mut region: Vec<T>,

@@ -10,7 +10,7 @@
 //!     32      8  bytes of payload that follow
 //!     40      1  operation   0 all-reduce, 1 reduce-scatter, 2 all-gather, 3 broadcast, 4 mirror, 5 send
 //!     41      1  phase       0 parts to their owner, 1 sums or whole regions from their owner
-//!     42      1  element     4 f32, 8 f64, 1 bytes
+//!     42      1  element     4 f32, 8 f64, 2 bf16, 1 bytes
 //!     43      5  zero
 //!     48      8  root of a broadcast; of a send the receiver, and 2³² times the sender; else 0
 //! ```

@@ -142,6 +142,15 @@ pub fn gathers(collective: &mut dyn Collective) {
         let all = collective.run(Op::AllGather, Region::HostF32(region), soon());
         assert!(all.unwrap().into_f32() == values(9, len), "{len} elements");
     }
+    // Bits of bf16, every pattern, those of NaNs included.
+    for len in [0, 1, 3, 70_001] {
+        let expected: Vec<u16> = (0..len).map(|at| (at % 65_536) as u16).collect();
+        let mut region = vec![0x7fc1; len];
+        let own = shard_range(len, collective.world(), collective.rank());
+        region[own.clone()].copy_from_slice(&expected[own]);
+        let all = collective.run(Op::AllGather, Region::HostBf16(region), soon());
+        assert!(all.unwrap().into_bf16() == expected, "{len} elements");
+    }
 }
 
 pub fn mirrors(collective: &mut dyn Collective) {
@@ -218,6 +227,10 @@ pub fn refusals(collective: &mut dyn Collective) {
     assert_eq!(stale, Err(CollectiveError::Stale { asked, current }));
     let bytes = collective.start(Op::AllReduceSum, Region::HostBytes(vec![1]), current);
     assert!(matches!(bytes, Err(CollectiveError::Unsupported { .. })));
+    for op in [Op::AllReduceSum, Op::ReduceScatterSum] {
+        let bits = collective.start(op, Region::HostBf16(vec![1]), current);
+        assert!(matches!(bits, Err(CollectiveError::Unsupported { .. })));
+    }
     let root = Op::Broadcast { root: world };
     let root = collective.start(root, Region::HostF32(vec![]), current);
     assert!(matches!(root, Err(CollectiveError::Unsupported { .. })));

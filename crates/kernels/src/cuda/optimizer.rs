@@ -5,8 +5,8 @@ use std::ops::Range;
 use gpu::{Arg, Element, Gpu, Launch, Program, View};
 
 use super::{THREADS, done, each, empty, int, launch, long};
-use crate::optimizer::UpdateRule;
-use crate::{Flat, Gradients, Tensor};
+use crate::optimizer::{Kept, UpdateRule};
+use crate::{Device, Flat, Tensor};
 
 const SOURCE: &str = include_str!("optimizer.cu");
 /// Blocks of a sum: enough to fill a device, the same for every length.
@@ -17,17 +17,17 @@ pub(crate) fn prepare_update(gpu: &Gpu) {
     done(gpu.prepare(&Program::plain(SOURCE, "squares")));
 }
 
-/// Σx² over a range of each bucket.
+/// Σx² over parts of a gradient.
 pub(crate) fn sum_of_squares(
-    gradients: &Gradients,
-    ranges: impl IntoIterator<Item = Range<usize>>,
+    device: &Device,
+    parts: impl IntoIterator<Item = Tensor<1>>,
 ) -> Option<f64> {
-    let gpu = gradients.device().gpu()?;
+    let gpu = device.gpu()?;
     let doubles = |count: usize| empty(gpu, [2 * count], Element::F32).view;
     let (partial, total) = (doubles(SQUARES_BLOCKS), doubles(1));
     done(total.clear());
-    for (bucket, range) in gradients.arrays().zip(ranges) {
-        let part = bucket.view.slice(range);
+    for part in parts {
+        let part = &part.array().expect("a gradient on a GPU").view;
         if part.is_empty() {
             continue;
         }
@@ -35,7 +35,7 @@ pub(crate) fn sum_of_squares(
             gpu,
             &Program::plain(SOURCE, "squares"),
             Launch::new(SQUARES_BLOCKS, THREADS),
-            &[Arg::View(&part), Arg::View(&partial), long(part.len())],
+            &[Arg::View(part), Arg::View(&partial), long(part.len())],
         );
         launch(
             gpu,
@@ -51,15 +51,21 @@ pub(crate) fn sum_of_squares(
 pub(crate) fn update(
     weights: &Flat,
     bucket: usize,
-    range: Range<usize>,
-    gradients: &Gradients,
-    (first, second): (Option<&Tensor<1>>, &Tensor<1>),
+    range: &Range<usize>,
+    gradient: &Tensor<1>,
+    kept: Kept<'_>,
     clip: f32,
     rule: &UpdateRule,
 ) -> Option<()> {
-    let (weights, operands) = weights.arrays(bucket, &range)?;
-    let gradient = gradients.arrays().nth(bucket)?.view.slice(range.clone());
-    let second = &second.array()?.view;
+    let (weights, operands) = match kept.masters {
+        None => weights.arrays(bucket, range)?,
+        Some(masters) => {
+            let operands = weights.operand_array(bucket, range);
+            (masters.array()?.view.clone(), operands)
+        }
+    };
+    let gradient = gradient.array()?.view.clone();
+    let second = &kept.second.array()?.view;
     let (gpu, len) = (gradient.gpu(), range.len());
     let half = operands
         .as_ref()
@@ -76,7 +82,7 @@ pub(crate) fn update(
             eps,
             keep_weight,
         } => {
-            let first = &first?.array()?.view;
+            let first = &kept.first?.array()?.view;
             let views = [&weights, first, second, &gradient];
             assert_lengths(&views, len);
             let mut arguments = views.map(Arg::View).to_vec();

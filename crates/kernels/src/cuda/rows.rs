@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use gpu::{Arg, Element, Launch, View};
 
-use super::{THREADS, empty, int, kernel, launch, upload_ints};
+use super::{THREADS, as_f32, empty, int, kernel, launch, upload_ints};
 use crate::tensor::Array;
 use crate::{Gradients, Slot, Tensor};
 
@@ -15,11 +15,11 @@ pub(crate) fn gather_rows(x: &Tensor<2>, rows: &[usize]) -> Option<Tensor<2>> {
     Some(gather(x, &rows).into())
 }
 
-/// Rows `ids` of the table.
+/// Rows `ids` of the table, f32.
 pub(crate) fn embedding(weight: &Tensor<2>, ids: &[u32]) -> Option<Tensor<2>> {
     let weight = weight.array()?;
     let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-    Some(gather(weight, &ids).into())
+    Some(as_f32(&gather(weight, &ids)).into())
 }
 
 fn gather(x: &Array<2>, rows: &[i32]) -> Array<2> {

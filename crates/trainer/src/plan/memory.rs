@@ -2,7 +2,8 @@
 //!
 //! Every part is what its owner allocates: weights and gradients the layout's elements (`model`), moments and snapshot a
 //! rank's share of them (`shards`, `snapshot`), what a pack holds (`model::PackBytes`), the sums of a reduce-scatter
-//! (`collective`). Weights are f32 in every precision; in bf16 their operands, of f32's size on the CPU, lie beside them.
+//! (`collective`). Weights are f32 in every precision; in bf16 their operands, of f32's size on the CPU, lie beside them. Several
+//! workers that train a whole model in bf16 have whole operands and share the f32 weights out (`masters`).
 
 use std::fmt;
 
@@ -12,6 +13,7 @@ use serde::Serialize;
 
 use super::{Lengths, Program, Workload};
 use crate::lanes::{lanes, pack_tokens};
+use crate::masters::GATHERS_IN_FLIGHT;
 
 /// Settings that memory depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -30,6 +32,17 @@ pub struct Knobs {
     pub gradient_checkpointing: bool,
     /// `data.max_length`.
     pub max_length: usize,
+}
+
+impl Knobs {
+    /// Shards of every bucket that a worker keeps: its own, and the one that it mirrors.
+    pub(super) fn shards(&self) -> u64 {
+        if self.mirror && self.workers > 1 {
+            2
+        } else {
+            1
+        }
+    }
 }
 
 /// Memory of one worker.
@@ -63,8 +76,10 @@ pub struct Parts {
     pub program: u64,
     /// Log-probs of the reference and what finding them needs.
     pub reference_values: u64,
-    /// The policy's weights.
+    /// The policy's weights as they are computed with, and in f32 where this worker has all of them.
     pub weights: u64,
+    /// f32 weights of this worker's share, where workers share them out.
+    pub masters: u64,
     /// Weights of a reference model of its own.
     pub reference_weights: u64,
     /// Gradients of all weights.
@@ -87,6 +102,7 @@ pub struct Parts {
 }
 
 const FLOAT: u64 = size_of::<f32>() as u64;
+const BF16: u64 = size_of::<u16>() as u64;
 /// Bytes of a reference value while it is looked for and stored: keys in the list, in its parts and in the store.
 const REFERENCE_ENTRY: u64 = 320;
 /// Bytes of a pair's two reference values in training.
@@ -148,11 +164,12 @@ pub(super) fn size(bytes: u64) -> String {
 
 impl Parts {
     /// Every part with its name, in the order of the struct.
-    pub fn named(&self) -> [(&'static str, u64); 12] {
+    pub fn named(&self) -> [(&'static str, u64); 13] {
         [
             ("program, tokenizer, pairs", self.program),
             ("reference log-probs", self.reference_values),
             ("weights", self.weights),
+            ("f32 masters", self.masters),
             ("reference weights", self.reference_weights),
             ("gradients", self.gradients),
             ("optimizer moments", self.optimizer_moments),
@@ -219,6 +236,9 @@ impl Workload {
             "training step",
             Self::stepping(trained.with(step.bytes), knobs),
         ));
+        if self.shares_masters(knobs) {
+            moments.push(moment("update", self.updating(trained)));
+        }
         moments.push(moment("checkpoint", trained));
         if !held_out.is_empty() {
             let pack = self.largest_scored(&self.config, &packs(&held_out, knobs), knobs);
@@ -252,16 +272,17 @@ impl Workload {
 
     /// What stays while a run trains.
     fn trained(&self, loaded: Parts, pairs: usize, knobs: &Knobs, saves: bool) -> Parts {
-        let shard = self.shard(knobs);
-        let kept = if knobs.mirror && knobs.workers > 1 {
-            2
-        } else {
-            1
-        };
+        let shard = knobs.shards() * self.shard(knobs);
+        let shared = self.shares_masters(knobs);
         Parts {
-            weights: loaded.weights + self.adapter_weights(),
+            weights: if shared {
+                (self.layout.elements() + self.narrow()) as u64 * FLOAT
+            } else {
+                loaded.weights + self.adapter_weights()
+            },
+            masters: if shared { shard * FLOAT } else { 0 },
             gradients: self.trained.elements() as u64 * FLOAT,
-            optimizer_moments: kept * self.moments * shard * FLOAT,
+            optimizer_moments: self.moments * shard * FLOAT,
             snapshot: if saves { self.snapshot(knobs) } else { 0 },
             reference_values: if self.needs_reference {
                 REFERENCE_PAIR * pairs as u64
@@ -283,6 +304,29 @@ impl Workload {
             collective: scratch,
             ..trained
         }
+    }
+
+    /// What is there while masters that are shared out are updated: no pack, but bits of operands on their way.
+    fn updating(&self, trained: Parts) -> Parts {
+        let mut lens = self.trained.bucket_lens();
+        lens.sort_unstable_by(|a, b| b.cmp(a));
+        let travelling: usize = lens.iter().take(GATHERS_IN_FLIGHT + 1).sum();
+        Parts {
+            collective: BF16 * travelling as u64,
+            ..trained
+        }
+    }
+
+    /// Whether workers share the f32 weights out.
+    pub(super) fn shares_masters(&self, knobs: &Knobs) -> bool {
+        let whole = self.trained == self.layout;
+        whole && self.precision == Precision::Bf16 && knobs.workers > 1
+    }
+
+    /// Elements that are read in f32 whatever products are made of.
+    pub(super) fn narrow(&self) -> usize {
+        let ranges = self.layout.narrow();
+        ranges.iter().flatten().map(ExactSizeIterator::len).sum()
     }
 
     /// A copy of a worker's share of weights and moments: what an update makes of it that comes before any of it is written.

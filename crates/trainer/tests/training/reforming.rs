@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -449,7 +450,9 @@ fn changing(
                 let mut member = Member { id, director };
                 let setup =
                     Setup::load(spec, &Device::flex(), Peers::NONE, &mut |_, _, _| Ok(())).unwrap();
-                let reformation = member.enter().unwrap();
+                let Some(reformation) = member.enter() else {
+                    return (id, Err(gone().into()));
+                };
                 let (trainer, _) =
                     Trainer::join(setup, reformation, &mut |_, _, _| Ok(())).unwrap();
                 (id, trainer.run(&mut member))
@@ -474,10 +477,10 @@ fn changing(
     std::mem::take(&mut state.reports)
 }
 
-fn training(folder: &Folder) -> Spec {
+fn training(folder: &Folder, dtype: &str) -> Spec {
     folder.spec(&format!(
-        "objective = {{ kind = \"cal_dpo\", beta = 0.1 }}\noptimizer.learning_rate = 1e-3\n\
-         train = {{ steps = {STEPS}, batch_pairs = 8, micro_batch_tokens = 96 }}"
+        "objective = {{ kind = \"cal_dpo\", beta = 0.1 }}\noptimizer.learning_rate = 1e-3\nmodel.dtype = {dtype:?}\n\
+         train = {{ steps = {STEPS}, batch_pairs = 8, micro_batch_tokens = 96, compare_every_steps = 2 }}"
     ))
 }
 
@@ -493,9 +496,14 @@ type Runs = BTreeMap<Vec<(u64, usize)>, Arc<Run>>;
 
 impl Oracle {
     fn new() -> Self {
+        Self::of("f32")
+    }
+
+    /// Several ranks have their masters in shards, and one has them in its model.
+    fn of(dtype: &str) -> Self {
         let folder = Folder::new(21);
         Self {
-            spec: training(&folder),
+            spec: training(&folder, dtype),
             folder,
             runs: Mutex::default(),
         }
@@ -544,8 +552,16 @@ impl Oracle {
 
 #[test]
 fn m4_a_rank_lost_at_any_moment_costs_no_committed_step_and_no_bit() {
-    let oracle = Oracle::new();
-    for world in 2..=4 {
+    lost_at_any_moment(&Oracle::new(), 2..=4);
+}
+
+#[test]
+fn m4_nor_does_it_where_masters_are_in_shards() {
+    lost_at_any_moment(&Oracle::of("bf16"), 2..=3);
+}
+
+fn lost_at_any_moment(oracle: &Oracle, worlds: RangeInclusive<usize>) {
+    for world in worlds {
         for member in 0..world {
             for moment in [
                 Moment::InStep,
@@ -575,7 +591,11 @@ fn m4_a_rank_lost_at_any_moment_costs_no_committed_step_and_no_bit() {
 
 #[test]
 fn m4_a_rank_lost_while_the_next_generation_forms_costs_no_bit_either() {
-    let oracle = Oracle::new();
+    lost_while_forming(&Oracle::new());
+    lost_while_forming(&Oracle::of("bf16"));
+}
+
+fn lost_while_forming(oracle: &Oracle) {
     // Members 1 and 3 are no neighbors, so every shard has a holder all the time.
     for moment in [Moment::InStep, Moment::Heard, Moment::HalfHeard] {
         let last = if moment == Moment::InStep { 3 } else { 4 };
@@ -594,11 +614,29 @@ fn m4_a_rank_lost_while_the_next_generation_forms_costs_no_bit_either() {
         let found = changing(&oracle.spec, 4, true, &changes, None);
         oracle.check(&found, &[(0, 4), (last, 2)], &format!("{changes:?}"));
     }
+    // A rank alone is joined by one that does not come: its masters were on their way out of its model.
+    let changes = [
+        Change::Join {
+            after: 3,
+            member: 1,
+        },
+        Change::Death {
+            step: 3,
+            moment: Moment::Forming,
+            member: 1,
+        },
+    ];
+    let found = changing(&oracle.spec, 1, true, &changes, None);
+    oracle.check(&found, &[(0, 1)], "joined by nobody");
 }
 
 #[test]
 fn ranks_leave_and_come_at_the_boundaries_of_steps() {
-    let oracle = Oracle::new();
+    leave_and_come(&Oracle::new());
+    leave_and_come(&Oracle::of("bf16"));
+}
+
+fn leave_and_come(oracle: &Oracle) {
     let changes = [
         Change::Join {
             after: 2,
@@ -637,7 +675,11 @@ fn ranks_leave_and_come_at_the_boundaries_of_steps() {
 
 #[test]
 fn m4_a_shard_without_a_living_copy_takes_the_run_back_to_a_checkpoint() {
-    let oracle = Oracle::new();
+    back_to_a_checkpoint(&Oracle::new());
+    back_to_a_checkpoint(&Oracle::of("bf16"));
+}
+
+fn back_to_a_checkpoint(oracle: &Oracle) {
     let lost = |mirror: bool, changes: &[Change]| {
         let checkpoint = oracle.run(&[(0, 3)]).checkpoints[&2].clone();
         let mut found = changing(&oracle.spec, 3, mirror, changes, Some((2, checkpoint)));
@@ -663,7 +705,11 @@ fn m4_a_shard_without_a_living_copy_takes_the_run_back_to_a_checkpoint() {
 
 #[test]
 fn m4_an_interruption_without_a_loss_costs_no_bit() {
-    let oracle = Oracle::new();
+    interrupted(&Oracle::new());
+    interrupted(&Oracle::of("bf16"));
+}
+
+fn interrupted(oracle: &Oracle) {
     for world in 1..=3 {
         for moment in [Moment::Unheard, Moment::HalfHeard] {
             // Nobody is of this number.

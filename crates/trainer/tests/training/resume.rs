@@ -1,7 +1,8 @@
 //! Stop and resume: invariant T3 at every step, C3 across world sizes, and what is refused.
 
 use crate::support::{Folder, Script, relative_error, run, state_bits, try_run};
-use checkpoint::Checkpoint;
+use checkpoint::{Checkpoint, Kind};
+use std::path::Path;
 use trainer::{Cause, End, StepReport};
 
 const STEPS: u64 = 7;
@@ -22,6 +23,8 @@ fn t3_holds_in_bf16_for_adapters_and_for_objectives_that_read_the_whole_batch() 
     let folder = Folder::new(11);
     let bf16 = format!("{SPEC}\nmodel.dtype = \"bf16\"");
     equals_the_uninterrupted_run(&folder, &bf16, 1);
+    // Masters in shards.
+    equals_the_uninterrupted_run(&folder, &bf16, 3);
     let lora = format!("{SPEC}\nadapter = {{ kind = \"lora\", rank = 2 }}");
     equals_the_uninterrupted_run(&folder, &lora, 2);
     // A running mean that a checkpoint has to carry.
@@ -101,6 +104,49 @@ fn c3_a_checkpoint_of_three_ranks_goes_on_with_one_two_or_four() {
         assert_eq!(rest.reports[0].step, 4);
         for (report, expected) in rest.reports.iter().zip(&whole.reports[3..]) {
             assert!(relative_error(report.loss, expected.loss) < 1e-5);
+        }
+    }
+}
+
+/// Ranks with masters in shards write what a rank alone writes, and read it.
+#[test]
+fn c3_masters_of_any_world_are_those_of_any_other_to_the_bit() {
+    let folder = Folder::new(11);
+    let spec = folder.spec(&format!("{SPEC}\nmodel.dtype = \"bf16\""));
+    // A rate that moves no f32 weight.
+    let still = SPEC.replace("1e-3, weight_decay = 0.1", "1e-30, weight_decay = 0.0");
+    let still = folder.spec(&format!("{still}\nmodel.dtype = \"bf16\""));
+    let weights = |path: &Path| {
+        let checkpoint = Checkpoint::open(path).unwrap();
+        let tensors = checkpoint.manifest().tensors.iter();
+        let read = tensors.map(|tensor| {
+            let mut values = vec![0.0f32; tensor.elements().unwrap()];
+            let read = checkpoint.read(&tensor.name, Kind::Weight, 0, &mut values);
+            read.unwrap();
+            values.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        });
+        read.collect::<Vec<_>>()
+    };
+    for from in [1, 2, 3] {
+        let script = Script {
+            checkpoints: folder.path(&format!("from-{from}")),
+            save: true,
+            stop_after: Some(3),
+            ..Script::default()
+        };
+        let cut = run(&spec, from, &script).checkpoints[&3].clone();
+        let expected = weights(&cut);
+        let narrow = expected.iter().flatten().any(|bits| bits & 0xffff != 0);
+        assert!(narrow, "masters have more bits than bf16");
+        for to in [1, 2, 3] {
+            let script = Script {
+                checkpoints: folder.path(&format!("from-{from}-to-{to}")),
+                resume: Some(cut.clone()),
+                stop_after: Some(4),
+                ..script.clone()
+            };
+            let rest = run(&still, to, &script);
+            assert!(weights(&rest.checkpoints[&4]) == expected, "{from} to {to}");
         }
     }
 }
