@@ -254,6 +254,7 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             job: JobId("run".into()),
             terms: Some(Terms {
                 mirror: true,
+                shard_gradients: true,
                 collective_timeout_ms: 5_000,
                 silence_ms: 10_000,
             }),

@@ -11,7 +11,7 @@ use protocol::{
     WorkerMessage,
 };
 use trainer::plan::Peers;
-use trainer::{GateClosed, Membership, Past, Reformation};
+use trainer::{GateClosed, Membership, Past, Reformation, Sharding};
 
 use crate::gate::{REPEAT, closed};
 use crate::session::Session;
@@ -124,8 +124,17 @@ impl Entrance<'_> {
     pub(crate) fn peers(&self, workers: usize) -> Peers {
         Peers {
             workers,
-            mirror: self.terms.is_some_and(|it| it.mirror),
+            sharding: self.sharding(),
         }
+    }
+
+    /// How its workers share out what training keeps.
+    fn sharding(&self) -> Sharding {
+        let of = |terms: Terms| Sharding {
+            mirror: terms.mirror,
+            gradients: terms.shard_gradients,
+        };
+        self.terms.map_or(Sharding::default(), of)
     }
 
     /// What training is told of its place in a generation.
@@ -140,7 +149,7 @@ impl Entrance<'_> {
             step_deadline: self.patience(COLLECTIVE_PATIENCE),
             checkpoints: self.checkpoints.clone(),
             resume: form.resume.clone(),
-            mirror: self.terms.is_some_and(|it| it.mirror),
+            sharding: self.sharding(),
             pulse: session.voice().pulse(),
             generation: form.generation.0,
         }
