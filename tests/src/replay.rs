@@ -15,7 +15,7 @@ use spec::Spec;
 use trainer::plan::Peers;
 use trainer::{
     EvaluationRow, GateClosed, Membership, Next, Sample, SavedReporter, SavedShard, Setup,
-    StepGate, StepReport, Trainer, Verdict,
+    Sharding, StepGate, StepReport, Trainer, Verdict,
 };
 
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -172,7 +172,7 @@ fn go(spec: &Spec, stretch: Stretch, checkpoints: &Path, resume: Option<&Path>) 
                     checkpoints: checkpoints.to_owned(),
                     resume: resume.map(Path::to_owned),
                     generation: 1,
-                    mirror: false,
+                    sharding: Sharding::default(),
                     pulse: Arc::default(),
                 };
                 let rank = Rank {

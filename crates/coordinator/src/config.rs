@@ -242,6 +242,7 @@ impl Config {
                 workers_min: self.cluster.min_workers,
                 workers_max: self.cluster.max_workers,
                 mirror: self.cluster.mirror,
+                shard_gradients: self.cluster.zero > 1,
                 failures_max: self.cluster.failures_max,
                 abort_timeout_ms: ms(self.cluster.abort_timeout_seconds),
                 collective_timeout_ms: ms(self.cluster.collective_timeout_seconds),

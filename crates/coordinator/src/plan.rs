@@ -15,7 +15,7 @@ mod time;
 use serde::Serialize;
 use worker::machine::MachineMemory;
 use worker::plan::{
-    Amount, CONTEXT_BYTES, Cure, Job, PlanError, ProbeRequest, Program, WorkerMemory,
+    Amount, CONTEXT_BYTES, Cure, Job, PlanError, ProbeRequest, Program, Sharding, WorkerMemory,
 };
 
 use crate::config::Config;
@@ -119,7 +119,7 @@ pub fn plan(
     let memory = job
         .is_on_cpu()
         .then(|| memory(config, &job, machine, cadence.saves_on_the_way()));
-    let gpu = gpu_memory(&job, workers, config.cluster.mirror, card_bytes);
+    let gpu = gpu_memory(&job, workers, sharding(config), card_bytes);
     let fits = memory.as_ref().is_none_or(|it| it.fits)
         && gpu.as_ref().is_none_or(|it| it.fits)
         && disk.iter().all(|it| it.fits);
@@ -207,6 +207,15 @@ fn least_common_multiple(one: u64, other: u64) -> Option<u64> {
     (one / a).checked_mul(other)
 }
 
+/// How workers share out what training keeps.
+fn sharding(config: &Config) -> Sharding {
+    let cluster = &config.cluster;
+    Sharding {
+        mirror: cluster.mirror,
+        gradients: cluster.zero > 1,
+    }
+}
+
 /// Workers of this machine and the threads of each.
 fn workers(config: &Config) -> (usize, usize) {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -217,7 +226,7 @@ fn workers(config: &Config) -> (usize, usize) {
 fn memory(config: &Config, job: &Job, machine: Option<MachineMemory>, saves: bool) -> Memory {
     let (workers, threads) = workers(config);
     let workload = job.workload();
-    let knobs = workload.knobs(workers, threads, config.cluster.mirror);
+    let knobs = workload.knobs(workers, threads, sharding(config));
     let worker = workload.memory(&knobs, job.program(), saves);
     let total_bytes = worker.peak_bytes * workers as u64 + COORDINATOR_BYTES;
     let within = |bytes: fn(&MachineMemory) -> u64| {
@@ -249,7 +258,7 @@ fn memory(config: &Config, job: &Job, machine: Option<MachineMemory>, saves: boo
 fn gpu_memory(
     job: &Job,
     workers: usize,
-    mirror: bool,
+    sharding: Sharding,
     card_bytes: Option<u64>,
 ) -> Option<GpuMemory> {
     let [available_bytes, total_bytes] = match card_bytes {
@@ -257,7 +266,7 @@ fn gpu_memory(
         None => job.gpu_bytes()?,
     };
     let workload = job.workload();
-    let knobs = workload.gpu_knobs(workers, mirror);
+    let knobs = workload.gpu_knobs(workers, sharding);
     let worker = workload.memory(&knobs, Program::NONE, false);
     let fits = worker.certain_bytes() <= available_bytes;
     let cures = || workload.cures(&knobs, Program::NONE, false, available_bytes);

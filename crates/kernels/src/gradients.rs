@@ -38,6 +38,50 @@ impl Gradients {
         }
     }
 
+    /// None of the buckets of these lengths: they are put in place one by one.
+    pub fn absent(bucket_lens: &[usize], device: &Device) -> Self {
+        let count = bucket_lens.len();
+        Self {
+            buckets: if device.is_host() {
+                Buckets::Host(vec![None; count])
+            } else {
+                Buckets::Device(vec![None; count])
+            },
+            lens: bucket_lens.to_vec(),
+            device: device.clone(),
+        }
+    }
+
+    /// Whether a bucket is here.
+    pub fn has(&self, bucket: usize) -> bool {
+        match &self.buckets {
+            Buckets::Host(buckets) => buckets[bucket].is_some(),
+            Buckets::Device(buckets) => buckets[bucket].is_some(),
+        }
+    }
+
+    /// Puts zeros in a bucket's place.
+    ///
+    /// # Panics
+    /// If a device has no room.
+    pub fn put_zeros(&mut self, bucket: usize) {
+        let len = self.lens[bucket];
+        match &mut self.buckets {
+            Buckets::Host(buckets) => buckets[bucket] = Some(vec![0.0; len]),
+            Buckets::Device(buckets) => {
+                buckets[bucket] = Some(Tensor::zeros([len], &self.device));
+            }
+        }
+    }
+
+    /// Gives a bucket's memory back.
+    pub fn drop_bucket(&mut self, bucket: usize) {
+        match &mut self.buckets {
+            Buckets::Host(buckets) => buckets[bucket] = None,
+            Buckets::Device(buckets) => buckets[bucket] = None,
+        }
+    }
+
     /// Adds `gradient`, `[slot.len]`.
     pub fn accumulate(&mut self, slot: &Slot, gradient: impl Into<Tensor<1>>) {
         let gradient = gradient.into();
@@ -219,11 +263,7 @@ impl Gradients {
             slot.offset + slot.len <= len,
             "{slot:?} in a bucket of {len}"
         );
-        let here = match &self.buckets {
-            Buckets::Host(buckets) => buckets[slot.bucket].is_some(),
-            Buckets::Device(buckets) => buckets[slot.bucket].is_some(),
-        };
-        if !here {
+        if !self.has(slot.bucket) {
             gone()
         }
     }

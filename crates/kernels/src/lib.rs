@@ -84,7 +84,7 @@ pub use norm::{
     LayerSaved, RmsSaved, layer_norm, layer_norm_backward, layer_norm_backward_weight, rms_norm,
     rms_norm_backward, rms_norm_backward_add, rms_norm_backward_weight, rms_norm_operand,
 };
-pub use optimizer::{Kept, UpdateRule, prepare_update, sum_of_squares, update};
+pub use optimizer::{Kept, UpdateRule, add_to, prepare_update, sum_of_squares, update};
 pub use precision::{Precision, to_bf16};
 pub use residual::add;
 pub use rotary::{RotaryTable, rotary, rotary_backward};

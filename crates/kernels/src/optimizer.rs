@@ -68,6 +68,21 @@ pub fn sum_of_squares(device: &Device, parts: impl IntoIterator<Item = Tensor<1>
     }
 }
 
+/// Adds `part` to `sums`, of as many elements, in place.
+///
+/// # Panics
+/// If not both lie on one GPU, or it fails.
+pub fn add_to(sums: &Tensor<1>, part: &Tensor<1>) {
+    #[cfg(feature = "cuda")]
+    let added = crate::cuda::add_to(sums, part);
+    #[cfg(not(feature = "cuda"))]
+    let added = {
+        let _ = (sums, part);
+        None::<()>
+    };
+    added.expect("both parts of a sum lie on one GPU");
+}
+
 /// What an update keeps of some elements, as many values of each.
 #[derive(Clone, Copy)]
 pub struct Kept<'a> {

@@ -306,7 +306,10 @@ impl<const D: usize> Tensor<D> {
     }
 
     /// Sets every element to 0; in place on a GPU, for all who share them.
-    pub(crate) fn clear(&mut self) {
+    ///
+    /// # Panics
+    /// If a device fails.
+    pub fn clear(&mut self) {
         match &mut self.0 {
             Place::Burn(tensor) => *tensor = tensor.zeros_like(),
             #[cfg(feature = "cuda")]

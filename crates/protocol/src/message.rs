@@ -376,6 +376,8 @@ pub enum CoordinatorMessage {
 pub struct Terms {
     /// Each holds the optimizer shard of the one before it, too.
     pub mirror: bool,
+    /// Each keeps gradients of its shards alone.
+    pub shard_gradients: bool,
     /// How long it waits for its peers in a collective before it says CollectiveFailed.
     pub collective_timeout_ms: u64,
     /// Silence after which it connects again. Every beat is answered.

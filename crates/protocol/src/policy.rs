@@ -41,6 +41,8 @@ pub struct Elastic {
     /// Whether each member holds the optimizer shard of the one before it, too: then no state is lost with any one of them.
     /// Otherwise the run goes back to its last checkpoint.
     pub mirror: bool,
+    /// Whether members keep gradients in shards too (ZeRO stage 2).
+    pub shard_gradients: bool,
     /// So many generations in a row that lose a member for the same reason before the same step commits end the attempt.
     pub failures_max: u32,
     /// How long a member may take to leave its generation once told to.

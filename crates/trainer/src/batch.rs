@@ -11,6 +11,8 @@ pub(crate) struct Batch<'a> {
     pub pairs: Vec<&'a Pair>,
     /// Slots of this rank's packs.
     pub own: Vec<Vec<usize>>,
+    /// Packs of the rank that has most.
+    pub rounds: usize,
     /// How many of them go through the model side by side.
     pub lanes: usize,
     /// Sizes over all ranks.
@@ -28,6 +30,8 @@ impl<'a> Batch<'a> {
             .iter()
             .map(|pack| pack.iter().map(|&slot| lengths[slot]).sum())
             .collect();
+        let dealt = (0..world).map(|rank| data::deal(&loads, rank, world).len());
+        let rounds = dealt.max().unwrap_or(0);
         let own = packs.drain(data::deal(&loads, rank, world)).collect();
         let counts = GlobalCounts {
             pairs: pairs.len() as u64,
@@ -37,6 +41,7 @@ impl<'a> Batch<'a> {
         Self {
             tokens: pairs.iter().map(|pair| pair.tokens()).sum(),
             own,
+            rounds,
             lanes: 1,
             counts,
             pairs,

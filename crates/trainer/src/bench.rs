@@ -19,6 +19,7 @@ use crate::measure::measure;
 use crate::phases::Phases;
 use crate::process::peak_bytes;
 use crate::setup::{check_vocabulary, needs, precision};
+use crate::shards::Sharding;
 use crate::utilization::peak_of;
 use crate::warm_up::KernelTimes;
 
@@ -135,7 +136,7 @@ pub fn bench(request: &BenchRequest, device: &Device) -> Result<BenchResult, Tra
         model,
         OptimizerSection::default(),
         alone,
-        false,
+        Sharding::default(),
         patience,
         Arc::default(),
     );

@@ -21,7 +21,8 @@ use crate::lanes::Lanes;
 use crate::measure::pair_logps;
 use crate::phases::{PackTimes, Phases};
 use crate::pulse::{Pulse, Work};
-use crate::shards::{Keeping, Place, Reduced, ShardedOptimizer, Stretch, Sums};
+use crate::shard_sums::{ShardSums, Streamed};
+use crate::shards::{Keeping, Place, Reduced, ShardedOptimizer, Sharding, Stretch, Sums};
 use crate::shared_sums::{SharedSums, early_stages, late_stages};
 use crate::warm_up::warm_up;
 
@@ -36,12 +37,15 @@ pub(crate) struct Learner {
     pub collective: Box<dyn Collective>,
     /// What this rank holds of the weights at its step.
     pub weights: Weights,
-    /// Whether ranks mirror each other's shards.
-    mirror: bool,
+    /// How ranks share out what training keeps.
+    sharding: Sharding,
     section: OptimizerSection,
     /// Of `bco_pair`'s rewards over the steps that were applied.
     pub shift: RunningMean,
+    /// Of the own pairs; none where several ranks keep them in shards.
     gradients: Gradients,
+    /// Where ranks keep gradients in shards, while no step is between its preparation and its end.
+    shard_sums: Option<ShardSums>,
     lanes: Lanes,
     /// Whether weights, moments and gradient stay on a GPU from step to step.
     resident: bool,
@@ -101,13 +105,19 @@ impl Learner {
         mut model: Model,
         section: OptimizerSection,
         collective: Box<dyn Collective>,
-        mirror: bool,
+        sharding: Sharding,
         patience: Duration,
         pulse: Arc<Pulse>,
     ) -> Self {
         let resident = is_resident(&model, collective.as_ref());
         let shared = shares_masters(&model, collective.as_ref());
-        let mut optimizer = optimizer(&model, section, collective.as_ref(), mirror, shared);
+        let mut optimizer = optimizer(
+            &model,
+            section,
+            collective.as_ref(),
+            sharding.mirror,
+            shared,
+        );
         if shared {
             optimizer.fill_masters(model.take_masters());
         } else if !model.flat().is_whole() {
@@ -118,9 +128,10 @@ impl Learner {
             optimizer,
             resident,
             weights: Weights::Whole,
-            mirror,
+            sharding,
             section,
-            gradients: model.zero_gradients(),
+            gradients: gradients(&model, sharding.gradients && collective.world() > 1),
+            shard_sums: None,
             lanes: Lanes::new(model.device()),
             model,
             collective,
@@ -133,7 +144,14 @@ impl Learner {
 
     /// Has a GPU make its kernels ready; nothing else changes.
     pub fn warm_up(&mut self, pairs: &[data::Pair]) {
-        warm_up(&self.model, pairs, &mut self.gradients, self.resident);
+        let mut whole;
+        let gradients = if self.shards_gradients() {
+            whole = self.model.zero_gradients();
+            &mut whole
+        } else {
+            &mut self.gradients
+        };
+        warm_up(&self.model, pairs, gradients, self.resident);
     }
 
     /// `pairs` as this rank's work, of which at most `micro_batch_tokens` go through the model at once.
@@ -171,8 +189,31 @@ impl Learner {
             let share = pair_loss(objective, slot, &pair, batch.counts, &statistics);
             [share.d_chosen as f32, share.d_rejected as f32]
         };
-        let (own, tickets) = self.backward(batch, &derivatives)?;
+        let (logps, reduced) = if self.shards_gradients() {
+            let (own, reduced) = self.backward_into_shards(batch, &derivatives)?;
+            self.pulse.turn_to(Work::Exchanges);
+            (self.share(batch.pairs.len(), &own)?, reduced)
+        } else {
+            self.backward_whole(batch, &derivatives)?
+        };
+        Ok(Prepared {
+            pairs: (0..)
+                .zip(logps)
+                .map(|(slot, logps)| scored(slot, logps))
+                .collect(),
+            reduced,
+            statistics,
+            shift,
+        })
+    }
 
+    /// Log-probs of all pairs and the gradient, of which every rank has all until it is reduced.
+    fn backward_whole(
+        &mut self,
+        batch: &Batch<'_>,
+        derivatives: &(dyn Fn(usize, [f32; 2]) -> [f32; 2] + Sync),
+    ) -> Result<(Vec<[f64; 2]>, Reduced), TrainError> {
+        let (own, tickets) = self.backward(batch, derivatives)?;
         self.pulse.turn_to(Work::Exchanges);
         let start = Instant::now();
         let logps = self.share(batch.pairs.len(), &own)?;
@@ -186,15 +227,7 @@ impl Learner {
             self.optimizer.reduced(collective, tickets, deadline)?
         };
         self.times.reduce += start.elapsed().as_secs_f64();
-        Ok(Prepared {
-            pairs: (0..)
-                .zip(logps)
-                .map(|(slot, logps)| scored(slot, logps))
-                .collect(),
-            reduced,
-            statistics,
-            shift,
-        })
+        Ok((logps, reduced))
     }
 
     /// Forward and backward of the own packs. Returns their log-probs by slot, and the reductions of all gradients, which begin as
@@ -289,6 +322,50 @@ impl Learner {
         let tickets = reduction.tickets()?;
         times.add_packs(start.elapsed().as_secs_f64(), &busy);
         Ok((own, tickets))
+    }
+
+    /// As [`Learner::backward`] where gradients are in shards: one pack after another, each reduced by itself. All ranks take as many
+    /// rounds as the one with the most packs.
+    fn backward_into_shards(
+        &mut self,
+        batch: &Batch<'_>,
+        derivatives: &(dyn Fn(usize, [f32; 2]) -> [f32; 2] + Sync),
+    ) -> Result<(OwnLogps, Reduced), TrainError> {
+        let device = self.resident.then(|| self.model.device());
+        let sums = self.shard_sums.take();
+        let mut sums = sums.unwrap_or_else(|| ShardSums::zeros(&self.optimizer, device));
+        let mut streamed = Streamed::new(
+            self.collective.as_mut(),
+            &self.model,
+            &self.optimizer,
+            &mut sums,
+            self.resident,
+            self.patience,
+        );
+        let (mut own, mut busy): (OwnLogps, _) = (Vec::new(), PackTimes::default());
+        let start = Instant::now();
+        for round in 0..batch.rounds {
+            let Some(slots) = batch.own.get(round) else {
+                streamed.end_pack(None)?;
+                continue;
+            };
+            let (logps, times) = pack(&self.model, batch, slots, derivatives, &mut streamed)?;
+            own.extend(logps);
+            busy.add(&times);
+            self.pulse.tick();
+        }
+        self.times.add_packs(start.elapsed().as_secs_f64(), &busy);
+        self.pulse.turn_to(Work::Exchanges);
+        let start = Instant::now();
+        let norm = streamed.finish()?;
+        self.times.reduce += start.elapsed().as_secs_f64();
+        let sums = Sums::Shards(sums);
+        Ok((own, Reduced { sums, norm }))
+    }
+
+    /// Whether gradients are in shards. A rank alone has the sums at once.
+    fn shards_gradients(&self) -> bool {
+        self.sharding.gradients && self.collective.world() > 1
     }
 
     /// What `objective` reads of the whole batch before any derivative: it costs a forward of its own.
@@ -432,10 +509,14 @@ impl Learner {
     }
 
     fn reset(&mut self, sums: Sums) {
-        if let Sums::Whole(memory) = sums {
-            for (bucket, values) in memory.into_iter().enumerate() {
-                self.gradients.put(bucket, values);
+        match sums {
+            Sums::Whole(memory) => {
+                for (bucket, values) in memory.into_iter().enumerate() {
+                    self.gradients.put(bucket, values);
+                }
             }
+            Sums::Resident => (),
+            Sums::Shards(sums) => self.shard_sums = Some(sums),
         }
         self.gradients.zero();
     }
@@ -448,6 +529,15 @@ impl Learner {
 /// Whether weights, moments and gradient stay on a GPU.
 fn is_resident(model: &Model, collective: &dyn Collective) -> bool {
     model.device().is_gpu() && collective.takes_devices()
+}
+
+/// Gradients of the own pairs: zeros, or none where ranks keep them in shards.
+fn gradients(model: &Model, in_shards: bool) -> Gradients {
+    if in_shards {
+        Gradients::absent(&model.trained().bucket_lens(), model.device())
+    } else {
+        model.zero_gradients()
+    }
 }
 
 /// Whether a model's f32 masters can be apart from what it computes with: with products of bf16, where it is itself trained.
@@ -487,6 +577,34 @@ pub(crate) fn running_mean(state: &TrainState) -> RunningMean {
         count: kept.count,
     };
     state.shift.map_or_else(RunningMean::default, kept)
+}
+
+/// Forward and backward of one pack into `streamed`: its log-probs by slot, and where the time went.
+fn pack(
+    model: &Model,
+    batch: &Batch<'_>,
+    slots: &[usize],
+    derivatives: &(dyn Fn(usize, [f32; 2]) -> [f32; 2] + Sync),
+    streamed: &mut Streamed<'_>,
+) -> Result<(OwnLogps, PackTimes), CollectiveError> {
+    let start = Instant::now();
+    let (result, saved) = model.forward_train(&batch.pack(slots));
+    let forward_head = saved.head_time.as_secs_f64();
+    let forward = start.elapsed().as_secs_f64() - forward_head;
+
+    let start = Instant::now();
+    let own: OwnLogps = slots.iter().copied().zip(result.logps).collect();
+    let derivatives = own.iter().map(|&(slot, logps)| derivatives(slot, logps));
+    let derivatives: Vec<_> = derivatives.collect();
+    let end = model.backward_into(saved, &derivatives, streamed);
+    streamed.end_pack(end.input)?;
+    let backward_head = end.head_time.as_secs_f64();
+    let times = PackTimes {
+        forward,
+        head: forward_head + backward_head,
+        backward: start.elapsed().as_secs_f64() - backward_head,
+    };
+    Ok((own, times))
 }
 
 /// Log-probs of this rank's pairs by slot.

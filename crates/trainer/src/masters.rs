@@ -268,6 +268,7 @@ mod tests {
     use std::time::Duration;
 
     use collective::tcp::Rendezvous;
+    use kernels::Device;
     use model::{ModelConfig, Precision};
     use spec::OptimizerSection;
 

@@ -30,6 +30,7 @@ use crate::adapter::Adapter;
 use crate::error::TrainError;
 use crate::process::{peak_bytes, resident_bytes};
 use crate::setup::{Kept, MismatchedPairs, Tokens, held_out, precision};
+use crate::shards::Sharding;
 use crate::update::has_first_moment;
 
 /// Steps whose packs are looked at; the largest pack of so many is not exceeded by much later.
@@ -259,6 +260,7 @@ impl Workload {
             knobs: Knobs {
                 workers: 1,
                 mirror: false,
+                shard_gradients: false,
                 threads: 1,
                 gpu: false,
                 micro_batch_tokens: spec.train.micro_batch_tokens,
@@ -268,11 +270,12 @@ impl Workload {
         })
     }
 
-    /// The settings that the job has, for so many workers of so many threads, which keep mirrors or not.
-    pub fn knobs(&self, workers: usize, threads: usize, mirror: bool) -> Knobs {
+    /// The settings that the job has, for so many workers of so many threads.
+    pub fn knobs(&self, workers: usize, threads: usize, sharding: Sharding) -> Knobs {
         Knobs {
             workers,
-            mirror,
+            mirror: sharding.mirror,
+            shard_gradients: sharding.gradients,
             threads,
             ..self.knobs
         }

@@ -26,6 +26,7 @@ use kernels::{Device, Flat, Gradients, Kept, Tensor};
 use model::Model;
 
 use crate::moments::Moments;
+use crate::shard_sums::ShardSums;
 use crate::update::{Update, has_first_moment};
 
 /// Flat memory in the layout's buckets.
@@ -94,6 +95,8 @@ pub enum Sums {
     Whole(Buckets),
     /// The same in the gradients of the model, on a GPU.
     Resident,
+    /// The own and the mirrored shards alone.
+    Shards(ShardSums),
 }
 
 /// A reduced gradient, wherever its sums are.
@@ -112,6 +115,16 @@ pub enum Whose {
     Own,
     /// That of the rank before.
     Mirrored,
+}
+
+/// How ranks share out what training keeps. Moments are in shards always, and f32 masters wherever products are of bf16 and the whole
+/// model is trained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sharding {
+    /// Whether each rank also keeps the shard of the rank before it, so that no loss of one rank loses any.
+    pub mirror: bool,
+    /// Whether gradients are in shards too (ZeRO stage 2).
+    pub gradients: bool,
 }
 
 /// A rank among the others, and whether it holds the shard of the rank before too.
@@ -135,9 +148,9 @@ impl Place {
 impl<'a> Gradient<'a> {
     /// The sums of the shard `range` of a bucket in the host's memory; waits for a device that has them.
     pub fn host(&self, bucket: usize, whose: Whose, range: &Range<usize>) -> Cow<'a, [f32]> {
-        let _ = whose;
         match self.sums {
             Sums::Whole(buckets) => Cow::Borrowed(&buckets[bucket][range.clone()]),
+            Sums::Shards(sums) => sums.of(bucket, whose).read(),
             Sums::Resident => Cow::Owned(self.resident_part(bucket, range).into_vec()),
         }
     }
@@ -147,9 +160,12 @@ impl<'a> Gradient<'a> {
     /// # Panics
     /// If they do not.
     pub fn device(&self, bucket: usize, whose: Whose, range: &Range<usize>) -> Tensor<1> {
-        let _ = whose;
         match self.sums {
             Sums::Whole(_) => panic!("a gradient on the host"),
+            Sums::Shards(sums) => {
+                let sums = sums.of(bucket, whose).device();
+                sums.expect("a gradient on a GPU").clone()
+            }
             Sums::Resident => self.resident_part(bucket, range),
         }
     }

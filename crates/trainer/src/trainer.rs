@@ -22,7 +22,7 @@ use crate::pulse::{Pulse, Work};
 use crate::reference::{ReferenceCounts, References};
 use crate::reform::{Held, Past};
 use crate::setup::{Facts, MismatchedPairs, Progress, Setup, held_out};
-use crate::shards::{Reduced, ShardedOptimizer};
+use crate::shards::{Reduced, ShardedOptimizer, Sharding};
 use crate::snapshot::{Destination, Saver, restore};
 use crate::utilization::{mfu, needed, peak_of};
 use crate::warm_up::tell_kernels;
@@ -39,8 +39,8 @@ pub struct Membership {
     pub resume: Option<PathBuf>,
     /// Where its work shows. The same for all generations of a run.
     pub pulse: Arc<Pulse>,
-    /// Whether each rank also keeps the optimizer's shard of the rank before it, so that no loss of one rank loses any.
-    pub mirror: bool,
+    /// How ranks share out what training keeps.
+    pub sharding: Sharding,
     /// Written into snapshots; the collective's own.
     pub generation: u64,
 }
@@ -153,7 +153,7 @@ impl Trainer {
             model,
             spec.optimizer,
             collective,
-            membership.mirror,
+            membership.sharding,
             membership.step_deadline,
             membership.pulse,
         );

@@ -54,6 +54,7 @@ impl From<CoordinatorMessage> for Message {
                 job: job.0,
                 terms: Some(proto::Terms {
                     mirror: terms.mirror,
+                    shard_gradients: terms.shard_gradients,
                     collective_timeout_ms: terms.collective_timeout_ms,
                     silence_ms: terms.silence_ms,
                 }),
@@ -161,6 +162,7 @@ impl TryFrom<Message> for CoordinatorMessage {
 fn terms(it: proto::Terms) -> Result<Terms, WireError> {
     Ok(Terms {
         mirror: it.mirror,
+        shard_gradients: it.shard_gradients,
         collective_timeout_ms: from_one("Terms.collective_timeout_ms", it.collective_timeout_ms)?,
         silence_ms: from_one("Terms.silence_ms", it.silence_ms)?,
     })

@@ -225,6 +225,7 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             job: JobId("run".into()),
             terms: Terms {
                 mirror: false,
+                shard_gradients: false,
                 collective_timeout_ms: 1,
                 silence_ms: 1,
             },
@@ -258,6 +259,7 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             job: JobId("run".into()),
             terms: Terms {
                 mirror: true,
+                shard_gradients: true,
                 collective_timeout_ms: 5_000,
                 silence_ms: 10_000,
             },

@@ -338,7 +338,7 @@ fn prepare(
     }
     if options.device == Device::flex() {
         let peers = entrance.peers(form.addresses.len());
-        memory::check(&setup, peers.workers, form.neighbors(), peers.mirror)?;
+        memory::check(&setup, peers.workers, form.neighbors(), peers.sharding)?;
     }
     let facts = setup.facts();
     let mut teller = ProgressTeller::new(voice.clone());

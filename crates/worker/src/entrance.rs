@@ -11,7 +11,7 @@ use protocol::{
     WorkerMessage,
 };
 use trainer::plan::Peers;
-use trainer::{GateClosed, Membership, Past, Reformation};
+use trainer::{GateClosed, Membership, Past, Reformation, Sharding};
 
 use crate::gate::{REPEAT, closed};
 use crate::session::Session;
@@ -93,7 +93,15 @@ impl Entrance<'_> {
     pub(crate) fn peers(&self, workers: usize) -> Peers {
         Peers {
             workers,
+            sharding: self.sharding(),
+        }
+    }
+
+    /// How its workers share out what training keeps.
+    fn sharding(&self) -> Sharding {
+        Sharding {
             mirror: self.terms.mirror,
+            gradients: self.terms.shard_gradients,
         }
     }
 
@@ -109,7 +117,7 @@ impl Entrance<'_> {
             step_deadline: self.patience(),
             checkpoints: self.checkpoints.clone(),
             resume: form.resume.clone(),
-            mirror: self.terms.mirror,
+            sharding: self.sharding(),
             pulse: session.voice().pulse(),
             generation: form.generation.0,
         }

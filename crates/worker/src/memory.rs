@@ -2,7 +2,7 @@
 //! killed by the system in the middle of a step says so at the start instead, with the settings that fit.
 
 use trainer::plan::{Cure, Program, Workload};
-use trainer::{Setup, TrainError};
+use trainer::{Setup, Sharding, TrainError};
 
 use crate::machine::{LimitBy, MachineMemory};
 
@@ -26,7 +26,7 @@ pub(crate) fn check(
     setup: &Setup,
     world: usize,
     here: usize,
-    mirror: bool,
+    sharding: Sharding,
 ) -> Result<(), MemoryError> {
     let (workload, program) = setup.workload()?;
     let machine = MachineMemory::here();
@@ -35,7 +35,7 @@ pub(crate) fn check(
         program,
         world,
         here,
-        mirror,
+        sharding,
     };
     match share.check(machine.as_ref()) {
         Ok(None) => Ok(()),
@@ -53,7 +53,7 @@ struct Share<'a> {
     program: Program,
     world: usize,
     here: usize,
-    mirror: bool,
+    sharding: Sharding,
 }
 
 impl Share<'_> {
@@ -61,7 +61,7 @@ impl Share<'_> {
     fn check(&self, machine: Option<&MachineMemory>) -> Result<Option<String>, String> {
         let knobs = self
             .workload
-            .knobs(self.world, rayon::current_num_threads(), self.mirror);
+            .knobs(self.world, rayon::current_num_threads(), self.sharding);
         let saving = self.workload.memory(&knobs, self.program, true);
         tracing::info!("memory with a checkpoint on the way: {saving}");
         let Some(machine) = machine else {
@@ -145,14 +145,18 @@ mod tests {
             peak: 1 << 20,
         };
         let workload = job.workload();
+        let sharding = Sharding {
+            mirror: true,
+            ..Sharding::default()
+        };
         let share = Share {
             workload,
             program,
             world: 4,
             here: 2,
-            mirror: true,
+            sharding,
         };
-        let knobs = workload.knobs(4, rayon::current_num_threads(), true);
+        let knobs = workload.knobs(4, rayon::current_num_threads(), sharding);
         let [least, saving] =
             [false, true].map(|saves| 2 * workload.memory(&knobs, program, saves).peak_bytes);
         assert!(least < saving);

@@ -7,6 +7,7 @@ use trainer::plan::Draft;
 use crate::backend::{self, Backend, BackendError};
 use crate::report::ReportError;
 
+pub use trainer::Sharding;
 pub use trainer::plan::{
     Amount, CONTEXT_BYTES, Change, Cure, Knobs, Moment, Parts, Probe, ProbeRequest, Program,
     ReferenceAmount, WorkerMemory, Workload,

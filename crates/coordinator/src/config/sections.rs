@@ -131,6 +131,10 @@ pub struct ClusterSection {
     /// of them. Without it a loss takes the run back to its last checkpoint, and each worker has 12 bytes × parameters / workers
     /// of memory more.
     pub mirror: bool,
+    /// ZeRO's stage: 1 shares out the optimizer's state and, where products are of bf16, the f32 weights; 2 gradients too, which
+    /// then travel once a pack and not once a step. A worker alone shares nothing.
+    #[schemars(range(min = 1, max = 2))]
+    pub zero: u32,
     /// Threads of each worker. Default: the cores shared out evenly.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
@@ -336,6 +340,7 @@ impl ClusterSection {
             min_workers: section.required("min_workers")?,
             max_workers: section.optional("max_workers")?.unwrap_or(workers),
             mirror: section.required("mirror")?,
+            zero: section.required("zero")?,
             threads: section.optional("threads")?,
             backend: section.required("backend")?,
             collective: section.required("collective")?,
@@ -382,6 +387,14 @@ impl ClusterSection {
                 gpus.len()
             );
             return Err(("cluster.gpus", reason));
+        }
+        if !(1..=2).contains(&self.zero) {
+            let reason = format!(
+                "must be 1 (optimizer state and f32 weights in shards) or 2 (gradients too), got {}; what a forward reads is \
+                 whole on every worker",
+                self.zero
+            );
+            return Err(("cluster.zero", reason));
         }
         let (min, most) = (self.min_workers, self.max_workers);
         if min == 0 || min > self.workers {

@@ -31,6 +31,12 @@ extern "C" __global__ void rmsprop(float* weights, float* second, const float* g
   if (operands) operands[at] = __float2bfloat16_rn(w);
 }
 
+// Sums over packs of a gradient's shard.
+extern "C" __global__ void add_to(float* sums, const float* part, long long elements) {
+  long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at < elements) sums[at] += part[at];
+}
+
 __device__ double block_sum(double v) {
   __shared__ double sums[8];
   for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);

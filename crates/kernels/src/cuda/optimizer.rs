@@ -47,6 +47,22 @@ pub(crate) fn sum_of_squares(
     Some(done(total.download::<f64>())[0])
 }
 
+/// sums += part.
+pub(crate) fn add_to(sums: &Tensor<1>, part: &Tensor<1>) -> Option<()> {
+    let (sums, part) = (&sums.array()?.view, &part.array()?.view);
+    let len = sums.len();
+    assert_lengths(&[sums, part], len);
+    if len > 0 {
+        launch(
+            sums.gpu(),
+            &Program::plain(SOURCE, "add_to"),
+            each(len),
+            &[Arg::View(sums), Arg::View(part), long(len)],
+        );
+    }
+    Some(())
+}
+
 /// Moves elements `range` of a bucket.
 pub(crate) fn update(
     weights: &Flat,

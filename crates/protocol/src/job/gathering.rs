@@ -59,6 +59,7 @@ impl Job {
             job: self.spec.id.clone(),
             terms: Terms {
                 mirror: self.elastic().mirror,
+                shard_gradients: self.elastic().shard_gradients,
                 collective_timeout_ms: self.elastic().collective_timeout_ms,
                 silence_ms: self.spec.policy.heartbeat_timeout_ms,
             },

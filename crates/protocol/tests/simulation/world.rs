@@ -493,6 +493,7 @@ fn elastic(random: &mut Random, world: u32) -> Elastic {
         hang_factor: 5.0,
         slow_factor: 2.0,
         mirror: true,
+        shard_gradients: false,
         failures_max: u32::MAX,
     }
 }

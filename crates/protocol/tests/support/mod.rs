@@ -41,6 +41,7 @@ pub fn policy(world: u64) -> JobPolicy {
             hang_factor: 5.0,
             slow_factor: 2.0,
             mirror: true,
+            shard_gradients: false,
             failures_max: u32::MAX,
         },
     }

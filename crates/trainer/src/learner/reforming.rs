@@ -4,7 +4,7 @@ use checkpoint::TrainState;
 use std::time::Instant;
 
 use super::{
-    Holding, Learner, Weights, can_share_masters, is_resident, optimizer, running_mean,
+    Holding, Learner, Weights, can_share_masters, gradients, is_resident, optimizer, running_mean,
     shares_masters,
 };
 use crate::error::TrainError;
@@ -12,6 +12,9 @@ use crate::masters::Way;
 use crate::reform::{Past, Transfer};
 use crate::shards::ShardedOptimizer;
 use model::Gradients;
+
+/// Fills in a bucket of weights, whole.
+type ReadBucket<'a> = &'a mut dyn FnMut(usize, &mut [f32]) -> Result<(), TrainError>;
 
 impl Learner {
     /// Takes from the ranks of the group what this one lacks to be at `committed`: the run's position, weights, and the moments of
@@ -56,7 +59,7 @@ impl Learner {
             Holding::Present => Some(&self.optimizer),
             Holding::Before(shards) => Some(shards),
         };
-        transfer.moments(held, &mut new, self.mirror)?;
+        transfer.moments(held, &mut new, self.sharding.mirror)?;
         if shares_masters(&self.model, self.collective.as_ref()) {
             let way = Way {
                 in_place: is_resident(&self.model, self.collective.as_ref()),
@@ -78,7 +81,8 @@ impl Learner {
         self.resident = is_resident(&self.model, self.collective.as_ref());
         // First those that are there: a device need not have room for both.
         self.gradients = Gradients::zeros(&[], self.model.device());
-        self.gradients = self.model.zero_gradients();
+        self.shard_sums = None;
+        self.gradients = gradients(&self.model, self.shards_gradients());
         std::mem::replace(&mut self.optimizer, shards)
     }
 
@@ -99,7 +103,7 @@ impl Learner {
             &self.model,
             self.section,
             self.collective.as_ref(),
-            self.mirror,
+            self.sharding.mirror,
             masters,
         )
     }
@@ -109,10 +113,7 @@ impl Learner {
     ///
     /// # Errors
     /// What `read` says.
-    pub fn restore_weights(
-        &mut self,
-        read: &mut dyn FnMut(usize, &mut [f32]) -> Result<(), TrainError>,
-    ) -> Result<(), TrainError> {
+    pub fn restore_weights(&mut self, read: ReadBucket<'_>) -> Result<(), TrainError> {
         let Some(mut weights) = self.take_whole() else {
             return self.restore_masters(read);
         };
@@ -123,10 +124,7 @@ impl Learner {
         read
     }
 
-    fn restore_masters(
-        &mut self,
-        read: &mut dyn FnMut(usize, &mut [f32]) -> Result<(), TrainError>,
-    ) -> Result<(), TrainError> {
+    fn restore_masters(&mut self, read: ReadBucket<'_>) -> Result<(), TrainError> {
         let lens = self.model.trained().bucket_lens();
         let flat = self.model.flat_mut();
         let mut narrow = vec![0.0; flat.narrow_len()];

@@ -69,6 +69,7 @@ impl Workload {
         let alone = [
             search.checkpointing(*knobs),
             search.micro_batch(*knobs),
+            search.gradients(*knobs),
             search.mirror(*knobs),
             search.workers(*knobs),
             search.max_length(*knobs),
@@ -125,6 +126,15 @@ impl Search<'_> {
         };
         let tokens = Self::most(knobs.micro_batch_tokens, |tokens| self.fits(&with(tokens)))?;
         Some(with(tokens))
+    }
+
+    /// With gradients in shards, which costs traffic.
+    fn gradients(&self, knobs: Knobs) -> Option<Knobs> {
+        let sharded = Knobs {
+            shard_gradients: true,
+            ..knobs
+        };
+        (sharded.shards_gradients() && sharded != knobs && self.fits(&sharded)).then_some(sharded)
     }
 
     /// Without mirrors, which costs the promise that no step is lost with a worker.
@@ -223,6 +233,11 @@ impl Search<'_> {
             "train.micro_batch_tokens",
             knobs.micro_batch_tokens != before.micro_batch_tokens,
             knobs.micro_batch_tokens.into(),
+        );
+        change(
+            "cluster.zero",
+            knobs.shard_gradients != before.shard_gradients,
+            2.into(),
         );
         change(
             "cluster.mirror",

@@ -15,6 +15,7 @@ use spec::Spec;
 use super::memory::{InFlight, cut, in_order, moment, packs, size};
 use super::{Cure, Knobs, Lengths, Parts, Program, WorkerMemory, Workload};
 use crate::error::TrainError;
+use crate::shards::Sharding;
 
 /// cuBLASLt's workspace, which `gpu` takes when it opens a device, and its kernels and ours as the driver loads them; the second part
 /// is an assumption.
@@ -35,10 +36,10 @@ const FLOAT: u64 = size_of::<f32>() as u64;
 
 impl Workload {
     /// The settings that the job has, for so many workers with a GPU each.
-    pub fn gpu_knobs(&self, workers: usize, mirror: bool) -> Knobs {
+    pub fn gpu_knobs(&self, workers: usize, sharding: Sharding) -> Knobs {
         Knobs {
             gpu: true,
-            ..self.knobs(workers, 1, mirror)
+            ..self.knobs(workers, 1, sharding)
         }
     }
 
@@ -84,7 +85,7 @@ impl Workload {
         let trained = Parts {
             weights: loaded.weights + adapter,
             masters: if shared { kept } else { 0 },
-            gradients: FLOAT * elements as u64,
+            gradients: self.gradients(knobs),
             optimizer_moments: self.moments * kept,
             collective: if alone { 0 } else { NCCL },
             ..loaded
@@ -190,15 +191,18 @@ impl fmt::Display for GpuRefusal {
 pub struct Peers {
     /// Workers, this one included.
     pub workers: usize,
-    /// Whether each keeps the moments of the one before it, too.
-    pub mirror: bool,
+    /// How they share out what training keeps.
+    pub sharding: Sharding,
 }
 
 impl Peers {
     /// One worker.
     pub const NONE: Self = Self {
         workers: 1,
-        mirror: false,
+        sharding: Sharding {
+            mirror: false,
+            gradients: false,
+        },
     };
 }
 
@@ -223,7 +227,7 @@ pub(crate) fn check(
 }
 
 fn judge(workload: &Workload, peers: Peers, free: u64, total: u64) -> Result<(), GpuRefusal> {
-    let knobs = workload.gpu_knobs(peers.workers, peers.mirror);
+    let knobs = workload.gpu_knobs(peers.workers, peers.sharding);
     let memory = workload.gpu_memory(&knobs);
     tracing::info!(
         "GPU memory: {memory}; {} of {} are free",
@@ -299,6 +303,7 @@ mod tests {
             knobs: Knobs {
                 workers: 1,
                 mirror: false,
+                shard_gradients: false,
                 threads: 1,
                 gpu: false,
                 micro_batch_tokens: tokens,
@@ -327,7 +332,7 @@ mod tests {
             let workload = workload(config, pack);
             let knobs = Knobs {
                 gradient_checkpointing: checkpointing,
-                ..workload.gpu_knobs(1, false)
+                ..workload.gpu_knobs(1, Sharding::default())
             };
             let memory = workload.gpu_memory(&knobs);
             let parts = memory.busiest().parts;
@@ -345,7 +350,7 @@ mod tests {
         let workload = workload(smollm2(), [14_000, 9_000]);
         let total = 80 << 30;
         assert_eq!(judge(&workload, Peers::NONE, total, total), Ok(()));
-        let memory = workload.gpu_memory(&workload.gpu_knobs(1, false));
+        let memory = workload.gpu_memory(&workload.gpu_knobs(1, Sharding::default()));
         let needed = memory.certain_bytes();
         assert!(needed < memory.peak_bytes);
         assert_eq!(
@@ -384,8 +389,12 @@ mod tests {
         let mut workload = workload(smollm2(), [1000, 600]);
         let elements = workload.layout.elements() as u64;
         let parts = |workload: &Workload, workers, mirror| {
+            let sharding = Sharding {
+                mirror,
+                ..Sharding::default()
+            };
             workload
-                .gpu_memory(&workload.gpu_knobs(workers, mirror))
+                .gpu_memory(&workload.gpu_knobs(workers, sharding))
                 .busiest()
                 .parts
         };

@@ -14,14 +14,17 @@ use serde::Serialize;
 use super::{Lengths, Program, Workload};
 use crate::lanes::{lanes, pack_tokens};
 use crate::masters::GATHERS_IN_FLIGHT;
+use crate::shard_sums::REDUCTIONS_IN_FLIGHT;
 
 /// Settings that memory depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Knobs {
     /// Workers of the job.
     pub workers: usize,
-    /// Whether each keeps the moments of the one before it, too.
+    /// Whether each keeps the shards of the one before it, too.
     pub mirror: bool,
+    /// Whether gradients are in shards, too (`cluster.zero = 2`).
+    pub shard_gradients: bool,
     /// Compute threads of each.
     pub threads: usize,
     /// Whether each of them computes on a GPU, whose memory is then meant.
@@ -42,6 +45,11 @@ impl Knobs {
         } else {
             1
         }
+    }
+
+    /// A worker alone has its sums at once.
+    pub(super) fn shards_gradients(&self) -> bool {
+        self.shard_gradients && self.workers > 1
     }
 }
 
@@ -281,7 +289,7 @@ impl Workload {
                 loaded.weights + self.adapter_weights()
             },
             masters: if shared { shard * FLOAT } else { 0 },
-            gradients: self.trained.elements() as u64 * FLOAT,
+            gradients: self.gradients(knobs),
             optimizer_moments: self.moments * shard * FLOAT,
             snapshot: if saves { self.snapshot(knobs) } else { 0 },
             reference_values: if self.needs_reference {
@@ -317,6 +325,24 @@ impl Workload {
         }
     }
 
+    /// Bytes of gradients: of all weights, or of a worker's shards and of the buckets on their way there.
+    pub(super) fn gradients(&self, knobs: &Knobs) -> u64 {
+        if !knobs.shards_gradients() {
+            return self.trained.elements() as u64 * FLOAT;
+        }
+        let mut lens = self.trained.bucket_lens();
+        lens.sort_unstable_by(|a, b| b.cmp(a));
+        // Those of a stage while the backward adds to them, and those before them.
+        let stage = self.trained.buckets.iter().map(|bucket| {
+            let others = self.trained.buckets_of(bucket.stage);
+            others.map(|other| self.trained.buckets[other].len).sum()
+        });
+        let largest: usize = stage.max().unwrap_or(0);
+        let travelling: usize = lens.iter().take(REDUCTIONS_IN_FLIGHT).sum();
+        let whole = self.trained.elements().min(largest + travelling) as u64;
+        (knobs.shards() * self.shard(knobs) + whole) * FLOAT
+    }
+
     /// Whether workers share the f32 weights out.
     pub(super) fn shares_masters(&self, knobs: &Knobs) -> bool {
         let whole = self.trained == self.layout;
@@ -335,7 +361,7 @@ impl Workload {
     }
 
     /// Elements of a worker's share; of every bucket the first workers may have one more.
-    fn shard(&self, knobs: &Knobs) -> u64 {
+    pub(super) fn shard(&self, knobs: &Knobs) -> u64 {
         let shares = self
             .trained
             .buckets

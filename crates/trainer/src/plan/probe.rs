@@ -22,6 +22,7 @@ use crate::learner::Learner;
 use crate::phases::Phases;
 use crate::reference::ReferenceAmount;
 use crate::setup::precision;
+use crate::shards::Sharding;
 
 /// What to probe.
 #[derive(Clone, Debug)]
@@ -218,7 +219,7 @@ impl Draft {
             model,
             self.spec.optimizer,
             collective,
-            false,
+            Sharding::default(),
             PATIENCE,
             Arc::default(),
         );

@@ -7,7 +7,7 @@ use data::{pack_plan, step_pairs};
 use model::{Device, Layout, ModelConfig};
 use spec::Spec;
 use trainer::plan::{Change, Draft, Knobs, Peers, ProbeRequest, Program, WorkerMemory};
-use trainer::{Setup, score};
+use trainer::{Setup, Sharding, score};
 
 /// Reading the pairs needs less than everything after it.
 const PROGRAM: Program = Program {
@@ -17,6 +17,13 @@ const PROGRAM: Program = Program {
 
 const LINES: &str = "train.steps = 9\ntrain.batch_pairs = 12\ntrain.micro_batch_tokens = 512\n\
                      schedule.warmup_steps = 1\nreference.verify_samples = 0";
+
+fn mirrored(mirror: bool) -> Sharding {
+    Sharding {
+        mirror,
+        ..Sharding::default()
+    }
+}
 
 fn draft(folder: &Folder, lines: &str) -> (Spec, Draft) {
     let spec = folder.spec(&format!("{LINES}\n{lines}"));
@@ -41,7 +48,11 @@ fn weights_gradients_moments_and_snapshot_are_the_layouts_elements() {
     let weights = 4 * layout.elements() as u64;
     for workers in [1, 2, 3] {
         let workload = draft.workload();
-        let memory = workload.memory(&workload.knobs(workers, 1, false), PROGRAM, true);
+        let memory = workload.memory(
+            &workload.knobs(workers, 1, Sharding::default()),
+            PROGRAM,
+            true,
+        );
         let parts = moment(&memory, "training step");
         assert_eq!([parts.weights, parts.gradients], [weights; 2]);
         // Rounded up in every bucket.
@@ -52,7 +63,7 @@ fn weights_gradients_moments_and_snapshot_are_the_layouts_elements() {
         let sums = parts.collective;
         assert_eq!(sums > 0, workers > 1, "{workers} workers: {sums}");
         // A worker alone has nobody whose moments it could keep.
-        let mirrored = workload.memory(&workload.knobs(workers, 1, true), PROGRAM, true);
+        let mirrored = workload.memory(&workload.knobs(workers, 1, mirrored(true)), PROGRAM, true);
         let mirrored = moment(&mirrored, "training step");
         let kept = if workers > 1 { 2 } else { 1 };
         assert_eq!(mirrored.optimizer_moments, kept * parts.optimizer_moments);
@@ -88,7 +99,7 @@ fn the_largest_micro_batch_is_that_of_the_runs_own_steps() {
         largest = largest.max(tokens.max().unwrap());
     }
     let workload = draft.workload();
-    let memory = workload.memory(&workload.knobs(2, 1, false), PROGRAM, true);
+    let memory = workload.memory(&workload.knobs(2, 1, Sharding::default()), PROGRAM, true);
     assert_eq!(memory.largest_micro_batch_tokens, largest);
 }
 
@@ -97,7 +108,7 @@ fn a_job_that_is_too_large_is_offered_settings_each_of_which_fits() {
     let folder = Folder::new(40);
     let (_, draft) = draft(&folder, "");
     let workload = draft.workload();
-    let knobs = workload.knobs(3, 1, false);
+    let knobs = workload.knobs(3, 1, Sharding::default());
     let needed = |knobs: &Knobs| {
         let memory = workload.memory(knobs, PROGRAM, true);
         memory.peak_bytes * knobs.workers as u64
@@ -127,7 +138,7 @@ fn several_settings_together_are_offered_where_none_is_enough_and_none_where_all
     let folder = Folder::new(40);
     let (_, draft) = draft(&folder, "");
     let workload = draft.workload();
-    let knobs = workload.knobs(1, 1, false);
+    let knobs = workload.knobs(1, 1, Sharding::default());
     let smallest = Knobs {
         gradient_checkpointing: true,
         micro_batch_tokens: 32,
@@ -161,6 +172,7 @@ fn changed(mut knobs: Knobs, changes: &[Change]) -> Knobs {
             "train.micro_batch_tokens" => knobs.micro_batch_tokens = whole,
             "cluster.workers" => knobs.workers = whole,
             "data.max_length" => knobs.max_length = whole,
+            "cluster.zero" => knobs.shard_gradients = whole == 2,
             other => panic!("{other}"),
         }
     }
@@ -173,7 +185,7 @@ fn checkpointing_and_smaller_micro_batches_need_less() {
     let step = |lines: &str| {
         let (_, draft) = draft(&folder, lines);
         let workload = draft.workload();
-        let memory = workload.memory(&workload.knobs(1, 1, false), PROGRAM, false);
+        let memory = workload.memory(&workload.knobs(1, 1, Sharding::default()), PROGRAM, false);
         let parts = moment(&memory, "training step");
         assert_eq!(parts.snapshot, 0, "no checkpoint on the way");
         parts.activations + parts.workspace
@@ -183,9 +195,11 @@ fn checkpointing_and_smaller_micro_batches_need_less() {
     let spec = LINES.replace("512", "256");
     let folder_spec = folder.spec(&spec);
     let draft = Draft::load(&folder_spec, 1).unwrap();
-    let memory = draft
-        .workload()
-        .memory(&draft.workload().knobs(1, 1, false), PROGRAM, false);
+    let memory = draft.workload().memory(
+        &draft.workload().knobs(1, 1, Sharding::default()),
+        PROGRAM,
+        false,
+    );
     let parts = moment(&memory, "training step");
     assert!(parts.activations + parts.workspace < plain);
 }
@@ -261,7 +275,7 @@ fn a_loaded_run_says_its_memory_in_one_line() {
     let (spec, _) = draft(&folder, "");
     let setup = Setup::load(&spec, &Device::flex(), Peers::NONE, &mut |_, _, _| Ok(())).unwrap();
     let (workload, program) = setup.workload().unwrap();
-    let memory = workload.memory(&workload.knobs(2, 1, false), program, true);
+    let memory = workload.memory(&workload.knobs(2, 1, Sharding::default()), program, true);
     let line = memory.to_string();
     assert!(line.contains(" MiB at most, in the "), "{line}");
     assert_eq!(line.lines().count(), 1, "{line}");

@@ -16,7 +16,7 @@ use spec::Spec;
 use trainer::plan::Peers;
 use trainer::{
     End, EvaluationRow, GateClosed, Held, Membership, Next, Past, Reformation, Sample,
-    SavedReporter, Setup, StepGate, StepReport, TrainError, Trainer, Verdict,
+    SavedReporter, Setup, Sharding, StepGate, StepReport, TrainError, Trainer, Verdict,
 };
 
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -61,7 +61,7 @@ enum Change {
 /// A coordinator in a few lines: votes, commits, forms generations.
 struct Director {
     changes: Vec<Change>,
-    mirror: bool,
+    sharding: Sharding,
     /// Where a run goes on from when a shard is lost.
     checkpoint: Option<(u64, PathBuf)>,
     state: Mutex<State>,
@@ -194,7 +194,8 @@ impl Member {
         let (past_generation, old) = &state.past;
         let rank_now = |old_rank: usize| state.members.iter().position(|id| *id == old[old_rank]);
         let shards = (0..old.len()).map(|shard| {
-            let mirror = (director.mirror && old.len() > 1).then(|| (shard + 1) % old.len());
+            let mirror =
+                (director.sharding.mirror && old.len() > 1).then(|| (shard + 1) % old.len());
             [rank_now(shard), mirror.and_then(rank_now)]
         });
         let past = Past {
@@ -229,7 +230,7 @@ impl Member {
             return None;
         }
         Some(Reformation {
-            membership: membership(collective, generation, resume, director.mirror),
+            membership: membership(collective, generation, resume, director.sharding),
             committed,
             apply: true,
             past: (!lost).then_some(past),
@@ -241,7 +242,7 @@ fn membership(
     collective: Box<dyn Collective>,
     generation: u64,
     resume: Option<PathBuf>,
-    mirror: bool,
+    sharding: Sharding,
 ) -> Membership {
     Membership {
         collective,
@@ -249,7 +250,7 @@ fn membership(
         checkpoints: PathBuf::new(),
         resume,
         generation,
-        mirror,
+        sharding,
         pulse: Arc::default(),
     }
 }
@@ -390,14 +391,14 @@ impl StepGate for Member {
 fn changing(
     spec: &Spec,
     world: usize,
-    mirror: bool,
+    sharding: Sharding,
     changes: &[Change],
     checkpoint: Option<(u64, PathBuf)>,
 ) -> Vec<(usize, StepReport)> {
     let members: Vec<usize> = (0..world).collect();
     let director = Arc::new(Director {
         changes: changes.to_vec(),
-        mirror,
+        sharding,
         checkpoint,
         state: Mutex::new(State {
             generation: 1,
@@ -438,7 +439,7 @@ fn changing(
                 };
                 let setup =
                     Setup::load(spec, &Device::flex(), Peers::NONE, &mut |_, _, _| Ok(())).unwrap();
-                let membership = membership(collective, 1, None, mirror);
+                let membership = membership(collective, 1, None, sharding);
                 let (trainer, _) = Trainer::new(setup, membership, &mut |_, _, _| Ok(())).unwrap();
                 (id, trainer.run(&mut Member { id, director }))
             }));
@@ -488,6 +489,8 @@ fn training(folder: &Folder, dtype: &str) -> Spec {
 struct Oracle {
     folder: Folder,
     spec: Spec,
+    /// With mirrors.
+    sharding: Sharding,
     runs: Mutex<Runs>,
 }
 
@@ -496,14 +499,18 @@ type Runs = BTreeMap<Vec<(u64, usize)>, Arc<Run>>;
 
 impl Oracle {
     fn new() -> Self {
-        Self::of("f32")
+        Self::of("f32", false)
     }
 
-    /// Several ranks have their masters in shards, and one has them in its model.
-    fn of(dtype: &str) -> Self {
+    /// In bf16 several ranks have their masters in shards, and one has them in its model.
+    fn of(dtype: &str, gradients: bool) -> Self {
         let folder = Folder::new(21);
         Self {
             spec: training(&folder, dtype),
+            sharding: Sharding {
+                mirror: true,
+                gradients,
+            },
             folder,
             runs: Mutex::default(),
         }
@@ -520,6 +527,11 @@ impl Oracle {
             checkpoints: self.folder.path(&format!("checkpoints-{worlds:?}")),
             resume,
             save: true,
+            // Whether others could have saved its shards changes nothing for a run without losses.
+            sharding: Sharding {
+                mirror: false,
+                ..self.sharding
+            },
             ..Script::default()
         };
         let done = Arc::new(run(&self.spec, last.1, &script));
@@ -557,7 +569,13 @@ fn m4_a_rank_lost_at_any_moment_costs_no_committed_step_and_no_bit() {
 
 #[test]
 fn m4_nor_does_it_where_masters_are_in_shards() {
-    lost_at_any_moment(&Oracle::of("bf16"), 2..=3);
+    lost_at_any_moment(&Oracle::of("bf16", false), 2..=3);
+}
+
+#[test]
+fn m4_nor_does_it_where_gradients_are_in_shards() {
+    lost_at_any_moment(&Oracle::of("bf16", true), 2..=3);
+    lost_at_any_moment(&Oracle::of("f32", true), 3..=3);
 }
 
 fn lost_at_any_moment(oracle: &Oracle, worlds: RangeInclusive<usize>) {
@@ -576,7 +594,7 @@ fn lost_at_any_moment(oracle: &Oracle, worlds: RangeInclusive<usize>) {
                     moment,
                     member,
                 };
-                let found = changing(&oracle.spec, world, true, &[change], None);
+                let found = changing(&oracle.spec, world, oracle.sharding, &[change], None);
                 // What was not committed is done again by the others.
                 let last = match moment {
                     Moment::InStep | Moment::Prepared => step - 1,
@@ -592,7 +610,7 @@ fn lost_at_any_moment(oracle: &Oracle, worlds: RangeInclusive<usize>) {
 #[test]
 fn m4_a_rank_lost_while_the_next_generation_forms_costs_no_bit_either() {
     lost_while_forming(&Oracle::new());
-    lost_while_forming(&Oracle::of("bf16"));
+    lost_while_forming(&Oracle::of("bf16", false));
 }
 
 fn lost_while_forming(oracle: &Oracle) {
@@ -611,7 +629,7 @@ fn lost_while_forming(oracle: &Oracle) {
                 member: 3,
             },
         ];
-        let found = changing(&oracle.spec, 4, true, &changes, None);
+        let found = changing(&oracle.spec, 4, oracle.sharding, &changes, None);
         oracle.check(&found, &[(0, 4), (last, 2)], &format!("{changes:?}"));
     }
     // A rank alone is joined by one that does not come: its masters were on their way out of its model.
@@ -626,14 +644,15 @@ fn lost_while_forming(oracle: &Oracle) {
             member: 1,
         },
     ];
-    let found = changing(&oracle.spec, 1, true, &changes, None);
+    let found = changing(&oracle.spec, 1, oracle.sharding, &changes, None);
     oracle.check(&found, &[(0, 1)], "joined by nobody");
 }
 
 #[test]
 fn ranks_leave_and_come_at_the_boundaries_of_steps() {
     leave_and_come(&Oracle::new());
-    leave_and_come(&Oracle::of("bf16"));
+    leave_and_come(&Oracle::of("bf16", false));
+    leave_and_come(&Oracle::of("bf16", true));
 }
 
 fn leave_and_come(oracle: &Oracle) {
@@ -651,7 +670,7 @@ fn leave_and_come(oracle: &Oracle) {
             member: 5,
         },
     ];
-    let found = changing(&oracle.spec, 2, true, &changes, None);
+    let found = changing(&oracle.spec, 2, oracle.sharding, &changes, None);
     oracle.check(
         &found,
         &[(0, 2), (2, 3), (4, 2), (6, 3)],
@@ -669,20 +688,25 @@ fn leave_and_come(oracle: &Oracle) {
             member: 0,
         },
     ];
-    let found = changing(&oracle.spec, 1, true, &changes, None);
+    let found = changing(&oracle.spec, 1, oracle.sharding, &changes, None);
     oracle.check(&found, &[(0, 1), (3, 2), (6, 1)], "joined and left alone");
 }
 
 #[test]
 fn m4_a_shard_without_a_living_copy_takes_the_run_back_to_a_checkpoint() {
     back_to_a_checkpoint(&Oracle::new());
-    back_to_a_checkpoint(&Oracle::of("bf16"));
+    back_to_a_checkpoint(&Oracle::of("bf16", false));
 }
 
 fn back_to_a_checkpoint(oracle: &Oracle) {
     let lost = |mirror: bool, changes: &[Change]| {
         let checkpoint = oracle.run(&[(0, 3)]).checkpoints[&2].clone();
-        let mut found = changing(&oracle.spec, 3, mirror, changes, Some((2, checkpoint)));
+        let sharding = Sharding {
+            mirror,
+            ..oracle.sharding
+        };
+        let checkpoint = Some((2, checkpoint));
+        let mut found = changing(&oracle.spec, 3, sharding, changes, checkpoint);
         // Steps that the run went back over were committed twice; the surviving history has the later ones.
         let survivors = found.len() - (STEPS as usize - 2);
         drop(found.drain(2..survivors));
@@ -706,7 +730,7 @@ fn back_to_a_checkpoint(oracle: &Oracle) {
 #[test]
 fn m4_an_interruption_without_a_loss_costs_no_bit() {
     interrupted(&Oracle::new());
-    interrupted(&Oracle::of("bf16"));
+    interrupted(&Oracle::of("bf16", false));
 }
 
 fn interrupted(oracle: &Oracle) {
@@ -718,7 +742,7 @@ fn interrupted(oracle: &Oracle) {
                 moment,
                 member: 9,
             };
-            let found = changing(&oracle.spec, world, true, &[change], None);
+            let found = changing(&oracle.spec, world, oracle.sharding, &[change], None);
             let what = format!("world of {world}, {change:?}");
             oracle.check(&found, &[(0, world), (4, world)], &what);
         }

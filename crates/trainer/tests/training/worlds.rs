@@ -5,7 +5,7 @@ use std::fs;
 use crate::support::{Folder, Run, Script, relative_error, run, state_bits};
 use checkpoint::{Checkpoint, Kind};
 use spec::Spec;
-use trainer::StepReport;
+use trainer::{Sharding, StepReport};
 
 const CAL_DPO: &str = "objective = { kind = \"cal_dpo\", beta = 0.1 }\n";
 
@@ -101,6 +101,43 @@ fn t2_worlds_in_bf16_start_from_the_same_bits_and_stay_near() {
     }
     let [first, last] = [0, 19].map(|step: usize| alone[1].reports[step].loss);
     assert!(last < 0.9 * first, "{first} to {last} trains something");
+}
+
+/// ZeRO's stage 2 adds the same parts in another order. Ranks have different numbers of packs, and some have none.
+#[test]
+fn t2_gradients_in_shards_are_those_of_whole_ones_within_the_order_of_their_sums() {
+    let lora = "objective = { kind = \"dpo\" }\nadapter = { kind = \"lora\", rank = 4 }\n";
+    let bf16 = &format!("{CAL_DPO}model.dtype = \"bf16\"\n");
+    for (folder, lines, most) in [
+        (Folder::new(31), CAL_DPO, 1e-5),
+        (Folder::tied(31), CAL_DPO, 1e-5),
+        (Folder::tied(31), bf16, 1e-2),
+        (Folder::new(31), lora, 1e-5),
+    ] {
+        let spec = folder.spec(&format!(
+            "{lines}optimizer.learning_rate = 1e-3\nschedule.warmup_steps = 0\n\
+             train = {{ steps = 10, batch_pairs = 7, micro_batch_tokens = 96, compare_every_steps = 1 }}"
+        ));
+        for world in 2..=4 {
+            let with = |mirror, gradients| {
+                let script = Script {
+                    sharding: Sharding { mirror, gradients },
+                    ..Script::default()
+                };
+                run(&spec, world, &script)
+            };
+            let (whole, shards) = (with(true, false), with(true, true));
+            let first = |run: &Run| run.reports[0].grad_norm;
+            let norm = relative_error(first(&shards), first(&whole));
+            let drift = drift(&whole, &shards);
+            println!("world of {world}: drift {drift:.1e}, first norm {norm:.1e}");
+            assert!(norm < 1e-5 && drift < most, "{lines}: {norm} {drift}");
+            for again in [with(true, true), with(false, true)] {
+                let bits = |run: &Run| run.reports.iter().map(StepReport::bits).collect::<Vec<_>>();
+                assert_eq!(bits(&again), bits(&shards), "world of {world} twice");
+            }
+        }
+    }
 }
 
 /// Packs side by side add to shared gradients: the embedding's rows, a tied head's tiles, blocks, adapters.
@@ -235,11 +272,15 @@ fn t6_a_non_finite_gradient_on_one_rank_skips_the_step_on_all() {
         "objective.kind = \"sft\"\ndata.shuffle = false\ntrain.batch_pairs = 2\noptimizer.learning_rate = 1e-3\n\
          schedule.warmup_steps = 0",
     );
-    for world in 1..=3 {
+    for (world, gradients) in [(1, false), (2, false), (3, false), (2, true), (3, true)] {
         let checkpoints = tempfile::tempdir().unwrap();
         let script = Script {
             checkpoints: checkpoints.path().to_owned(),
             save: true,
+            sharding: Sharding {
+                mirror: false,
+                gradients,
+            },
             ..Script::default()
         };
         let run = run(&spec, world, &script);

@@ -13,7 +13,7 @@ use spec::Spec;
 use trainer::plan::Peers;
 use trainer::{
     Cause, End, EvaluationRow, GateClosed, Membership, Next, ReferenceCounts, Sample,
-    SavedReporter, SavedShard, Setup, StepGate, StepReport, TrainError, Trainer, Verdict,
+    SavedReporter, SavedShard, Setup, Sharding, StepGate, StepReport, TrainError, Trainer, Verdict,
 };
 
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -29,6 +29,8 @@ pub struct Script {
     pub save: bool,
     /// Evaluate before the first step and after every step.
     pub evaluate: bool,
+    /// How the ranks share out what training keeps.
+    pub sharding: Sharding,
     /// Compute threads of every rank; by default those of the process.
     pub threads: Option<usize>,
 }
@@ -153,7 +155,7 @@ fn run_rank(
         checkpoints: script.checkpoints.clone(),
         resume: script.resume.clone(),
         generation: 1,
-        mirror: false,
+        sharding: script.sharding,
         pulse: Arc::default(),
     };
     let (trainer, counts) = Trainer::new(setup, membership, &mut |_, _, _| Ok(()))?;
