@@ -1,6 +1,7 @@
 //! `coordinator cache`: the reference store from outside of runs. What is done there is `refcache`'s; this is its words.
 
 use std::{
+    env,
     fmt::Write as _,
     io::{self, Write as _},
     path::{Path, PathBuf},
@@ -11,7 +12,8 @@ use anyhow::Context;
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 use refcache::{
-    Action, Cleaned, CleanedScope, Cleaning, ScopeReport, StoreError, clean, inspect, size,
+    Action, Cleaned, CleanedScope, Cleaning, CompactedScope, Compaction, ScopeReport, StoreError,
+    clean, compact, inspect, shared_folder, size,
 };
 use serde_json::{Value, json};
 
@@ -46,12 +48,17 @@ pub enum Cache {
     },
     /// Remove scopes that nobody has used for long, and merge the segments of each other scope into one.
     ///
-    /// Scopes that a run has open are left alone. Exit codes: 0 done, 1 something is damaged and was left alone, 2 no
-    /// store there, 75 something is in use.
+    /// Scopes that a run has open are left alone. Of a shared folder the segments of each scope become one while runs read
+    /// and write it; that takes room for the largest scope twice in the folder for temporary files (TMPDIR). Exit codes: 0
+    /// done, 1 something is damaged and was left alone, 2 no store there, 75 something is in use.
     Gc {
-        /// The store, `reference.store` of a job.
+        /// The store, `reference.store` of a job; with --shared, or where it is the URL of an object store, what machines
+        /// share, `reference.shared`.
         store: PathBuf,
-        /// Remove scopes that no run has opened for so many days; without it none is removed.
+        /// STORE is a folder that machines share.
+        #[arg(long)]
+        shared: bool,
+        /// Remove scopes that no run has opened for so many days; without it none is removed. Not of what machines share.
         #[arg(long, value_name = "DAYS")]
         older_than: Option<u32>,
         /// Tell what would be done.
@@ -78,11 +85,23 @@ struct Answer {
 pub fn run(cache: &Cache) -> anyhow::Result<u8> {
     let (Cache::Inspect { store, .. } | Cache::Verify { store, .. } | Cache::Gc { store, .. }) =
         cache;
-    if !store.is_dir() {
-        eprintln!("error: there is no store at {}", store.display());
+    let is_remote = storage::is_remote(store);
+    if let Some(reason) = refusal(cache, is_remote) {
+        eprintln!("error: {reason}");
         return Ok(EXIT_USAGE);
     }
     let answer = match *cache {
+        Cache::Gc {
+            ref store,
+            shared,
+            dry_run,
+            json,
+            ..
+        } if shared || is_remote => {
+            let folder = shared_folder(store)?;
+            let scopes = compact(&folder, &env::temp_dir(), SystemTime::now(), dry_run)?;
+            compacted(store, &scopes, dry_run, json)
+        }
         Cache::Inspect { ref store, json } => inspected(store, &look(store)?, json),
         Cache::Verify { ref store, json } => verified(store, &look(store)?, json),
         Cache::Gc {
@@ -90,6 +109,7 @@ pub fn run(cache: &Cache) -> anyhow::Result<u8> {
             older_than,
             dry_run,
             json,
+            ..
         } => {
             let cleaning = Cleaning {
                 unused_for: older_than.map(|days| days * Duration::from_hours(24)),
@@ -108,6 +128,28 @@ pub fn run(cache: &Cache) -> anyhow::Result<u8> {
             Err(error).context("write to standard output")
         }
         _ => Ok(answer.code),
+    }
+}
+
+/// Why a command is not one to carry out, if it is not.
+fn refusal(cache: &Cache, is_remote: bool) -> Option<String> {
+    match cache {
+        Cache::Gc {
+            shared,
+            older_than: Some(_),
+            ..
+        } if *shared || is_remote => {
+            Some("--older-than is not of what machines share: nobody knows who uses it".to_owned())
+        }
+        Cache::Gc { .. } if is_remote => None,
+        Cache::Inspect { store, .. } | Cache::Verify { store, .. } if is_remote => Some(format!(
+            "{} is what machines share: name the folder of a store, or clean it with `cache gc`",
+            store.display()
+        )),
+        Cache::Inspect { store, .. } | Cache::Verify { store, .. } | Cache::Gc { store, .. } => {
+            let missing = !store.is_dir();
+            missing.then(|| format!("there is no store at {}", store.display()))
+        }
     }
 }
 
@@ -205,6 +247,106 @@ fn cleaned(store: &Path, cleaned: &Cleaned, dry_run: bool, json: bool) -> Answer
     }
 }
 
+fn compacted(store: &Path, scopes: &[CompactedScope], dry_run: bool, json: bool) -> Answer {
+    let damages: Vec<_> = scopes.iter().flat_map(|scope| &scope.damages).collect();
+    let claimed = scopes
+        .iter()
+        .filter(|scope| scope.compaction == Compaction::Claimed)
+        .count();
+    // Of a dry run nobody knows how much would be left.
+    let freed = scopes.iter().map(|scope| match scope.compaction {
+        Compaction::Merged {
+            bytes_before,
+            bytes: Some(bytes),
+            ..
+        } => bytes_before.saturating_sub(bytes),
+        _ => 0,
+    });
+    let freed: u64 = freed.sum();
+    let text = if json {
+        json!({
+            "store": store,
+            "dry_run": dry_run,
+            "scopes": scopes.iter().map(compacted_json).collect::<Vec<_>>(),
+            "bytes_freed": if dry_run { Value::Null } else { freed.into() },
+        })
+        .to_string()
+    } else {
+        let mut text: String = scopes.iter().map(compacted_text).collect();
+        let _ = match dry_run {
+            true => write!(text, "nothing was changed"),
+            false => write!(text, "freed {} bytes", grouped(freed)),
+        };
+        text
+    };
+    Answer {
+        text,
+        complaints: damages.iter().map(ToString::to_string).collect(),
+        code: if !damages.is_empty() {
+            EXIT_FAILED
+        } else if claimed > 0 {
+            EXIT_TEMPORARY
+        } else {
+            EXIT_DONE
+        },
+    }
+}
+
+fn compacted_text(scope: &CompactedScope) -> String {
+    let (verb, what) = match scope.compaction {
+        Compaction::Unneeded if scope.damages.is_empty() => ("kept", "nothing to do".to_owned()),
+        Compaction::Unneeded => (
+            "left alone",
+            "damaged, delete the files that are named first".to_owned(),
+        ),
+        Compaction::Claimed => (
+            "left alone",
+            "another process merges its segments, or died at it within the hour".to_owned(),
+        ),
+        Compaction::Merged {
+            segments,
+            bytes_before,
+            bytes,
+        } => {
+            let merged = count(segments, "segment");
+            let before = grouped(bytes_before);
+            match bytes {
+                Some(bytes) => (
+                    "merged",
+                    format!("{merged} into one, {before} bytes to {}", grouped(bytes)),
+                ),
+                None => (
+                    "would merge",
+                    format!("{merged} of {before} bytes into one"),
+                ),
+            }
+        }
+    };
+    format!("{verb} {}: {what}\n", scope.digest)
+}
+
+fn compacted_json(scope: &CompactedScope) -> Value {
+    let (action, merged, bytes_before, bytes) = match scope.compaction {
+        Compaction::Unneeded if scope.damages.is_empty() => ("kept", 0, None, None),
+        Compaction::Unneeded => ("damaged", 0, None, None),
+        Compaction::Claimed => ("claimed", 0, None, None),
+        Compaction::Merged {
+            segments,
+            bytes_before,
+            bytes,
+        } => ("merged", segments, Some(bytes_before), bytes),
+    };
+    json!({
+        "digest": scope.digest,
+        "segments": scope.segments,
+        "action": action,
+        "merged": merged,
+        "bytes_before": bytes_before,
+        "bytes": bytes,
+        "damages": damages_json(&scope.damages),
+    })
+}
+
 fn scope_text(report: &ScopeReport) -> String {
     let mut text = format!("scope         {}\n", report.digest);
     if let Some(scope) = &report.scope {
@@ -237,10 +379,6 @@ fn scope_json(report: &ScopeReport) -> Value {
         .torn
         .iter()
         .map(|tail| json!({"path": tail.path, "offset": tail.offset, "bytes": tail.bytes}));
-    let damages = report.damages.iter().map(|damage| {
-        let (path, offset) = damage.place().unzip();
-        json!({"path": path, "offset": offset, "reason": damage.to_string()})
-    });
     json!({
         "digest": report.digest,
         "folder": report.folder,
@@ -250,8 +388,16 @@ fn scope_json(report: &ScopeReport) -> Value {
         "bytes": report.bytes,
         "last_used": rfc3339(report.used),
         "unfinished": torn.collect::<Vec<_>>(),
-        "damages": damages.collect::<Vec<_>>(),
+        "damages": damages_json(&report.damages),
     })
+}
+
+fn damages_json(damages: &[StoreError]) -> Vec<Value> {
+    let told = damages.iter().map(|damage| {
+        let (path, offset) = damage.place().unzip();
+        json!({"path": path, "offset": offset, "reason": damage.to_string()})
+    });
+    told.collect()
 }
 
 fn cleaned_text(scope: &CleanedScope, dry_run: bool) -> String {
@@ -266,8 +412,12 @@ fn cleaned_text(scope: &CleanedScope, dry_run: bool) -> String {
         Action::Merged => (
             did("merged", "would merge"),
             format!(
-                "{} into one of {} entries, {} bytes to {}",
+                "{} into {} of {} entries, {} bytes to {}",
                 count(before.segments, "segment"),
+                match scope.segments {
+                    1 => "one".to_owned(),
+                    more => grouped(more as u64),
+                },
                 grouped(before.entries as u64),
                 grouped(before.bytes),
                 grouped(scope.bytes)
@@ -293,7 +443,12 @@ fn cleaned_json(scope: &CleanedScope) -> Value {
         Action::Removed => "removed",
         Action::Damaged => "damaged",
     };
-    json!({"action": action, "bytes": scope.bytes, "before": scope_json(&scope.before)})
+    json!({
+        "action": action,
+        "segments": scope.segments,
+        "bytes": scope.bytes,
+        "before": scope_json(&scope.before),
+    })
 }
 
 fn totals(store: &Path, scopes: &[ScopeReport]) -> String {

@@ -173,3 +173,73 @@ fn a_store_that_is_not_there_is_bad_usage() {
     }
     assert!(!absent.exists());
 }
+
+#[test]
+fn gc_merges_what_machines_share_and_tells_before_and_after() {
+    let (store, shared) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let folder = storage::Folder::open(shared.path()).unwrap();
+    for indices in [0..3, 1..4, 2..5] {
+        let entries: Vec<_> = indices
+            .map(|index| (EntryKey::new(&[index], &[]), -1.5))
+            .collect();
+        let mut store = open(store.path());
+        let mut writer = store.writer().unwrap();
+        writer.append(&entries).unwrap();
+        writer.finish().unwrap();
+        store.push(&folder).unwrap();
+    }
+    let objects = || segments(shared.path()).len();
+    assert_eq!(objects(), 3);
+    let (code, out, _) = run("gc", shared.path(), &["--shared", "--dry-run"]);
+    assert_eq!((code, objects()), (0, 3));
+    check(
+        &out,
+        &[
+            "would merge",
+            "3 segments of 792 bytes into one",
+            "nothing was changed",
+        ],
+    );
+    let (code, out, _) = run("gc", shared.path(), &["--shared"]);
+    assert_eq!((code, objects()), (0, 1));
+    check(
+        &out,
+        &[
+            "merged",
+            "3 segments into one, 792 bytes to 336",
+            "freed 456 bytes",
+        ],
+    );
+    let (code, all) = json("gc", shared.path(), &["--shared"]);
+    let scope = &all["scopes"][0];
+    assert_eq!(
+        (code, &scope["action"], &scope["segments"]),
+        (0, &"kept".into(), &1.into())
+    );
+    let damaged = &segments(shared.path())[0];
+    fs::copy(
+        damaged,
+        damaged.with_file_name(format!("{}.segment", "0".repeat(64))),
+    )
+    .unwrap();
+    let (code, out, err) = run("gc", shared.path(), &["--shared"]);
+    assert_eq!((code, objects()), (1, 2));
+    check(
+        &err,
+        &[&"0".repeat(64), "not the segment that it is named after"],
+    );
+    check(&out, &["left alone"]);
+}
+
+#[test]
+fn what_is_not_of_shared_folders_is_refused_with_the_reason() {
+    let store = filled();
+    let (code, _, err) = run("gc", store.path(), &["--shared", "--older-than", "3"]);
+    assert_eq!(code, 2);
+    check(&err, &["--older-than is not of what machines share"]);
+    for command in ["inspect", "verify"] {
+        let (code, _, err) = run(command, Path::new("s3://bucket/reference"), &[]);
+        assert_eq!(code, 2);
+        check(&err, &["s3://bucket/reference is what machines share"]);
+    }
+}

@@ -180,6 +180,33 @@ pub enum RecoveryError {
         /// The highest before it.
         newest: Fence,
     },
+    /// Evaluations and checkpoints are of committed steps, and a run is complete with its last commit.
+    #[error("the journal {what} step {step} when step {committed} is its last commit")]
+    Misplaced {
+        /// What it does with the step: `evaluates`, `saves`, `ends with`.
+        what: &'static str,
+        /// Which.
+        step: Step,
+        /// The commit before.
+        committed: Step,
+    },
+    /// Fences and generations are counted up from 1, and the next one must be a number still.
+    #[error("{number} stands for its {what}, and no run comes that far")]
+    OutOfRange {
+        /// Its `fence` or `generation`.
+        what: &'static str,
+        /// What it says.
+        number: u64,
+    },
+    /// One of these, and the record in which it came to light.
+    #[error("record {index}: {source}")]
+    At {
+        /// The record's place, from 1.
+        index: usize,
+        /// What is wrong with it.
+        #[source]
+        source: Box<RecoveryError>,
+    },
     /// A rewind must go back.
     #[error("the journal rewinds to step {to} from step {committed}")]
     RewindForward {
@@ -190,12 +217,17 @@ pub enum RecoveryError {
     },
 }
 
+/// Fences and generations are below, so that there is a next one; a worker that speaks of a higher one is not believed.
+pub(crate) const COUNTED_MAX: u64 = 1 << 63;
+
 /// The journal's records, and the fence of whoever opens it next.
 ///
 /// # Errors
-/// A record of a coordinator that had been replaced when it was written.
+/// [`RecoveryError::Replaced`] or [`RecoveryError::At`]: a record of a coordinator that had been replaced when it was written, or
+/// one that cannot follow those before it.
 pub fn fenced(entries: Vec<Entry>) -> Result<(Vec<Record>, Fence), RecoveryError> {
     let mut newest = Fence(0);
+    let mut commits = Vec::new();
     for (index, entry) in entries.iter().enumerate() {
         let opens = entry.record == Record::Opened;
         if entry.fence < newest || (opens && entry.fence == newest) {
@@ -206,6 +238,13 @@ pub fn fenced(entries: Vec<Entry>) -> Result<(Vec<Record>, Fence), RecoveryError
             });
         }
         newest = entry.fence;
+        // The next one is written by whoever opens the journal, who must be able to open it again.
+        let followed = in_range("fence", newest.0.saturating_add(1))
+            .and_then(|()| follow(&mut commits, &entry.record));
+        followed.map_err(|source| RecoveryError::At {
+            index: index + 1,
+            source: Box::new(source),
+        })?;
     }
     let records = entries.into_iter().map(|it| it.record);
     let records = records.filter(|it| *it != Record::Opened);
@@ -213,28 +252,71 @@ pub fn fenced(entries: Vec<Entry>) -> Result<(Vec<Record>, Fence), RecoveryError
 }
 
 /// The commits that count: the journal minus its rewinds, in order, one a step (invariant M3).
+///
+/// # Errors
+/// A record that cannot follow those before it.
 pub fn surviving(records: &[Record]) -> Result<Vec<CommitRecord>, RecoveryError> {
-    let mut commits: Vec<CommitRecord> = Vec::new();
+    let mut commits = Vec::new();
     for record in records {
-        let committed = Step(commits.len() as u64);
-        match record {
-            Record::Commit(commit) => {
-                let found = Step(commit.row.report.step);
-                if found != committed.next() {
-                    return Err(RecoveryError::Gap { committed, found });
-                }
-                commits.push(*commit);
-            }
-            Record::Rewind { to, .. } => {
-                if *to > committed {
-                    return Err(RecoveryError::RewindForward { to: *to, committed });
-                }
-                commits.truncate(to.0 as usize);
-            }
-            _ => {}
-        }
+        follow(&mut commits, record)?;
     }
     Ok(commits)
+}
+
+/// Takes the next record in, given the commits that count before it.
+fn follow(commits: &mut Vec<CommitRecord>, record: &Record) -> Result<(), RecoveryError> {
+    let committed = Step(commits.len() as u64);
+    match record {
+        Record::Commit(commit) => {
+            let found = Step(commit.row.report.step);
+            if found != committed.next() {
+                return Err(RecoveryError::Gap { committed, found });
+            }
+            in_range("generation", commit.row.generation)?;
+            commits.push(*commit);
+        }
+        Record::Rewind { to, .. } => {
+            if *to > committed {
+                return Err(RecoveryError::RewindForward { to: *to, committed });
+            }
+            commits.truncate(to.0 as usize);
+        }
+        Record::Evaluation { row, stop } => {
+            let decided = stop.as_ref().map_or(0, |stop| stop.step);
+            let step = Step(row.step.max(decided));
+            if step > committed {
+                return Err(misplaced("evaluates", step, committed));
+            }
+        }
+        Record::Checkpoint { step } => {
+            if *step > committed {
+                return Err(misplaced("saves", *step, committed));
+            }
+        }
+        Record::Completed { step } => {
+            if *step != committed {
+                return Err(misplaced("ends with", *step, committed));
+            }
+        }
+        Record::Generation { generation, .. } => in_range("generation", generation.0)?,
+        Record::Opened | Record::Facts { .. } => {}
+    }
+    Ok(())
+}
+
+fn in_range(what: &'static str, number: u64) -> Result<(), RecoveryError> {
+    if number >= COUNTED_MAX {
+        return Err(RecoveryError::OutOfRange { what, number });
+    }
+    Ok(())
+}
+
+fn misplaced(what: &'static str, step: Step, committed: Step) -> RecoveryError {
+    RecoveryError::Misplaced {
+        what,
+        step,
+        committed,
+    }
 }
 
 /// What the last surviving evaluation that decided something decided; whether the run then ended by it,

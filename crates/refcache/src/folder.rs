@@ -149,11 +149,7 @@ impl Folder {
 
     /// A name for a new segment.
     pub fn new_segment(&self) -> Result<PathBuf, StoreError> {
-        // 128 random bits make the name exclusive without a lock, on shared folders too.
-        let mut random = [0; 16];
-        getrandom::fill(&mut random).map_err(StoreError::Random)?;
-        let name = format!("{:032x}", u128::from_le_bytes(random));
-        Ok(self.path.join(name).with_extension(EXTENSION))
+        Ok(self.path.join(random_name()?).with_extension(EXTENSION))
     }
 
     /// Where the folder goes before its content is removed.
@@ -226,9 +222,21 @@ fn has_extension(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|found| found == extension)
 }
 
-/// The digest that a folder is named after, in the very form that scopes are named in.
+/// A name that nobody else picks: 128 random bits make it exclusive without a lock, on shared folders too.
+pub fn random_name() -> Result<String, StoreError> {
+    let mut random = [0; 16];
+    getrandom::fill(&mut random).map_err(StoreError::Random)?;
+    Ok(format!("{:032x}", u128::from_le_bytes(random)))
+}
+
+/// The digest that a folder is named after.
 fn digest_of(path: &Path) -> Option<[u8; 32]> {
-    let name = path.file_stem()?.to_str()?;
+    let digest = digest_named(path.file_stem()?.to_str()?)?;
+    path.is_dir().then_some(digest)
+}
+
+/// The digest that these digits are, in the very form that scopes are named in.
+pub fn digest_named(name: &str) -> Option<[u8; 32]> {
     let digest = blake3::Hash::from_hex(name).ok()?;
-    (digest.to_string() == name && path.is_dir()).then(|| *digest.as_bytes())
+    (digest.to_string() == name).then(|| *digest.as_bytes())
 }

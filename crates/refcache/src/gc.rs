@@ -10,11 +10,13 @@
 //! remove  rename          SCOPE -> SCOPE.removed, durably        the scope is gone
 //!         remove          SCOPE.removed with all it holds
 //! ```
-//! Segments that are shared with other machines (`share.rs`) are not merged.
+//! Segments that are shared with other machines (`share.rs`) are not merged here but there (`compact.rs`). One whose entries
+//! another shared one has all is what such a merge leaves, and goes.
 //!
 //! What a crash leaves behind (`*.merging`, `*.tmp`, `*.removed`) the next clean-up removes.
 
 use std::{
+    cmp::Reverse,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -60,6 +62,8 @@ pub struct CleanedScope {
     pub before: ScopeReport,
     /// What was done.
     pub action: Action,
+    /// Number of its segments now.
+    pub segments: usize,
     /// Bytes of its segments now.
     pub bytes: u64,
 }
@@ -69,7 +73,8 @@ pub struct CleanedScope {
 pub enum Action {
     /// There was nothing to do.
     Kept,
-    /// All entries are in one sorted segment now; unfinished appends are gone.
+    /// All entries that are not shared are in one sorted segment now, and unfinished appends are gone; shared segments whose
+    /// entries a larger one has are gone, too.
     Merged,
     /// Gone, because nobody had used it for so long.
     Removed,
@@ -121,55 +126,102 @@ fn clean_scope(folder: &Folder, cleaning: &Cleaning) -> Result<CleanedScope, Sto
     // What is shared stays what its name says.
     let is_shared = |segment: &Segment| root_of(&segment.path).is_some();
     let (shared, segments): (Vec<_>, Vec<_>) = segments.into_iter().partition(is_shared);
+    let merges = !matches!(
+        &segments[..],
+        [] | [Segment {
+            form: Form::Sorted(_),
+            ..
+        }]
+    );
+    let covered = if before.damages.is_empty() {
+        covered(&shared)?
+    } else {
+        Vec::new()
+    };
     // A date in the future is a clock's fault, and no long time ago.
     let unused_for = cleaning.now.duration_since(before.used).unwrap_or_default();
     let action = if cleaning.unused_for.is_some_and(|least| unused_for >= least) {
         Action::Removed
     } else if !before.damages.is_empty() {
         Action::Damaged
-    } else if !matches!(
-        &segments[..],
-        [] | [Segment {
-            form: Form::Sorted(_),
-            ..
-        }]
-    ) {
+    } else if merges || !covered.is_empty() {
         Action::Merged
     } else {
         Action::Kept
     };
-    let entries = match (action, &shared[..]) {
-        (Action::Merged, [_, ..]) => Distinct::new(&segments).count(),
-        _ => before.entries,
+    let kept = shared.iter().filter(|it| !covered.contains(&it.path));
+    let kept: Vec<u64> = kept.map(|segment| segment.bytes).collect();
+    let merged = match (action, merges) {
+        (Action::Merged, true) if shared.is_empty() => Some(before.entries),
+        (Action::Merged, true) => Some(Distinct::new(&segments).count()),
+        _ => None,
     };
-    let bytes = match action {
-        Action::Kept | Action::Damaged => before.bytes,
-        Action::Merged => {
-            let shared = shared.iter().map(|segment| segment.bytes);
-            sorted::bytes(entries) + shared.sum::<u64>()
-        }
-        Action::Removed => 0,
+    let (count, bytes) = match (action, merged) {
+        (Action::Kept | Action::Damaged, _) => (before.segments, before.bytes),
+        (Action::Merged, Some(entries)) => (1, sorted::bytes(entries)),
+        (Action::Merged, None) => (segments.len(), segments.iter().map(|it| it.bytes).sum()),
+        (Action::Removed, _) => (0, 0),
     };
-    match action {
-        Action::Removed if !cleaning.dry_run => {
+    let (count, bytes) = match action {
+        Action::Merged => (count + kept.len(), bytes + kept.iter().sum::<u64>()),
+        _ => (count, bytes),
+    };
+    if !cleaning.dry_run {
+        if action == Action::Removed {
             rename(&folder.path, &folder.removed())?;
             remove_directory(&folder.removed())?;
         }
-        Action::Merged if !cleaning.dry_run => {
-            let merged = folder.new_segment()?;
+        if let Some(entries) = merged {
+            let path = folder.new_segment()?;
             let all = || Distinct::new(&segments);
             // Cleaning up is no use, so the date stays.
             let used = Some(before.used);
-            replace::write(&merged, &folder.digest, entries, all, used)?;
+            replace::write(&path, &folder.digest, entries, all, used)?;
             for segment in &segments {
                 remove_file(&segment.path)?;
             }
         }
-        _ => {}
+        if action == Action::Merged {
+            for path in &covered {
+                remove_file(path)?;
+            }
+        }
     }
     Ok(CleanedScope {
         before,
         action,
+        segments: count,
         bytes,
     })
+}
+
+/// The segments all of whose entries a larger one of `shared` has, and not only others together.
+fn covered(shared: &[Segment]) -> Result<Vec<PathBuf>, StoreError> {
+    let mut largest_first: Vec<&Segment> = shared.iter().collect();
+    largest_first.sort_by_key(|segment| Reverse(segment.len()));
+    let (mut kept, mut covered) = (Vec::<&Segment>::new(), Vec::new());
+    for segment in largest_first {
+        let mut is_covered = false;
+        for larger in &kept {
+            is_covered = is_covered || has_all(larger, segment)?;
+        }
+        if is_covered {
+            covered.push(segment.path.clone());
+        } else {
+            kept.push(segment);
+        }
+    }
+    Ok(covered)
+}
+
+/// Whether `larger` has every entry of `segment`, with its value. Of unrelated ones the first entry tells.
+fn has_all(larger: &Segment, segment: &Segment) -> Result<bool, StoreError> {
+    for index in 0..segment.len() {
+        let (key, value) = segment.entry(index)?;
+        let found = larger.find(&key)?;
+        if found.is_none_or(|(found, _)| found.to_bits() != value.to_bits()) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

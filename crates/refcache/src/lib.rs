@@ -47,7 +47,9 @@
 //!
 //! # Shared between machines
 //! [`Store::pull`] and [`Store::push`] exchange finished segments with a folder of an object store, or any other; `share.rs`
-//! draws it. The store that a run opens stays a folder of a disk.
+//! draws it. The store that a run opens stays a folder of a disk. A push that finds more than [`SHARED_SEGMENTS_MAX`] segments
+//! there merges the smallest, and [`compact`] all of each scope, among readers and writers and without a lock; `compact.rs`
+//! draws the steps.
 //!
 //! # Cleaning up
 //! [`clean`] removes scopes that nobody has used for long and merges the segments of the others; `gc.rs` draws the steps. A
@@ -60,6 +62,7 @@
 //! What this crate is not: it holds no model and computes nothing; which entries a run needs is the trainer's affair.
 
 mod appended;
+mod compact;
 mod entry;
 mod folder;
 mod gc;
@@ -74,6 +77,7 @@ mod share;
 mod sorted;
 mod store;
 
+pub use compact::{CompactedScope, Compaction, Extent, SHARED_SEGMENTS_MAX, compact};
 pub use entry::EntryKey;
 pub use gc::{Action, Cleaned, CleanedScope, Cleaning, clean};
 pub use inspect::{ScopeReport, inspect, size};

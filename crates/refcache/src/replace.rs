@@ -38,7 +38,8 @@ where
     Ok(rename(&unfinished, path)?)
 }
 
-fn read_back(
+/// Compares the segment at `path` with the entries that it was just made of.
+pub fn read_back(
     path: &Path,
     scope: &[u8; 32],
     count: usize,

@@ -4,18 +4,20 @@
 //! ```text
 //! <shared>/<scope digest>/scope.json
 //!                         <root, 64 hex digits>.segment   a sorted segment, named after the digest of all it holds
+//!                         compacting.json         while somebody merges some of them (`compact.rs`)
 //! ```
 //! Nothing there is ever changed: a name stands for its bytes, so two that push the same write the same, a list that is late
-//! costs entries that are computed anew, and no put needs a condition to be safe. What is fetched is checked to the last byte
-//! before it gets a name that is read. On the disk a segment that is shared has the same name, and [`crate::clean`] merges only
-//! those that are not, or it would be fetched and pushed again.
+//! costs entries that are computed anew, and no put needs a condition to be safe. A segment is removed only after one that has
+//! all of its entries is there, so whoever finds one gone that was listed lists again. What is fetched is checked to the last
+//! byte before it gets a name that is read. On the disk a segment that is shared has the same name, and [`crate::clean`] merges
+//! only those that are not, or it would be fetched and pushed again.
 
-use std::{io, path::Path};
+use std::{collections::BTreeSet, io, path::Path, time::SystemTime};
 
-use storage::{Condition, DurableFile, FileError, remove_file, rename};
+use storage::{Condition, DurableFile, FileError, remove_file, rename, was_replaced};
 
 use crate::{
-    Folder, Store, StoreError,
+    Compaction, Extent, Folder, Store, StoreError,
     entry::hex,
     folder::{MERGING, SCOPE_FILE},
     inspect::check,
@@ -24,6 +26,9 @@ use crate::{
 
 /// Bytes sent at once.
 const BLOCK_BYTES: usize = 1 << 20;
+
+/// How often a folder is listed in which segments vanish. Each time somebody has merged them since it was listed.
+const LISTS_MAX: usize = 8;
 
 /// The folder or object store at `location`: a path, or a URL such as `s3://bucket/prefix`.
 ///
@@ -45,12 +50,14 @@ pub struct Pulled {
 }
 
 /// What [`Store::push`] did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Pushed {
     /// Segments that were sent.
     pub segments: usize,
     /// Their sizes together.
     pub bytes: u64,
+    /// What became of the segments there, where some were sent and they may be too many; that it failed costs no entry.
+    pub compaction: Option<Result<Compaction, StoreError>>,
 }
 
 impl Store {
@@ -60,38 +67,65 @@ impl Store {
     /// The folder cannot be read, or the disk not be written; what was fetched before stays.
     pub fn pull(&mut self, shared: &storage::Folder) -> Result<Pulled, StoreError> {
         let shared = shared.below(&hex(&self.folder.digest));
-        let mut pulled = Pulled::default();
-        for name in shared.list()? {
-            let Some(root) = root_of(Path::new(&name)) else {
-                continue;
-            };
-            let path = self.folder.path.join(&name);
-            if path
-                .try_exists()
-                .map_err(|error| StoreError::at("look for", &path, error))?
-            {
-                continue;
-            }
-            match self.folder.fetch(&shared, &name, root) {
-                Ok(None) => {}
-                Ok(Some(bytes)) => {
-                    pulled.segments += 1;
-                    pulled.bytes += bytes;
-                }
-                Err(error) if error.place().is_some() => pulled.refused.push(error),
-                Err(error) => return Err(error),
-            }
-        }
-        self.reload()?;
-        Ok(pulled)
+        Ok(self.fetch_all(&shared)?.0)
     }
 
-    /// Sends the sorted segments that were not shared yet to the folder `shared`. Writers end before: a log is not sent.
+    /// [`Store::pull`] of the scope's own folder. Gives the names of the segments that are there and now here, too.
+    pub(crate) fn fetch_all(
+        &mut self,
+        shared: &storage::Folder,
+    ) -> Result<(Pulled, Vec<String>), StoreError> {
+        let mut pulled = Pulled::default();
+        let mut refused = BTreeSet::new();
+        let mut lists = 0;
+        let here = loop {
+            let (mut here, mut vanished) = (Vec::new(), false);
+            for name in shared.list()? {
+                let Some(root) = root_of(Path::new(&name)) else {
+                    continue;
+                };
+                if refused.contains(&name) {
+                    continue;
+                }
+                let path = self.folder.path.join(&name);
+                if path
+                    .try_exists()
+                    .map_err(|error| StoreError::at("look for", &path, error))?
+                {
+                    here.push(name);
+                    continue;
+                }
+                match self.folder.fetch(shared, &name, root) {
+                    Ok(None) => vanished = true,
+                    Ok(Some(bytes)) => {
+                        pulled.segments += 1;
+                        pulled.bytes += bytes;
+                        here.push(name);
+                    }
+                    Err(error) if error.place().is_some() => {
+                        pulled.refused.push(error);
+                        refused.insert(name);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            lists += 1;
+            // Its entries are in a segment that the list did not have.
+            if !vanished || lists == LISTS_MAX {
+                break here;
+            }
+        };
+        self.reload()?;
+        Ok((pulled, here))
+    }
+
+    /// Sends the sorted segments that were not shared yet to the folder `shared`. Writers end before: a log is not sent. Where
+    /// that makes more than [`crate::SHARED_SEGMENTS_MAX`], merges some ([`Store::compact`]).
     ///
     /// # Errors
     /// The folder cannot be written; what was sent before stays, and the next call goes on.
     pub fn push(&mut self, shared: &storage::Folder) -> Result<Pushed, StoreError> {
-        let shared = shared.below(&hex(&self.folder.digest));
+        let scope = shared.below(&hex(&self.folder.digest));
         let mut pushed = Pushed::default();
         self.reload()?;
         for segment in &self.segments {
@@ -104,14 +138,10 @@ impl Store {
             // Before it leaves, every byte of it is checked.
             check(segment, &mut |_| ())?;
             if pushed.segments == 0 {
-                self.folder.tell_scope(&shared)?;
+                self.folder.tell_scope(&scope)?;
             }
-            let name = format!("{}.{EXTENSION}", hex(&sorted.root()));
-            let mut upload = shared.create(&name, segment.bytes)?;
-            for block in sorted.bytes().chunks(BLOCK_BYTES) {
-                upload.append(block)?;
-            }
-            upload.commit()?;
+            let name = segment_name(&sorted.root());
+            send(&scope, &name, sorted.bytes())?;
             match rename(&segment.path, &self.folder.path.join(name)) {
                 // Another process has pushed it just now.
                 Err(error) if error.source.kind() == io::ErrorKind::NotFound => {}
@@ -121,6 +151,10 @@ impl Store {
             pushed.bytes += segment.bytes;
         }
         self.reload()?;
+        if pushed.segments > 0 {
+            let compacted = self.compact(shared, Extent::Crowded, SystemTime::now());
+            pushed.compaction = Some(compacted.map(|(compaction, _)| compaction));
+        }
         Ok(pushed)
     }
 }
@@ -140,11 +174,15 @@ impl Folder {
         let unfinished = self.new_segment()?.with_extension(MERGING);
         let mut file = DurableFile::create(&unfinished)?;
         let mut written: Result<(), FileError> = Ok(());
-        object.scan(0..object.bytes(), &mut |bytes| {
+        let read = object.scan(0..object.bytes(), &mut |bytes| {
             if written.is_ok() {
                 written = file.append(bytes);
             }
-        })?;
+        });
+        match read {
+            Err(error) if was_replaced(&error) => return Ok(None),
+            read => read?,
+        }
         written?;
         file.commit()?;
         let checked = self.checked(&unfinished, root);
@@ -184,6 +222,62 @@ impl Folder {
         }
         Ok(())
     }
+}
+
+/// Puts a segment in place as the object `name`.
+pub fn send(shared: &storage::Folder, name: &str, bytes: &[u8]) -> Result<(), FileError> {
+    let mut upload = shared.create(name, bytes.len() as u64)?;
+    for block in bytes.chunks(BLOCK_BYTES) {
+        upload.append(block)?;
+    }
+    upload.commit()
+}
+
+/// What an object is, compared with some bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum There {
+    /// Those bytes.
+    Same,
+    /// Not there, or no longer.
+    Absent,
+    /// Others, from this one on.
+    Different(u64),
+}
+
+/// Compares all of the object `name` with `bytes`.
+pub fn compare(shared: &storage::Folder, name: &str, bytes: &[u8]) -> Result<There, FileError> {
+    let Some(object) = shared.object(name)? else {
+        return Ok(There::Absent);
+    };
+    let (mut same, mut rest) = (0, bytes);
+    let read = object.scan(0..object.bytes(), &mut |read| {
+        let count = rest.iter().zip(read).take_while(|(a, b)| a == b).count();
+        same += count as u64;
+        // After a difference nothing is compared any more.
+        rest = if count == read.len() {
+            &rest[count..]
+        } else {
+            &[]
+        };
+    });
+    match read {
+        Err(error) if was_replaced(&error) => return Ok(There::Absent),
+        read => read?,
+    }
+    if [object.bytes(), bytes.len() as u64] == [same, same] {
+        return Ok(There::Same);
+    }
+    Ok(There::Different(same))
+}
+
+/// What the shared segment with this root is called.
+pub fn segment_name(root: &[u8; 32]) -> String {
+    format!("{}.{EXTENSION}", hex(root))
+}
+
+/// The name of a segment's file, where it is text.
+pub fn name_of(path: &Path) -> Option<&str> {
+    path.file_name()?.to_str()
 }
 
 /// The root that a shared segment is named after, in the very form that they are named in; none of others.

@@ -206,6 +206,15 @@ impl Store {
         Ok(Some(store))
     }
 
+    /// A store that nobody else knows, which needs no lock; nothing of it is read yet.
+    pub(crate) fn private(folder: Folder) -> Self {
+        Self {
+            folder,
+            segments: Vec::new(),
+            in_use: Arc::new(None),
+        }
+    }
+
     /// The value of `key`, if this scope has it.
     ///
     /// # Errors

@@ -13,9 +13,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use refcache::{Action, Cleaned, Cleaning, EntryKey, Store, Writer, clean};
+use refcache::{Action, Cleaned, Cleaning, Compaction, EntryKey, Extent, Store, Writer, clean};
 use storage::testing::disk::{DiskFault, record};
-use support::{append, append_sorted, entries, report, scope, segments, value};
+use support::{append, append_sorted, entries, open, report, scope, segments, value};
 
 /// All that a test stores is below.
 const COUNT: u32 = 400;
@@ -211,4 +211,23 @@ fn a_removal_that_crashes_leaves_a_store_in_order() {
         append_sorted(dir, 5..200);
     };
     crash_everywhere(prepare, &[], &cleans_up(Some(Duration::ZERO)), &[]);
+}
+
+#[test]
+fn a_clean_up_that_crashes_between_what_was_shared_and_merged_loses_nothing() {
+    let prepare = |dir: &Path| {
+        let directory = tempfile::tempdir().unwrap();
+        let shared = storage::Folder::open(directory.path()).unwrap();
+        append_sorted(dir, 0..200);
+        append_sorted(dir, 190..COUNT);
+        let mut store = open(dir);
+        store.push(&shared).unwrap();
+        let (compaction, _) = store
+            .compact(&shared, Extent::Whole, SystemTime::now())
+            .unwrap();
+        assert!(matches!(compaction, Compaction::Merged { .. }));
+        drop(store);
+        assert_eq!(report(dir).segments, 3);
+    };
+    crash_everywhere(prepare, &[0..COUNT], &cleans_up(None), &[]);
 }

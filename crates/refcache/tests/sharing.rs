@@ -5,69 +5,15 @@
 
 mod support;
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::SystemTime,
-};
+use std::{path::Path, sync::Arc, time::SystemTime};
 
-use refcache::{Action, Cleaning, Pushed, Store, clean};
-use storage::{
-    Folder, LocalStore,
-    testing::{Fault, HostileStore},
-};
+use refcache::{Action, Cleaning, Store, clean};
+use storage::{Folder, testing::Fault};
 use support::{
-    append, append_sorted, entries, expect_entries, open, other_scope, report, segments,
+    append, append_sorted, entries, expect_entries,
+    machines::{Machines, scratch},
+    open, other_scope, report, segments,
 };
-use tempfile::TempDir;
-
-/// A folder that machines share, and two machines' stores.
-struct Machines {
-    directory: TempDir,
-    hostile: HostileStore,
-    shared: Folder,
-}
-
-/// A directory in memory where there is one: these tests fail on their own, and wait for no disk.
-fn scratch() -> TempDir {
-    let memory = Path::new("/dev/shm");
-    let directory = if memory.is_dir() {
-        tempfile::tempdir_in(memory)
-    } else {
-        tempfile::tempdir()
-    };
-    directory.unwrap()
-}
-
-impl Machines {
-    fn new() -> Self {
-        let directory = scratch();
-        let store = LocalStore::new(directory.path().join("shared"));
-        let hostile = HostileStore::new(Arc::new(store));
-        let shared = Folder::of(Arc::new(hostile.clone()));
-        Self {
-            directory,
-            hostile,
-            shared,
-        }
-    }
-
-    /// The same shared folder, seen by nobody's faults.
-    fn whole(&self) -> Folder {
-        Folder::open(&self.directory.path().join("shared")).unwrap()
-    }
-
-    fn machine(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    /// Objects that are segments.
-    fn objects(&self) -> usize {
-        let scope = self.whole().below(&report(&self.machine("a")).digest);
-        let names = scope.list().unwrap();
-        names.iter().filter(|it| it.ends_with(".segment")).count()
-    }
-}
 
 fn merge(dir: &Path) -> Action {
     let cleaning = Cleaning {
@@ -96,7 +42,7 @@ fn check_sharing(shared: &Folder, [a, b]: [&Path; 2]) {
     append(a, 160..170);
     let pushed = open(a).push(shared).unwrap();
     assert_eq!(pushed.segments, 2);
-    assert_eq!(open(a).push(shared).unwrap(), Pushed::default());
+    assert_eq!(open(a).push(shared).unwrap().segments, 0);
     let mut store = open(b);
     let pulled = store.pull(shared).unwrap();
     assert_eq!((pulled.segments, pulled.bytes), (2, pushed.bytes));

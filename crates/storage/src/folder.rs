@@ -20,8 +20,8 @@ const READ_BYTES_MAX: u64 = 1 << 30;
 /// How often an object is read anew because it was replaced on the way.
 const READS_MAX: usize = 8;
 
-/// Whether an object was replaced or removed after it was opened.
-pub(crate) fn was_replaced(error: &FileError) -> bool {
+/// Whether a read failed because the object was replaced or removed after it was opened.
+pub fn was_replaced(error: &FileError) -> bool {
     matches!(
         error.source.kind(),
         ErrorKind::StaleNetworkFileHandle | ErrorKind::NotFound

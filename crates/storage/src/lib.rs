@@ -64,7 +64,7 @@ pub mod testing;
 pub use append::AppendFile;
 pub use directories::{create_directory, remove_directory, remove_file, rename};
 pub use files::{DurableFile, FileError, atomic_write, sync_directory};
-pub use folder::{Folder, open};
+pub use folder::{Folder, open, was_replaced};
 pub use lines::LineFile;
 pub use local::LocalStore;
 pub use location::{check_location, is_remote};

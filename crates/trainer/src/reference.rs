@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use collective::shard_range;
 use data::Pair;
 use model::{Model, Pack, PairTokens};
-use refcache::{EntryKey, Store, StoreError, sample, shared_folder};
+use refcache::{Compaction, EntryKey, Store, StoreError, sample, shared_folder};
 use serde::Serialize;
 use spec::Spec;
 
@@ -120,7 +120,7 @@ impl References {
         }
     }
 
-    /// Sends what is sorted here to `reference.shared`.
+    /// Sends what is sorted here to `reference.shared`, where too many segments become few.
     fn push(&mut self) {
         let Some(shared) = &self.shared else {
             return;
@@ -131,6 +131,15 @@ impl References {
             Ok(pushed) => {
                 let (segments, bytes) = (pushed.segments, pushed.bytes);
                 tracing::info!(segments, bytes, "reference values were sent");
+                match pushed.compaction {
+                    Some(Ok(Compaction::Merged { segments, .. })) => {
+                        tracing::info!(segments, "segments of reference.shared were merged");
+                    }
+                    Some(Err(error)) => {
+                        tracing::warn!("reference.shared: {error}; its segments stay as many");
+                    }
+                    Some(Ok(_)) | None => {}
+                }
             }
             Err(error) => {
                 tracing::warn!("reference.shared: {error}; others compute these values again");

@@ -7,8 +7,8 @@
 
 use std::path::Path;
 
-use anyhow::Context;
-use protocol::{JobRecord, JobsRecovery, recover_jobs};
+use anyhow::{Context, ensure};
+use protocol::{JobRecord, JobsRecovery, NAME_RULE, is_name, recover_jobs};
 use storage::Lock;
 use storage::log::Log;
 
@@ -41,7 +41,7 @@ pub(super) fn open(folder: &Path) -> anyhow::Result<Jobs> {
     }
     let mut records = Vec::new();
     for (index, payload) in opened.records.iter().enumerate() {
-        let record: JobRecord = serde_json::from_slice(payload)
+        let record = parse(payload)
             .with_context(|| format!("read record {} of {}", index + 1, path.display()))?;
         records.push(record);
     }
@@ -60,6 +60,19 @@ impl Jobs {
         let payload = serde_json::to_vec(record).context("write a record as JSON")?;
         Ok(self.journal.append(&payload)?)
     }
+}
+
+fn parse(payload: &[u8]) -> anyhow::Result<JobRecord> {
+    let record: JobRecord = serde_json::from_slice(payload)?;
+    if let JobRecord::Submitted { job } = &record {
+        // It becomes the name of files, and stands on command lines.
+        ensure!(
+            is_name(&job.id.0),
+            "{:?} is no job's name, which has {NAME_RULE}",
+            job.id.0
+        );
+    }
+    Ok(record)
 }
 
 /// Replaces a journal that says more than is needed by one that does not: beside it, then renamed.
@@ -84,4 +97,152 @@ fn compact(
     drop(log);
     storage::rename(&beside, path)?;
     Ok(Log::open(path)?.log)
+}
+
+#[cfg(test)]
+#[path = "../../../storage/tests/fuzz/mod.rs"]
+mod fuzz;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use std::fs;
+
+    use proptest::{collection::vec, prelude::*, sample::Index, test_runner::TestCaseError};
+    use protocol::{
+        Cause, Ending, JobId, NewJob, Scheduler, SchedulerEvent, SchedulerPolicy, Step,
+    };
+
+    use super::{
+        fuzz::{edited, edits, fuzz},
+        *,
+    };
+
+    fn submitted(id: &str) -> JobRecord {
+        let job = NewJob {
+            id: JobId(id.into()),
+            key: format!("key-{id}"),
+            config_toml: "[job]".into(),
+            workers: 2,
+            workers_max: 3,
+            priority: -1,
+            run_ms_max: Some(3_600_000),
+            attempts_max: 5,
+            submitted_unix_ms: 1_700_000_000_000,
+        };
+        JobRecord::Submitted { job }
+    }
+
+    /// A journal of three jobs: one has ended, one was stopped and paused, one runs.
+    fn whole() -> Vec<Vec<u8>> {
+        let [a, b, c] = ["a", "b", "c"].map(|id| JobId(id.into()));
+        let reason = || "somebody asked for it".to_owned();
+        let stopped = |id: &JobId, committed| JobRecord::Stopped {
+            id: id.clone(),
+            committed: Step(committed),
+            ran_ms: 60_000,
+        };
+        let records = [
+            submitted("a"),
+            JobRecord::Started { id: a.clone() },
+            submitted("b"),
+            stopped(&a, 7),
+            JobRecord::Started { id: b.clone() },
+            JobRecord::Paused {
+                id: a.clone(),
+                reason: reason(),
+            },
+            JobRecord::Resumed {
+                id: a.clone(),
+                reason: reason(),
+            },
+            JobRecord::Started { id: a.clone() },
+            JobRecord::Ended {
+                id: a,
+                committed: Step(9),
+                ending: Ending::Failed {
+                    cause: Cause::Fatal,
+                    reason: reason(),
+                },
+            },
+            stopped(&b, 3),
+            JobRecord::Paused {
+                id: b,
+                reason: reason(),
+            },
+            submitted("c"),
+            JobRecord::Started { id: c },
+        ];
+        let records = records.iter();
+        records.map(|it| serde_json::to_vec(it).unwrap()).collect()
+    }
+
+    /// The queue goes on with what was read, and reads the same again.
+    fn check(folder: &Path, payloads: &[Vec<u8>]) -> Result<bool, TestCaseError> {
+        let path = folder.join(JOURNAL);
+        drop(fs::remove_file(&path));
+        let mut log = Log::open(&path).unwrap().log;
+        for payload in payloads {
+            log.append(payload).unwrap();
+        }
+        drop(log);
+        let jobs = match open(folder) {
+            Ok(jobs) => jobs,
+            Err(error) => {
+                let text = format!("{error:#}");
+                prop_assert!(text.contains("read record "), "{text}");
+                prop_assert!(text.contains(JOURNAL), "{text}");
+                return Ok(false);
+            }
+        };
+        let recovery = jobs.recovery.clone();
+        drop(jobs);
+        prop_assert_eq!(&recover_jobs(&recovery.records()), &recovery);
+        prop_assert_eq!(&open(folder).unwrap().recovery, &recovery);
+        let policy = SchedulerPolicy {
+            build: "build".into(),
+            heartbeat_timeout_ms: 5_000,
+            retry_pause_ms: 1_000,
+            return_ms: 30_000,
+            remind_ms: 60_000,
+        };
+        let mut scheduler = Scheduler::new(policy, recovery, 0);
+        for now_ms in [1, 40_000, 200_000] {
+            scheduler.handle(now_ms, SchedulerEvent::Tick);
+        }
+        Ok(true)
+    }
+
+    #[test]
+    fn a_queue_of_any_records_is_refused_by_name_or_read_as_one_that_goes_on() {
+        let memory = Path::new("/dev/shm");
+        let parent = if memory.is_dir() {
+            memory.to_owned()
+        } else {
+            std::env::temp_dir()
+        };
+        let directory = tempfile::tempdir_in(parent).unwrap();
+        let folder = directory.path();
+        let whole = whole();
+        assert!(check(folder, &whole).unwrap());
+        let place = any::<Index>;
+        let change = (place(), place(), 0..8u32, edits());
+        let sound = std::cell::Cell::new(0);
+        fuzz("queue", 4000, &vec(change, 1..5), |changes| {
+            let mut records = whole.clone();
+            for (at, other, kind, edits) in &changes {
+                let (at, other) = (at.index(records.len()), other.index(records.len()));
+                match kind {
+                    0 if records.len() > 1 => drop(records.remove(at)),
+                    1 => records.swap(at, other),
+                    2 => records.insert(at, records[other].clone()),
+                    _ => records[at] = edited(&records[at], edits),
+                }
+            }
+            sound.set(sound.get() + u32::from(check(folder, &records)?));
+            Ok(())
+        });
+        assert!(sound.get() > 400, "only {} were read", sound.get());
+    }
 }

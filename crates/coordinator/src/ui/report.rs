@@ -94,7 +94,7 @@ impl Report<'_> {
             text = format!(
                 "{text}\n{} steps in {}, {} pairs/s, {} tokens/s",
                 grouped(totals.steps),
-                duration(Duration::from_secs_f64(totals.seconds.max(0.0))),
+                duration(Duration::try_from_secs_f64(totals.seconds).unwrap_or_default()),
                 plain(totals.pairs_per_second),
                 grouped(totals.tokens_per_second.round() as u64)
             );

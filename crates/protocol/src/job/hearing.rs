@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::phase::{Phase, Vote};
 use super::spoken::GONE_MAX;
 use super::{Action, Job};
+use crate::record::COUNTED_MAX;
 use crate::{
     Awaits, Cause, CoordinatorMessage, FromWorker, Generation, Incarnation, Rank, Step,
     WorkerMessage,
@@ -162,7 +163,7 @@ impl Job {
         message: &WorkerMessage,
     ) -> Option<String> {
         let cure = "the journal is not the newest of this run: restore it, or stop the workers of the other coordinator";
-        if generation > self.generation {
+        if generation > self.generation && generation.0 < COUNTED_MAX {
             self.known = self.known.max(generation);
             if matches!(self.phase, Phase::Gathering { .. }) {
                 self.generation = Generation(self.known.0 + 1);

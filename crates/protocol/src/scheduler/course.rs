@@ -170,7 +170,7 @@ impl Scheduler {
         let entry = self.jobs.get_mut(&number).expect("it was just found");
         entry.committed = committed;
         let ran_ms = now_ms.saturating_sub(since_ms);
-        entry.ran_ms += ran_ms;
+        entry.ran_ms = entry.ran_ms.saturating_add(ran_ms);
         let (wait_ms, told) = match entry.after(outcome, stopping, self.policy.retry_pause_ms) {
             Fate::End(ending) => return self.end(number, ending, actions),
             Fate::Queue { wait_ms, told } => (wait_ms, told),

@@ -127,7 +127,7 @@ pub fn recover_jobs(records: &[JobRecord]) -> JobsRecovery {
             }
             JobRecord::Started { id } => {
                 if let Some(it) = of(&mut jobs, id) {
-                    it.attempts += 1;
+                    it.attempts = it.attempts.saturating_add(1);
                 }
             }
             JobRecord::Stopped {
@@ -137,7 +137,7 @@ pub fn recover_jobs(records: &[JobRecord]) -> JobsRecovery {
             } => {
                 if let Some(it) = of(&mut jobs, id) {
                     it.committed = *committed;
-                    it.ran_ms += ran_ms;
+                    it.ran_ms = it.ran_ms.saturating_add(*ran_ms);
                 }
             }
             JobRecord::Paused { id, reason } => {
@@ -175,6 +175,8 @@ pub fn recover_jobs(records: &[JobRecord]) -> JobsRecovery {
     JobsRecovery { jobs }
 }
 
+/// The job of a record. Nothing becomes of one that has ended.
 fn of<'a>(jobs: &'a mut [RecoveredJob], id: &JobId) -> Option<&'a mut RecoveredJob> {
-    jobs.iter_mut().find(|it| it.job.id == *id)
+    jobs.iter_mut()
+        .find(|it| it.job.id == *id && it.ending.is_none())
 }

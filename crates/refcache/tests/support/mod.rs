@@ -1,6 +1,8 @@
 //! What the tests share: a scope, entries with known values, and stores of them.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod machines;
+
 use std::{
     collections::BTreeMap,
     fs,

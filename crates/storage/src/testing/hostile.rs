@@ -27,6 +27,8 @@ pub enum Fault {
     Full,
     /// This and all later puts under a condition are refused, until [`HostileStore::heal`].
     Refuse,
+    /// This and all later puts under a condition fail as those of a store that knows none, until [`HostileStore::heal`].
+    NoConditions,
 }
 
 /// A store that passes its calls on to another one, counts them from 0, and misbehaves as it is told. Clones share both.
@@ -43,11 +45,23 @@ struct State {
     dead: bool,
     full: bool,
     refuses: bool,
+    unconditional: bool,
+    /// What others do right before a call.
+    meanwhile: BTreeMap<usize, Meanwhile>,
     /// Part of a key, and the bit that is read wrongly of objects whose key has it.
     flips: Vec<(String, u64)>,
     /// What every folder's last list was; told again while it is stale.
     lists: BTreeMap<String, Vec<String>>,
     stale: bool,
+}
+
+/// Runs once.
+struct Meanwhile(Box<dyn FnOnce() + Send>);
+
+impl fmt::Debug for Meanwhile {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Meanwhile")
+    }
 }
 
 /// How a call goes.
@@ -72,6 +86,15 @@ impl HostileStore {
     #[must_use]
     pub fn with(self, call: usize, fault: Fault) -> Self {
         self.state().faults.insert(call, fault);
+        self
+    }
+
+    /// Lets `others` act right before call `call`, counted from 0, as another process might; not through this store.
+    #[must_use]
+    pub fn meanwhile(self, call: usize, others: impl FnOnce() + Send + 'static) -> Self {
+        self.state()
+            .meanwhile
+            .insert(call, Meanwhile(Box::new(others)));
         self
     }
 
@@ -107,6 +130,11 @@ impl HostileStore {
     fn enter(&self, operation: &str, key: &str, writes: bool, conditional: bool) -> Verdict {
         let mut state = self.state();
         let call = state.calls.len();
+        if let Some(Meanwhile(others)) = state.meanwhile.remove(&call) {
+            drop(state);
+            others();
+            state = self.state();
+        }
         state.calls.push(format!("{operation} {key}"));
         let injected = || io::Error::other(format!("injected at call {call}"));
         if state.dead {
@@ -116,6 +144,7 @@ impl HostileStore {
         match fault {
             Some(Fault::Full) => state.full = true,
             Some(Fault::Refuse) => state.refuses = true,
+            Some(Fault::NoConditions) => state.unconditional = true,
             Some(Fault::Crash | Fault::CrashAfter | Fault::Tear(_)) => state.dead = true,
             _ => {}
         }
@@ -128,6 +157,10 @@ impl HostileStore {
                 "injected: no space left",
             )),
             _ if state.refuses && conditional => Verdict::Refuse,
+            _ if state.unconditional && conditional => Verdict::Fail(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "injected: conditions are not known here",
+            )),
             _ => Verdict::Proceed,
         }
     }
