@@ -60,6 +60,6 @@ pub use report::{EvaluationRow, MetricsRow, Sample, Statistics, StepReport};
 pub use scheduler::{
     ENDED_MAX, Ending, JOBS_MAX, JobRecord, JobSummary, JobSummaryState, JobsRecovery, NewJob,
     PoolWorker, Scheduler, SchedulerAction, SchedulerEvent, SchedulerPolicy, SubmitError,
-    recover_jobs,
+    fenced_jobs, recover_jobs,
 };
 pub use selection::{Best, EarlyStop, Metric, Selection};

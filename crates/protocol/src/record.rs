@@ -9,15 +9,15 @@ use crate::{
     Cause, EarlyStop, EvaluationRow, Fence, Generation, Incarnation, MetricsRow, RunFacts, Step,
 };
 
-/// A record as the journal has it.
+/// A record as a journal has it: that of a run, or [`crate::JobRecord`] of the queue.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct Entry<R = Record> {
     /// Who wrote it. Absent, which is 0, in journals of versions that did not fence.
     #[serde(default)]
     pub fence: Fence,
     /// What is written.
     #[serde(flatten)]
-    pub record: Record,
+    pub record: R,
 }
 
 /// One record of the journal.
@@ -170,7 +170,7 @@ pub enum RecoveryError {
     /// Whoever opens the journal later has a higher fence, and only it may write.
     #[error(
         "record {index} was written under fence {fence}, after another coordinator had opened the journal under {newest}: \
-         two coordinators worked on one run; restore the journal as it was before"
+         two coordinators worked with one journal; restore it as it was before"
     )]
     Replaced {
         /// The record's place, from 1.
@@ -226,10 +226,20 @@ pub(crate) const COUNTED_MAX: u64 = 1 << 63;
 /// [`RecoveryError::Replaced`] or [`RecoveryError::At`]: a record of a coordinator that had been replaced when it was written, or
 /// one that cannot follow those before it.
 pub fn fenced(entries: Vec<Entry>) -> Result<(Vec<Record>, Fence), RecoveryError> {
-    let mut newest = Fence(0);
     let mut commits = Vec::new();
+    let follow = |record: &Record| follow(&mut commits, record);
+    in_turn(entries, &Record::Opened, follow)
+}
+
+/// The records but `opened`, and the fence of whoever opens the journal next; `follow` judges each beside those before it.
+pub(crate) fn in_turn<R: PartialEq>(
+    entries: Vec<Entry<R>>,
+    opened: &R,
+    mut follow: impl FnMut(&R) -> Result<(), RecoveryError>,
+) -> Result<(Vec<R>, Fence), RecoveryError> {
+    let mut newest = Fence(0);
     for (index, entry) in entries.iter().enumerate() {
-        let opens = entry.record == Record::Opened;
+        let opens = entry.record == *opened;
         if entry.fence < newest || (opens && entry.fence == newest) {
             return Err(RecoveryError::Replaced {
                 index: index + 1,
@@ -239,15 +249,15 @@ pub fn fenced(entries: Vec<Entry>) -> Result<(Vec<Record>, Fence), RecoveryError
         }
         newest = entry.fence;
         // The next one is written by whoever opens the journal, who must be able to open it again.
-        let followed = in_range("fence", newest.0.saturating_add(1))
-            .and_then(|()| follow(&mut commits, &entry.record));
+        let followed =
+            in_range("fence", newest.0.saturating_add(1)).and_then(|()| follow(&entry.record));
         followed.map_err(|source| RecoveryError::At {
             index: index + 1,
             source: Box::new(source),
         })?;
     }
     let records = entries.into_iter().map(|it| it.record);
-    let records = records.filter(|it| *it != Record::Opened);
+    let records = records.filter(|it| it != opened);
     Ok((records.collect(), Fence(newest.0 + 1)))
 }
 

@@ -36,7 +36,7 @@ use pool::Pool;
 use retry::Attempts;
 
 pub use event::{NewJob, SchedulerAction, SchedulerEvent, SubmitError};
-pub use journal::{JobRecord, JobsRecovery, recover_jobs};
+pub use journal::{JobRecord, JobsRecovery, fenced_jobs, recover_jobs};
 pub use pool::PoolWorker;
 pub use view::{JobSummary, JobSummaryState};
 

@@ -15,8 +15,9 @@
 //! zeros up to the end, which some file systems leave of an append that a power cut interrupted.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -162,6 +163,19 @@ impl Log {
         self.chain = chain;
         self.end += frame.len() as u64;
         Ok(())
+    }
+
+    /// Whether the file at the log's path is this one as its last append left it: not replaced, and by nobody else appended to.
+    /// Where a [`crate::Lock`] does not hold (a file system that lost it, a process that slept through its loss), this tells.
+    ///
+    /// # Errors
+    /// A file that is gone.
+    pub fn is_as_left(&self) -> Result<bool, FileError> {
+        let look = at("look at", &self.path);
+        let there = fs::metadata(&self.path).and_then(|it| Ok((it, self.file.metadata()?)));
+        let (there, own) = there.map_err(look)?;
+        let same = (there.dev(), there.ino()) == (own.dev(), own.ino());
+        Ok(same && there.len() == self.end)
     }
 
     fn write(&mut self, frame: &[u8]) -> io::Result<()> {

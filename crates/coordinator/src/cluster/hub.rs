@@ -280,7 +280,7 @@ impl Hub {
     fn execute(&mut self, actions: Vec<SchedulerAction>) -> anyhow::Result<()> {
         for action in actions {
             match action {
-                SchedulerAction::Journal(record) => self.jobs.journal(&record)?,
+                SchedulerAction::Journal(record) => self.jobs.journal(record)?,
                 SchedulerAction::Start {
                     id,
                     workers,

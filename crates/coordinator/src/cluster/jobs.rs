@@ -1,14 +1,19 @@
 //! The state folder of a coordinator that serves job after job.
 //!
 //! ```text
-//! jobs.log   what became of every job: one checksummed record per decision (storage::log), rewritten short at each start
+//! jobs.log   what became of every job: one checksummed record per decision (storage::log), each under the fence of the coordinator
+//!            that wrote it; at each start another file, as short as can be, takes its place
 //! .lock      held by the coordinator that works here
 //! ```
+//! The lock keeps a second coordinator out. Where it does not, the fence does: whoever took the folder over has put another file in
+//! place, and the one before it finds that, before its next record, and ends.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
-use protocol::{JobRecord, JobsRecovery, NAME_RULE, is_name, recover_jobs};
+use anyhow::{Context, bail, ensure};
+use protocol::{
+    Entry, Fence, JobRecord, JobsRecovery, NAME_RULE, fenced_jobs, is_name, recover_jobs,
+};
 use storage::Lock;
 use storage::log::Log;
 
@@ -16,13 +21,15 @@ const JOURNAL: &str = "jobs.log";
 
 /// The queue's journal, held by this process alone.
 pub(super) struct Jobs {
-    journal: Log,
+    path: PathBuf,
+    log: Log,
+    fence: Fence,
     /// What the journal says.
     pub(super) recovery: JobsRecovery,
     _lock: Lock,
 }
 
-/// Opens the folder, or makes it.
+/// Opens the folder, or makes it, and takes it over.
 ///
 /// # Errors
 /// Another coordinator works there; damage.
@@ -39,16 +46,19 @@ pub(super) fn open(folder: &Path) -> anyhow::Result<Jobs> {
             path.display()
         );
     }
-    let mut records = Vec::new();
+    let mut entries = Vec::new();
     for (index, payload) in opened.records.iter().enumerate() {
-        let record = parse(payload)
+        let entry = parse(payload)
             .with_context(|| format!("read record {} of {}", index + 1, path.display()))?;
-        records.push(record);
+        entries.push(entry);
     }
+    let (records, fence) =
+        fenced_jobs(entries).with_context(|| format!("read {}", path.display()))?;
     let recovery = recover_jobs(&records);
-    let journal = compact(&path, opened.log, &records, &recovery)?;
     Ok(Jobs {
-        journal,
+        log: take_over(&path, fence, &recovery)?,
+        path,
+        fence,
         recovery,
         _lock: lock,
     })
@@ -56,15 +66,30 @@ pub(super) fn open(folder: &Path) -> anyhow::Result<Jobs> {
 
 impl Jobs {
     /// Appends a record; durable when it returns.
-    pub(super) fn journal(&mut self, record: &JobRecord) -> anyhow::Result<()> {
-        let payload = serde_json::to_vec(record).context("write a record as JSON")?;
-        Ok(self.journal.append(&payload)?)
+    ///
+    /// # Errors
+    /// Also another coordinator that has taken the folder over: the record is not in its journal, and this one must not go on.
+    pub(super) fn journal(&mut self, record: JobRecord) -> anyhow::Result<()> {
+        if !self.log.is_as_left()? {
+            bail!(
+                "{} is not as this coordinator left it under fence {}: another one has taken the service over; let that one \
+                 go on",
+                self.path.display(),
+                self.fence
+            );
+        }
+        append(&mut self.log, self.fence, record)
     }
 }
 
-fn parse(payload: &[u8]) -> anyhow::Result<JobRecord> {
-    let record: JobRecord = serde_json::from_slice(payload)?;
-    if let JobRecord::Submitted { job } = &record {
+fn append(log: &mut Log, fence: Fence, record: JobRecord) -> anyhow::Result<()> {
+    let payload = serde_json::to_vec(&Entry { fence, record }).context("write a record as JSON")?;
+    Ok(log.append(&payload)?)
+}
+
+fn parse(payload: &[u8]) -> anyhow::Result<Entry<JobRecord>> {
+    let entry: Entry<JobRecord> = serde_json::from_slice(payload)?;
+    if let JobRecord::Submitted { job } = &entry.record {
         // It becomes the name of files, and stands on command lines.
         ensure!(
             is_name(&job.id.0),
@@ -72,27 +97,19 @@ fn parse(payload: &[u8]) -> anyhow::Result<JobRecord> {
             job.id.0
         );
     }
-    Ok(record)
+    Ok(entry)
 }
 
-/// Replaces a journal that says more than is needed by one that does not: beside it, then renamed.
-fn compact(
-    path: &Path,
-    journal: Log,
-    records: &[JobRecord],
-    recovery: &JobsRecovery,
-) -> anyhow::Result<Log> {
-    let short = recovery.records();
-    if short.len() == records.len() {
-        return Ok(journal);
-    }
+/// Puts a journal in place that says no more than is needed, and under whose fence: beside it, then renamed.
+fn take_over(path: &Path, fence: Fence, recovery: &JobsRecovery) -> anyhow::Result<Log> {
     let beside = path.with_extension("log.new");
     if beside.exists() {
         storage::remove_file(&beside)?;
     }
     let mut log = Log::open(&beside)?.log;
-    for record in &short {
-        log.append(&serde_json::to_vec(record).context("write a record as JSON")?)?;
+    append(&mut log, fence, JobRecord::Opened)?;
+    for record in recovery.records() {
+        append(&mut log, fence, record)?;
     }
     drop(log);
     storage::rename(&beside, path)?;
@@ -191,7 +208,7 @@ mod tests {
             Ok(jobs) => jobs,
             Err(error) => {
                 let text = format!("{error:#}");
-                prop_assert!(text.contains("read record "), "{text}");
+                prop_assert!(text.contains("record "), "{text}");
                 prop_assert!(text.contains(JOURNAL), "{text}");
                 return Ok(false);
             }
@@ -212,6 +229,43 @@ mod tests {
             scheduler.handle(now_ms, SchedulerEvent::Tick);
         }
         Ok(true)
+    }
+
+    #[test]
+    fn a_coordinator_whose_folder_was_taken_over_writes_nothing_more() {
+        let directory = tempfile::tempdir().unwrap();
+        let folder = directory.path();
+        let mut first = open(folder).unwrap();
+        first.journal(submitted("a")).unwrap();
+        // A file system that lost the lock.
+        fs::remove_file(folder.join(".lock")).unwrap();
+        let mut second = open(folder).unwrap();
+        assert!(second.fence > first.fence);
+        let error = first.journal(submitted("b")).unwrap_err().to_string();
+        assert!(
+            error.contains("another one has taken the service over"),
+            "{error}"
+        );
+        second.journal(submitted("c")).unwrap();
+        drop((first, second));
+        let third = open(folder).unwrap();
+        let expected = recover_jobs(&[submitted("a"), submitted("c")]);
+        assert_eq!(third.recovery, expected);
+        assert_eq!(third.fence, Fence(3));
+    }
+
+    #[test]
+    fn records_of_a_coordinator_that_was_replaced_are_refused_by_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let folder = directory.path();
+        let mut jobs = open(folder).unwrap();
+        append(&mut jobs.log, Fence(2), JobRecord::Opened).unwrap();
+        append(&mut jobs.log, Fence(1), submitted("a")).unwrap();
+        drop(jobs);
+        let error = format!("{:#}", open(folder).err().unwrap());
+        for part in [JOURNAL, "record 3 was written under fence 1"] {
+            assert!(error.contains(part), "{error}");
+        }
     }
 
     #[test]

@@ -5,12 +5,10 @@
 //! back, a process that slept through all that), the fence does: the one that opened the journal last writes on, and the other
 //! finds, before its next record, a file that is not as it left it. Between that look and the write there is only the lock.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use protocol::{Entry, Fence, Record, fenced};
-use storage::log::{FRAME_BYTES, Log};
+use storage::log::Log;
 
 use super::RunDirectoryError;
 
@@ -21,16 +19,6 @@ pub(super) struct Journal {
     fence: Fence,
     /// Whether that is in the journal.
     taken_over: bool,
-    /// The file as this coordinator left it.
-    left: Left,
-}
-
-/// Which file, and how long it is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Left {
-    device: u64,
-    inode: u64,
-    bytes: u64,
 }
 
 /// What [`Journal::open`] found.
@@ -56,7 +44,6 @@ impl Journal {
         };
         let (records, fence) = fenced(entries).map_err(contradiction)?;
         let journal = Self {
-            left: look(path)?,
             path: path.to_owned(),
             log: opened.log,
             fence,
@@ -97,9 +84,7 @@ impl Journal {
             record,
         };
         let payload = serde_json::to_vec(&entry).expect("a record has only strings for keys");
-        self.log.append(&payload)?;
-        self.left.bytes += (FRAME_BYTES + payload.len()) as u64;
-        Ok(())
+        Ok(self.log.append(&payload)?)
     }
 
     /// Whether nobody else wrote to the journal since.
@@ -107,7 +92,7 @@ impl Journal {
     /// # Errors
     /// [`RunDirectoryError::Replaced`].
     pub(super) fn check(&self) -> Result<(), RunDirectoryError> {
-        if look(&self.path)? == self.left {
+        if self.log.is_as_left()? {
             return Ok(());
         }
         Err(RunDirectoryError::Replaced {
@@ -115,18 +100,6 @@ impl Journal {
             fence: self.fence,
         })
     }
-}
-
-fn look(path: &Path) -> Result<Left, RunDirectoryError> {
-    let metadata = fs::metadata(path).map_err(|source| RunDirectoryError::Read {
-        path: path.to_owned(),
-        source,
-    })?;
-    Ok(Left {
-        device: metadata.dev(),
-        inode: metadata.ino(),
-        bytes: metadata.len(),
-    })
 }
 
 fn parse(path: &Path, payloads: &[Vec<u8>]) -> Result<Vec<Entry>, RunDirectoryError> {

@@ -3,12 +3,15 @@
 use serde::{Deserialize, Serialize};
 
 use super::{ENDED_MAX, Ending, NewJob};
-use crate::{JobId, Step};
+use crate::record::in_turn;
+use crate::{Entry, Fence, JobId, RecoveryError, Step};
 
 /// One record of the queue's journal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "snake_case")]
 pub enum JobRecord {
+    /// A coordinator took the queue over, under this record's fence.
+    Opened,
     /// A job was taken.
     Submitted {
         /// What it is.
@@ -109,11 +112,22 @@ impl JobsRecovery {
     }
 }
 
+/// The records of a queue's journal, and the fence of whoever opens it next.
+///
+/// # Errors
+/// A record of a coordinator that had been replaced when it was written, or one whose fence has no next.
+pub fn fenced_jobs(
+    entries: Vec<Entry<JobRecord>>,
+) -> Result<(Vec<JobRecord>, Fence), RecoveryError> {
+    in_turn(entries, &JobRecord::Opened, |_| Ok(()))
+}
+
 /// The jobs of a journal; the newest of each name, and at most [`ENDED_MAX`] that have ended.
 pub fn recover_jobs(records: &[JobRecord]) -> JobsRecovery {
     let mut jobs: Vec<RecoveredJob> = Vec::new();
     for record in records {
         match record {
+            JobRecord::Opened => {}
             JobRecord::Submitted { job } => {
                 jobs.retain(|it| it.job.id != job.id);
                 jobs.push(RecoveredJob {
