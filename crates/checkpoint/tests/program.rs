@@ -413,3 +413,11 @@ fn help_states_the_exit_codes() {
         assert!(text.contains(part), "{part} in {text}");
     }
 }
+
+#[test]
+fn an_error_of_a_file_tells_its_cause_once() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let (code, _, err) = run(&["verify"], &[file.path()]);
+    assert_eq!(code, 1);
+    assert_eq!(err.matches("Not a directory").count(), 1, "{err}");
+}

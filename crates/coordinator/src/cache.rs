@@ -273,10 +273,11 @@ fn compacted(store: &Path, scopes: &[CompactedScope], dry_run: bool, json: bool)
         .to_string()
     } else {
         let mut text: String = scopes.iter().map(compacted_text).collect();
-        let _ = match dry_run {
-            true => write!(text, "nothing was changed"),
-            false => write!(text, "freed {} bytes", grouped(freed)),
-        };
+        if dry_run {
+            text += "nothing was changed";
+        } else {
+            let _ = write!(text, "freed {} bytes", grouped(freed));
+        }
         text
     };
     Answer {

@@ -217,6 +217,7 @@ fn policy() -> JobPolicy {
             hang_factor: 5.0,
             slow_factor: 2.0,
             mirror: true,
+            shard_gradients: false,
             failures_max: u32::MAX,
         },
     }
@@ -379,7 +380,7 @@ fn with_other_numbers(record: &[u8]) -> Vec<Vec<u8>> {
     let digit = |at: usize| record.get(at).is_some_and(u8::is_ascii_digit);
     let mut all = Vec::new();
     for start in (0..record.len()).filter(|at| digit(*at) && !digit(at.wrapping_sub(1))) {
-        let end = (start..).find(|at| !digit(*at)).unwrap();
+        let end = (start..=record.len()).find(|at| !digit(*at)).unwrap();
         for number in [
             "0",
             "10",

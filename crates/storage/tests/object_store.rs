@@ -49,6 +49,14 @@ fn memory_keeps_what_every_store_promises() {
     suite::check(&Folder::open(Path::new("memory://suite-without-prefix")).unwrap());
 }
 
+/// Of another implementation of the service than this crate's tests have.
+#[test]
+#[ignore = "needs a server: tests/s3.py starts one and names a folder in STORAGE_TEST_URL"]
+fn a_server_of_the_environment_keeps_what_every_store_promises() {
+    let url = env::var_os("STORAGE_TEST_URL").expect("STORAGE_TEST_URL names a folder");
+    suite::check(&Folder::open(Path::new(&url)).unwrap());
+}
+
 #[test]
 fn a_hostile_store_without_faults_is_the_store_behind_it() {
     let inner = storage::open(Path::new("memory://hostile")).unwrap();

@@ -105,6 +105,11 @@ fn without_queries(text: &str) -> String {
     while let Some((before, after)) = rest.split_once('?') {
         clean.push_str(before);
         clean.push('?');
+        // A service may answer in XML, whose `<?xml version="1.0"?>` is no query.
+        if before.ends_with('<') || after.starts_with('>') {
+            rest = after;
+            continue;
+        }
         let end = after.find(|it: char| it.is_whitespace() || "()\"'`,;".contains(it));
         let (query, later) = after.split_at(end.unwrap_or(after.len()));
         if !query.is_empty() {
@@ -125,5 +130,7 @@ mod tests {
         let told = "GET https://a.blob.core.windows.net/c/key?sv=1&sig=SECRET%2B (403): why? no (see /x?sig=OTHER)";
         let clean = "GET https://a.blob.core.windows.net/c/key?… (403): why? no (see /x?…)";
         assert_eq!(without_queries(told), clean);
+        let answer = "404: <?xml version=\"1.0\"?>\n<Error>no such key</Error>";
+        assert_eq!(without_queries(answer), answer);
     }
 }

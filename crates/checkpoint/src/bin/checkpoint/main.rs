@@ -93,12 +93,23 @@ fn main() -> ExitCode {
     let code = match panic::catch_unwind(|| run(args.command)) {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", told(&error));
             code_of(&error)
         }
         Err(_) => FAILED,
     };
     ExitCode::from(code)
+}
+
+/// The whole story, nothing of it twice: an error of a file tells its cause itself.
+fn told(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn run(command: Command) -> Result<u8> {
