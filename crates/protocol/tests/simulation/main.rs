@@ -4,7 +4,7 @@
 //! the job, its cadences and limits, every fault.
 //!
 //! `SIMULATION_SEED=17` runs one seed, `SIMULATION_SEEDS=1000000` that many instead of 20,000 (400 without optimization), on
-//! all cores; `SIMULATION_STORY=1` prints all that happens.
+//! all cores, from `SIMULATION_FIRST=n` on instead of 0; `SIMULATION_STORY=1` prints all that happens.
 
 #![allow(clippy::unwrap_used, reason = "a test's unwrap is an assertion")]
 
@@ -60,7 +60,10 @@ fn seeds() -> Range<u64> {
     let all = if cfg!(debug_assertions) { 400 } else { 20_000 };
     match number("SIMULATION_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("SIMULATION_SEEDS").unwrap_or(all),
+        None => {
+            let first = number("SIMULATION_FIRST").unwrap_or(0);
+            first..first + number("SIMULATION_SEEDS").unwrap_or(all)
+        }
     }
 }
 
