@@ -255,6 +255,7 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             terms: Some(Terms {
                 mirror: true,
                 shard_gradients: true,
+                offload: true,
                 collective_timeout_ms: 5_000,
                 silence_ms: 10_000,
             }),

@@ -133,6 +133,7 @@ impl Entrance<'_> {
         let of = |terms: Terms| Sharding {
             mirror: terms.mirror,
             gradients: terms.shard_gradients,
+            offload: terms.offload,
         };
         self.terms.map_or(Sharding::default(), of)
     }
