@@ -129,6 +129,7 @@ impl Config {
         let resolved = spec::resolve(&all)
             .map_err(|JobError { key, reason }| refuse(&merged, &key, reason))?;
         checkpoint.keep_best = selection::keep_best(keep_best, &resolved.resolved, &merged)?;
+        check_offload(&merged, &cluster, &resolved.spec)?;
         if let Some(shared) = &resolved.spec.reference.shared {
             check_location(&merged, "reference.shared", shared)?;
         }
@@ -243,6 +244,7 @@ impl Config {
                 workers_max: self.cluster.max_workers,
                 mirror: self.cluster.mirror,
                 shard_gradients: self.cluster.zero > 1,
+                offload: self.cluster.offload,
                 failures_max: self.cluster.failures_max,
                 abort_timeout_ms: ms(self.cluster.abort_timeout_seconds),
                 collective_timeout_ms: ms(self.cluster.collective_timeout_seconds),
@@ -283,6 +285,24 @@ impl Config {
     pub fn training_value(&self, section: &str, key: &str) -> Option<&Value> {
         self.training.get(section)?.get(key)
     }
+}
+
+/// What is moved to the host's memory must be something that a forward does without.
+fn check_offload(
+    merged: &Merged,
+    cluster: &ClusterSection,
+    spec: &spec::Spec,
+) -> Result<(), ConfigError> {
+    let reason = if !cluster.offload {
+        return Ok(());
+    } else if spec.adapter.is_some() {
+        "moves the state of a model that is trained to the host, and an adapter's is small; leave it out"
+    } else if spec.model.dtype == spec::Dtype::F32 {
+        "moves the f32 weights to the host, and with model.dtype = \"f32\" they are what is computed with; set model.dtype = \"bf16\""
+    } else {
+        return Ok(());
+    };
+    Err(refuse(merged, "cluster.offload", reason))
 }
 
 fn check_sections(all: &Table, merged: &Merged) -> Result<(), ConfigError> {

@@ -213,6 +213,7 @@ fn sharding(config: &Config) -> Sharding {
     Sharding {
         mirror: cluster.mirror,
         gradients: cluster.zero > 1,
+        offload: cluster.offload,
     }
 }
 

@@ -58,6 +58,43 @@ fn check_refused(files: &[&str], environment: &[(&str, &str)], set: &[&str], par
 }
 
 #[test]
+fn what_workers_cannot_share_out_or_move_to_the_host_is_refused_with_its_reason() {
+    check_refused(
+        &[],
+        &[],
+        &["cluster.zero=3"],
+        &["cluster.zero", "must be 1", "or 2", "got 3"],
+    );
+    let moved = "cluster.offload=true";
+    let bf16 = "model.dtype=bf16";
+    check_refused(
+        &[],
+        &[],
+        &[moved],
+        &["cluster.offload", "model.dtype = \"bf16\""],
+    );
+    let adapter = "adapter.kind=lora";
+    check_refused(
+        &[],
+        &[],
+        &[moved, bf16, adapter],
+        &["cluster.offload", "adapter"],
+    );
+    let cpu = "cluster.backend=cpu";
+    check_refused(
+        &[],
+        &[],
+        &[moved, bf16, cpu],
+        &["cluster.offload", "cluster.backend is cpu"],
+    );
+    let config = load(&[], &[], &[moved, bf16, "cluster.zero=2"]).unwrap();
+    let elastic = config.policy().elastic;
+    assert!(elastic.offload && elastic.shard_gradients && elastic.mirror);
+    let elastic = load(&[], &[], &[]).unwrap().policy().elastic;
+    assert!(!elastic.offload && !elastic.shard_gradients);
+}
+
+#[test]
 fn defaults_alone_are_a_configuration() {
     let config = load(&[], &[], &[]).unwrap();
     assert_eq!(config.job.name, "run");

@@ -218,6 +218,7 @@ fn policy() -> JobPolicy {
             slow_factor: 2.0,
             mirror: true,
             shard_gradients: false,
+            offload: false,
             failures_max: u32::MAX,
         },
     }

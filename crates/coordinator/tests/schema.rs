@@ -381,6 +381,7 @@ fn context(path: &str) -> Vec<&'static str> {
                 "cluster.join_timeout_seconds=0.4",
             ];
         }
+        "cluster.offload" => return vec!["model.dtype=bf16"],
         "objective.alpha" => return vec!["objective.divergence=alpha_divergence"],
         "optimizer.alpha" => return vec!["optimizer.kind=rmsprop"],
         _ => return Vec::new(),

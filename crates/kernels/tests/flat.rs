@@ -60,6 +60,62 @@ fn weights_travel_to_the_host_and_back_without_a_copy() {
 }
 
 #[test]
+fn weights_whose_masters_are_elsewhere_are_operands_and_what_is_narrow_in_f32() {
+    let weights = vec![values(40, 1), values(12, 2)];
+    let narrow = [vec![4..10, 30..40], vec![0..5, 5..12]];
+    let whole = Flat::from_host(weights.clone(), Precision::Bf16, &Device::flex());
+    let slot = |bucket, offset, len| Slot {
+        bucket,
+        offset,
+        len,
+    };
+    let matrix = slot(0, 10, 20);
+    let operand = host(&whole.operand(&matrix, [4, 5]));
+    let mut parted = Flat::from_host(weights.clone(), Precision::Bf16, &Device::flex());
+    let masters = parted.take_masters(&narrow);
+    let parked = Flat::parked(weights.clone(), &narrow, &Device::flex());
+    for flat in [&parted, &parked] {
+        assert!(!flat.is_whole() && flat.narrow_len() == 28);
+        assert_eq!(host(&flat.operand(&matrix, [4, 5])), operand);
+        for (asked, expected) in [
+            (slot(0, 4, 6), &weights[0][4..10]),
+            (slot(0, 33, 5), &weights[0][33..38]),
+            (slot(1, 6, 6), &weights[1][6..]),
+            (slot(1, 0, 5), &weights[1][..5]),
+        ] {
+            assert_eq!(host(&flat.view(&asked, [asked.len])), expected);
+        }
+        let refused = std::panic::catch_unwind(|| host(&flat.view(&matrix, [20])));
+        assert!(refused.is_err(), "f32 of a matrix is elsewhere");
+    }
+    assert_eq!(parked.master(&matrix), weights[0][10..30]);
+    // New values, as they come from all ranks.
+    let moved: Vec<f32> = weights[0].iter().map(|value| 3.0 * value).collect();
+    let mut bits = vec![0; 40];
+    kernels::to_bf16(&moved, &mut bits);
+    parted.put_operands(0, &bits);
+    let mut collected = vec![0.0; 28];
+    parted.collect_narrow(0, &(8..35), &moved[8..35], &mut collected);
+    assert_eq!(collected[4..11], [&moved[8..10], &moved[30..35]].concat());
+    assert!(
+        collected[..4]
+            .iter()
+            .chain(&collected[11..])
+            .all(|it| *it == 0.0)
+    );
+    parted.put_narrow(collected.clone());
+    let rounded = host(&Precision::Bf16.operand(&Tensor::new(moved, [40], &Device::flex())));
+    assert_eq!(
+        parted.computed(0),
+        [&rounded[..], &collected[..16]].concat()
+    );
+    parted.put_masters(masters);
+    assert!(parted.is_whole());
+    assert_eq!(host(&parted.operand(&matrix, [4, 5])), operand);
+    assert_eq!(parted.take_host(), weights);
+}
+
+#[test]
 fn a_view_outlives_taking_the_weights() {
     let mut flat = Flat::from_host(vec![values(64, 3)], Precision::F32, &Device::flex());
     let view = flat.view(&whole(64), [8, 8]);

@@ -378,6 +378,8 @@ pub struct Terms {
     pub mirror: bool,
     /// Each keeps gradients of its shards alone.
     pub shard_gradients: bool,
+    /// Each with a GPU keeps the optimizer's state, and the f32 weights, in the host's memory.
+    pub offload: bool,
     /// How long it waits for its peers in a collective before it says CollectiveFailed.
     pub collective_timeout_ms: u64,
     /// Silence after which it connects again. Every beat is answered.

@@ -43,6 +43,8 @@ pub struct Elastic {
     pub mirror: bool,
     /// Whether members keep gradients in shards too (ZeRO stage 2).
     pub shard_gradients: bool,
+    /// Whether members with GPUs keep the optimizer's state, and the f32 weights, in the host's memory.
+    pub offload: bool,
     /// So many generations in a row that lose a member for the same reason before the same step commits end the attempt.
     pub failures_max: u32,
     /// How long a member may take to leave its generation once told to.

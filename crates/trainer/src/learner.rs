@@ -110,15 +110,14 @@ impl Learner {
         pulse: Arc<Pulse>,
     ) -> Self {
         let resident = is_resident(&model, collective.as_ref());
-        let shared = shares_masters(&model, collective.as_ref());
-        let mut optimizer = optimizer(
-            &model,
-            section,
-            collective.as_ref(),
-            sharding.mirror,
-            shared,
-        );
-        if shared {
+        if sharding.offload && !model.device().is_gpu() {
+            tracing::warn!(
+                "cluster.offload changes nothing here: on the CPU everything is in the host's memory"
+            );
+        }
+        let apart = masters_apart(&model, collective.as_ref(), sharding);
+        let mut optimizer = optimizer(&model, section, collective.as_ref(), sharding, apart);
+        if apart {
             optimizer.fill_masters(model.take_masters());
         } else if !model.flat().is_whole() {
             let parked = model.take_masters();
@@ -143,15 +142,8 @@ impl Learner {
     }
 
     /// Has a GPU make its kernels ready; nothing else changes.
-    pub fn warm_up(&mut self, pairs: &[data::Pair]) {
-        let mut whole;
-        let gradients = if self.shards_gradients() {
-            whole = self.model.zero_gradients();
-            &mut whole
-        } else {
-            &mut self.gradients
-        };
-        warm_up(&self.model, pairs, gradients, self.resident);
+    pub fn warm_up(&self, pairs: &[data::Pair]) {
+        warm_up(&self.model, pairs, self.resident);
     }
 
     /// `pairs` as this rank's work, of which at most `micro_batch_tokens` go through the model at once.
@@ -541,13 +533,19 @@ fn gradients(model: &Model, in_shards: bool) -> Gradients {
 }
 
 /// Whether a model's f32 masters can be apart from what it computes with: with products of bf16, where it is itself trained.
-fn can_share_masters(model: &Model) -> bool {
+fn can_part(model: &Model) -> bool {
     model.trains_itself() && model.precision() == Precision::Bf16
 }
 
-/// Whether the ranks of a group share the masters out. A rank alone has all of them anyway.
-fn shares_masters(model: &Model, collective: &dyn Collective) -> bool {
-    can_share_masters(model) && collective.world() > 1
+/// Whether the optimizer has the masters, and not the model: where the ranks of a group share them out, and where a GPU is not to
+/// have them. A rank alone has all of them anyway.
+fn masters_apart(model: &Model, collective: &dyn Collective, sharding: Sharding) -> bool {
+    can_part(model) && (collective.world() > 1 || offloads(model, sharding))
+}
+
+/// Whether masters and moments of a model on a GPU are in the host's memory.
+fn offloads(model: &Model, sharding: Sharding) -> bool {
+    sharding.offload && model.device().is_gpu() && can_part(model)
 }
 
 /// Fresh moments of a rank's shards, and room for masters.
@@ -555,16 +553,17 @@ fn optimizer(
     model: &Model,
     section: OptimizerSection,
     collective: &dyn Collective,
-    mirror: bool,
+    sharding: Sharding,
     masters: bool,
 ) -> ShardedOptimizer {
     let place = Place {
         world: collective.world(),
         rank: collective.rank(),
-        mirror,
+        mirror: sharding.mirror,
     };
+    let on_device = is_resident(model, collective) && !offloads(model, sharding);
     let keeping = Keeping {
-        device: is_resident(model, collective).then(|| model.device()),
+        device: on_device.then(|| model.device()),
         masters,
     };
     ShardedOptimizer::new(section, &stretches(model), place, keeping)

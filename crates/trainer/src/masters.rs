@@ -104,6 +104,21 @@ impl ShardedOptimizer {
         }
     }
 
+    /// Moves everything to the host's memory: it is only read from here on, for a next generation.
+    pub fn park(&mut self) {
+        for bucket in 0..self.shards().len() {
+            for (_, shard) in self.holders_mut(bucket) {
+                let Shard {
+                    master,
+                    first,
+                    second,
+                    ..
+                } = shard;
+                [master, first, second].into_iter().for_each(Moments::park);
+            }
+        }
+    }
+
     /// Takes over the masters of a rank alone, whose shards are whole buckets, without a copy where they lie where its moments do.
     ///
     /// # Panics

@@ -116,6 +116,14 @@ impl Moments {
         }
     }
 
+    /// Moves them to the host's memory.
+    pub fn park(&mut self) {
+        if let Self::Device(values) = self {
+            let values = values.take().map(|values| values.into_vec());
+            *self = Self::Host(Arc::new(values.unwrap_or_default()));
+        }
+    }
+
     /// Whether they are a GPU's.
     pub fn is_on_device(&self) -> bool {
         matches!(self, Self::Device(_))

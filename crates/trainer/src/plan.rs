@@ -261,6 +261,7 @@ impl Workload {
                 workers: 1,
                 mirror: false,
                 shard_gradients: false,
+                offload: false,
                 threads: 1,
                 gpu: false,
                 micro_batch_tokens: spec.train.micro_batch_tokens,
@@ -276,6 +277,7 @@ impl Workload {
             workers,
             mirror: sharding.mirror,
             shard_gradients: sharding.gradients,
+            offload: sharding.offload,
             threads,
             ..self.knobs
         }

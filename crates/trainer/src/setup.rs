@@ -171,11 +171,12 @@ impl Setup {
     }
 }
 
-/// Whether f32 weights stay in the host's memory while a model is loaded: workers with GPUs that share them out need never have
-/// room for all of them on one.
+/// Whether f32 weights stay in the host's memory while a model is loaded: workers with GPUs that share them out, or keep them there,
+/// need never have room for all of them on one.
 fn parks_masters(spec: &Spec, peers: Peers, device: &Device) -> bool {
-    let shared = spec.model.dtype == Dtype::Bf16 && spec.adapter.is_none() && peers.workers > 1;
-    device.is_gpu() && shared
+    let can_part = spec.model.dtype == Dtype::Bf16 && spec.adapter.is_none();
+    let apart = peers.workers > 1 || peers.sharding.offload;
+    device.is_gpu() && can_part && apart
 }
 
 /// What config.json asks for and training does otherwise, and what is trained if that is not the model.

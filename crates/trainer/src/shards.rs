@@ -125,6 +125,9 @@ pub struct Sharding {
     pub mirror: bool,
     /// Whether gradients are in shards too (ZeRO stage 2).
     pub gradients: bool,
+    /// Whether with a GPU masters and moments are in the host's memory, and updated there. It needs masters that can be apart from
+    /// what a model computes with, and changes nothing where they cannot.
+    pub offload: bool,
 }
 
 /// A rank among the others, and whether it holds the shard of the rank before too.

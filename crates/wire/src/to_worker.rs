@@ -55,6 +55,7 @@ impl From<CoordinatorMessage> for Message {
                 terms: Some(proto::Terms {
                     mirror: terms.mirror,
                     shard_gradients: terms.shard_gradients,
+                    offload: terms.offload,
                     collective_timeout_ms: terms.collective_timeout_ms,
                     silence_ms: terms.silence_ms,
                 }),
@@ -163,6 +164,7 @@ fn terms(it: proto::Terms) -> Result<Terms, WireError> {
     Ok(Terms {
         mirror: it.mirror,
         shard_gradients: it.shard_gradients,
+        offload: it.offload,
         collective_timeout_ms: from_one("Terms.collective_timeout_ms", it.collective_timeout_ms)?,
         silence_ms: from_one("Terms.silence_ms", it.silence_ms)?,
     })

@@ -226,6 +226,7 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             terms: Terms {
                 mirror: false,
                 shard_gradients: false,
+                offload: false,
                 collective_timeout_ms: 1,
                 silence_ms: 1,
             },
@@ -260,6 +261,7 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
             terms: Terms {
                 mirror: true,
                 shard_gradients: true,
+                offload: true,
                 collective_timeout_ms: 5_000,
                 silence_ms: 10_000,
             },

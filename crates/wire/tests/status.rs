@@ -24,6 +24,7 @@ fn job() -> Job {
             workers_max: 2,
             mirror: true,
             shard_gradients: true,
+            offload: true,
             failures_max: 3,
             abort_timeout_ms: 8_000,
             collective_timeout_ms: 10_000,

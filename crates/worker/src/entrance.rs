@@ -102,6 +102,7 @@ impl Entrance<'_> {
         Sharding {
             mirror: self.terms.mirror,
             gradients: self.terms.shard_gradients,
+            offload: self.terms.offload,
         }
     }
 

@@ -135,6 +135,9 @@ pub struct ClusterSection {
     /// then travel once a pack and not once a step. A worker alone shares nothing.
     #[schemars(range(min = 1, max = 2))]
     pub zero: u32,
+    /// Whether workers with GPUs keep the optimizer's state and the f32 weights in the host's memory, where they are updated: more
+    /// room on the GPU for a slower update. Needs `model.dtype = "bf16"`. On the CPU everything is there anyway.
+    pub offload: bool,
     /// Threads of each worker. Default: the cores shared out evenly.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
@@ -341,6 +344,7 @@ impl ClusterSection {
             max_workers: section.optional("max_workers")?.unwrap_or(workers),
             mirror: section.required("mirror")?,
             zero: section.required("zero")?,
+            offload: section.required("offload")?,
             threads: section.optional("threads")?,
             backend: section.required("backend")?,
             collective: section.required("collective")?,
@@ -395,6 +399,10 @@ impl ClusterSection {
                 self.zero
             );
             return Err(("cluster.zero", reason));
+        }
+        if self.offload && self.backend == Backend::Cpu {
+            let reason = "moves memory from GPUs to the host, and cluster.backend is cpu; leave it out, or train on GPUs";
+            return Err(("cluster.offload", reason.into()));
         }
         let (min, most) = (self.min_workers, self.max_workers);
         if min == 0 || min > self.workers {

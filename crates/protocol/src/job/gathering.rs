@@ -60,6 +60,7 @@ impl Job {
             terms: Terms {
                 mirror: self.elastic().mirror,
                 shard_gradients: self.elastic().shard_gradients,
+                offload: self.elastic().offload,
                 collective_timeout_ms: self.elastic().collective_timeout_ms,
                 silence_ms: self.spec.policy.heartbeat_timeout_ms,
             },

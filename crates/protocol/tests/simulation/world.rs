@@ -494,6 +494,7 @@ fn elastic(random: &mut Random, world: u32) -> Elastic {
         slow_factor: 2.0,
         mirror: true,
         shard_gradients: false,
+        offload: false,
         failures_max: u32::MAX,
     }
 }

@@ -42,6 +42,7 @@ pub fn policy(world: u64) -> JobPolicy {
             slow_factor: 2.0,
             mirror: true,
             shard_gradients: false,
+            offload: false,
             failures_max: u32::MAX,
         },
     }

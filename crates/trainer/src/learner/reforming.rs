@@ -4,8 +4,8 @@ use checkpoint::TrainState;
 use std::time::Instant;
 
 use super::{
-    Holding, Learner, Weights, can_share_masters, gradients, is_resident, optimizer, running_mean,
-    shares_masters,
+    Holding, Learner, Weights, can_part, gradients, is_resident, masters_apart, optimizer,
+    running_mean,
 };
 use crate::error::TrainError;
 use crate::masters::Way;
@@ -27,7 +27,12 @@ impl Learner {
         committed: u64,
     ) -> Result<(TrainState, ShardedOptimizer), TrainError> {
         let deadline = self.deadline();
-        let masters = can_share_masters(&self.model);
+        // A device need not have room for what this rank had and for what it gets: gradients are made anew, and what it had of the
+        // optimizer waits in the host's memory, from where it is also sent.
+        self.gradients = Gradients::zeros(&[], self.model.device());
+        self.shard_sums = None;
+        self.optimizer.park();
+        let masters = can_part(&self.model);
         if masters && self.model.flat().is_whole() {
             // They move like moments, and stay with the shards that they belong to until all ranks have theirs.
             self.optimizer.take_masters(self.model.take_masters());
@@ -60,7 +65,7 @@ impl Learner {
             Holding::Before(shards) => Some(shards),
         };
         transfer.moments(held, &mut new, self.sharding.mirror)?;
-        if shares_masters(&self.model, self.collective.as_ref()) {
+        if masters_apart(&self.model, self.collective.as_ref(), self.sharding) {
             let way = Way {
                 in_place: is_resident(&self.model, self.collective.as_ref()),
                 collective: self.collective.as_mut(),
@@ -75,7 +80,9 @@ impl Learner {
 
     /// Takes up these shards of the present group, with a fresh gradient; returns the shards before them.
     pub fn take_up(&mut self, mut shards: ShardedOptimizer) -> ShardedOptimizer {
-        if shards.has_masters() && !shares_masters(&self.model, self.collective.as_ref()) {
+        if shards.has_masters()
+            && !masters_apart(&self.model, self.collective.as_ref(), self.sharding)
+        {
             self.model.put_masters(shards.give_masters());
         }
         self.resident = is_resident(&self.model, self.collective.as_ref());
@@ -88,12 +95,12 @@ impl Learner {
 
     /// Fresh shards of the present group, for reading a checkpoint.
     pub fn start_over(&mut self) {
-        let shared = shares_masters(&self.model, self.collective.as_ref());
-        if shared && self.model.flat().is_whole() {
+        let apart = masters_apart(&self.model, self.collective.as_ref(), self.sharding);
+        if apart && self.model.flat().is_whole() {
             drop(self.model.take_masters());
         }
         // Of a rank that is alone now they go to its model.
-        let shards = self.fresh_shards(shared || !self.model.flat().is_whole());
+        let shards = self.fresh_shards(apart || !self.model.flat().is_whole());
         drop(self.take_up(shards));
         self.weights = Weights::Whole;
     }
@@ -103,7 +110,7 @@ impl Learner {
             &self.model,
             self.section,
             self.collective.as_ref(),
-            self.sharding.mirror,
+            self.sharding,
             masters,
         )
     }

@@ -70,6 +70,7 @@ impl Workload {
             search.checkpointing(*knobs),
             search.micro_batch(*knobs),
             search.gradients(*knobs),
+            search.offload(*knobs),
             search.mirror(*knobs),
             search.workers(*knobs),
             search.max_length(*knobs),
@@ -135,6 +136,16 @@ impl Search<'_> {
             ..knobs
         };
         (sharded.shards_gradients() && sharded != knobs && self.fits(&sharded)).then_some(sharded)
+    }
+
+    /// With masters and moments beside the GPU, which costs time.
+    fn offload(&self, knobs: Knobs) -> Option<Knobs> {
+        let offloaded = Knobs {
+            offload: true,
+            ..knobs
+        };
+        let helps = self.workload.offloads(&offloaded) && offloaded != knobs;
+        (helps && self.fits(&offloaded)).then_some(offloaded)
     }
 
     /// Without mirrors, which costs the promise that no step is lost with a worker.
@@ -238,6 +249,11 @@ impl Search<'_> {
             "cluster.zero",
             knobs.shard_gradients != before.shard_gradients,
             2.into(),
+        );
+        change(
+            "cluster.offload",
+            knobs.offload != before.offload,
+            knobs.offload.into(),
         );
         change(
             "cluster.mirror",

@@ -1,9 +1,10 @@
 //! Memory of one worker's GPU: what lies in `gpu`'s arena, derived from `kernels::cuda` and `model::PackBytes`, and what its
-//! libraries take beside it. Host memory is a small matter then and not planned.
+//! libraries take beside it. Host memory is a small matter then and not planned: of
+//! offloaded masters and moments 12 bytes a parameter, over the workers, twice with mirrors.
 //!
 //! A worker alone keeps whole weights, operands, gradients and moments on its GPU. Of several, each keeps whole operands in bf16, whole
 //! f32 of what is read in f32, and whole gradients; masters and moments are those of its shard and of the one that it mirrors. In f32,
-//! and with an adapter, weights are whole on every GPU. (Workers with GPUs that reduce over TCP keep moments on the host; their GPUs need less than this says.)
+//! and with an adapter, weights are whole on every GPU. With `cluster.offload` masters and moments are the host's. (Workers with GPUs that reduce over TCP keep moments on the host; their GPUs need less than this says.)
 //! What an H100's arena had in use for models of 0.13 to 3 billion parameters is this sum to 0.1 %; `tests` below compares.
 
 use std::fmt;
@@ -49,9 +50,9 @@ impl Workload {
             .into_iter()
             .flatten()
             .collect();
-        let shared = self.shares_masters(knobs);
+        let apart = self.masters_apart(knobs);
         let loaded = Parts {
-            weights: if shared {
+            weights: if apart {
                 // The f32 weights stay in the host's memory until each worker takes its shards.
                 let operands = self.precision.gpu_bytes() * self.layout.elements();
                 operands as u64 + FLOAT * self.narrow() as u64
@@ -82,11 +83,12 @@ impl Workload {
         let alone = knobs.workers == 1;
         let shard = elements.div_ceil(knobs.workers) as u64;
         let kept = knobs.shards() * FLOAT * shard;
+        let offloads = self.offloads(knobs);
         let trained = Parts {
             weights: loaded.weights + adapter,
-            masters: if shared { kept } else { 0 },
+            masters: if apart && !offloads { kept } else { 0 },
             gradients: self.gradients(knobs),
-            optimizer_moments: self.moments * kept,
+            optimizer_moments: if offloads { 0 } else { self.moments * kept },
             collective: if alone { 0 } else { NCCL },
             ..loaded
         };
@@ -202,6 +204,7 @@ impl Peers {
         sharding: Sharding {
             mirror: false,
             gradients: false,
+            offload: false,
         },
     };
 }
@@ -304,6 +307,7 @@ mod tests {
                 workers: 1,
                 mirror: false,
                 shard_gradients: false,
+                offload: false,
                 threads: 1,
                 gpu: false,
                 micro_batch_tokens: tokens,
@@ -381,6 +385,78 @@ mod tests {
         assert!(
             nothing.to_string().contains("it needs at least"),
             "{nothing}"
+        );
+    }
+
+    #[test]
+    fn gradients_in_shards_and_an_offloaded_optimizer_leave_operands_and_buckets_on_their_way() {
+        // 8 billion parameters, which 8 GPUs of 80 GB hold with mirrors.
+        let workload = workload(
+            llama([4096, 32, 32, 8, 14_336, 128_256], false),
+            [4096, 3000],
+        );
+        let elements = workload.layout.elements() as u64;
+        let memory = |workers, sharding| {
+            let knobs = Knobs {
+                gradient_checkpointing: true,
+                ..workload.gpu_knobs(workers, sharding)
+            };
+            workload.gpu_memory(&knobs)
+        };
+        let mirrored = Sharding {
+            mirror: true,
+            ..Sharding::default()
+        };
+        let sharded = Sharding {
+            gradients: true,
+            ..mirrored
+        };
+        let offloaded = Sharding {
+            offload: true,
+            ..sharded
+        };
+        let parts = |workers, sharding| memory(workers, sharding).busiest().parts;
+        let whole = parts(8, mirrored);
+        assert_eq!(whole.gradients, 4 * elements);
+        let shards = parts(8, sharded);
+        // The table of tokens, the head, and buckets on their way: a stage's, and four more.
+        let buckets = 4 * 2 * 128_256 * 4096;
+        let sums = 2 * 4 * elements / 8;
+        assert!(
+            (sums + buckets..sums + 2 * buckets).contains(&shards.gradients),
+            "{shards:?}"
+        );
+        assert_eq!(
+            [shards.weights, shards.masters],
+            [whole.weights, whole.masters]
+        );
+        let host = parts(8, offloaded);
+        assert_eq!([host.masters, host.optimizer_moments], [0, 0]);
+        assert_eq!(
+            [host.weights, host.gradients],
+            [shards.weights, shards.gradients]
+        );
+        // A worker alone shares nothing out, but may keep its masters and moments beside its GPU.
+        let alone = parts(1, offloaded);
+        assert_eq!([alone.masters, alone.optimizer_moments], [0, 0]);
+        assert!(alone.weights < whole.weights + (1 << 20));
+        assert_eq!(alone.gradients, 4 * elements);
+        let peaks = [mirrored, sharded, offloaded].map(|it| memory(8, it).certain_bytes());
+        assert!(peaks[0] > peaks[1] && peaks[1] > peaks[2], "{peaks:?}");
+        // What helps is offered by name.
+        let knobs = Knobs {
+            gradient_checkpointing: true,
+            ..workload.gpu_knobs(8, mirrored)
+        };
+        let limit = memory(8, sharded).peak_bytes;
+        let cures = workload.cures(&knobs, Program::NONE, false, limit);
+        let offered = |key| {
+            let changes = cures.iter().flat_map(|cure| &cure.changes);
+            changes.into_iter().any(|change| change.key == key)
+        };
+        assert!(
+            offered("cluster.zero") && offered("cluster.offload"),
+            "{cures:?}"
         );
     }
 

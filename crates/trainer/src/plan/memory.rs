@@ -25,6 +25,8 @@ pub struct Knobs {
     pub mirror: bool,
     /// Whether gradients are in shards, too (`cluster.zero = 2`).
     pub shard_gradients: bool,
+    /// Whether workers with GPUs keep masters and moments in the host's memory (`cluster.offload`).
+    pub offload: bool,
     /// Compute threads of each.
     pub threads: usize,
     /// Whether each of them computes on a GPU, whose memory is then meant.
@@ -244,7 +246,7 @@ impl Workload {
             "training step",
             Self::stepping(trained.with(step.bytes), knobs),
         ));
-        if self.shares_masters(knobs) {
+        if self.masters_apart(knobs) {
             moments.push(moment("update", self.updating(trained)));
         }
         moments.push(moment("checkpoint", trained));
@@ -281,14 +283,14 @@ impl Workload {
     /// What stays while a run trains.
     fn trained(&self, loaded: Parts, pairs: usize, knobs: &Knobs, saves: bool) -> Parts {
         let shard = knobs.shards() * self.shard(knobs);
-        let shared = self.shares_masters(knobs);
+        let apart = self.masters_apart(knobs);
         Parts {
-            weights: if shared {
+            weights: if apart {
                 (self.layout.elements() + self.narrow()) as u64 * FLOAT
             } else {
                 loaded.weights + self.adapter_weights()
             },
-            masters: if shared { shard * FLOAT } else { 0 },
+            masters: if apart { shard * FLOAT } else { 0 },
             gradients: self.gradients(knobs),
             optimizer_moments: self.moments * shard * FLOAT,
             snapshot: if saves { self.snapshot(knobs) } else { 0 },
@@ -343,10 +345,18 @@ impl Workload {
         (knobs.shards() * self.shard(knobs) + whole) * FLOAT
     }
 
-    /// Whether workers share the f32 weights out.
-    pub(super) fn shares_masters(&self, knobs: &Knobs) -> bool {
-        let whole = self.trained == self.layout;
-        whole && self.precision == Precision::Bf16 && knobs.workers > 1
+    /// Whether the f32 weights are apart from what is computed with: workers share them out, or keep them beside their GPU.
+    pub(super) fn masters_apart(&self, knobs: &Knobs) -> bool {
+        self.can_part() && (knobs.workers > 1 || self.offloads(knobs))
+    }
+
+    /// Whether masters and moments are not on the GPU.
+    pub(super) fn offloads(&self, knobs: &Knobs) -> bool {
+        knobs.gpu && knobs.offload && self.can_part()
+    }
+
+    fn can_part(&self) -> bool {
+        self.trained == self.layout && self.precision == Precision::Bf16
     }
 
     /// Elements that are read in f32 whatever products are made of.

@@ -510,6 +510,7 @@ impl Oracle {
             sharding: Sharding {
                 mirror: true,
                 gradients,
+                offload: false,
             },
             folder,
             runs: Mutex::default(),

@@ -121,7 +121,11 @@ fn t2_gradients_in_shards_are_those_of_whole_ones_within_the_order_of_their_sums
         for world in 2..=4 {
             let with = |mirror, gradients| {
                 let script = Script {
-                    sharding: Sharding { mirror, gradients },
+                    sharding: Sharding {
+                        mirror,
+                        gradients,
+                        offload: false,
+                    },
                     ..Script::default()
                 };
                 run(&spec, world, &script)
@@ -280,6 +284,7 @@ fn t6_a_non_finite_gradient_on_one_rank_skips_the_step_on_all() {
             sharding: Sharding {
                 mirror: false,
                 gradients,
+                offload: false,
             },
             ..Script::default()
         };
