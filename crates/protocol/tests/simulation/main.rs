@@ -58,13 +58,11 @@ fn number(name: &str) -> Option<u64> {
 
 fn seeds() -> Range<u64> {
     let all = if cfg!(debug_assertions) { 400 } else { 20_000 };
-    match number("SIMULATION_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => {
-            let first = number("SIMULATION_FIRST").unwrap_or(0);
-            first..first + number("SIMULATION_SEEDS").unwrap_or(all)
-        }
+    if let Some(seed) = number("SIMULATION_SEED") {
+        return seed..seed + 1;
     }
+    let first = number("SIMULATION_FIRST").unwrap_or(0);
+    first..first + number("SIMULATION_SEEDS").unwrap_or(all)
 }
 
 /// The sum of what `measure` says of every seed's world, and the highest of each number; on all cores, which take the next
