@@ -46,7 +46,13 @@ pub fn replay(folder: &Path) -> Result<Vec<Stretch>, String> {
         .lines()
         .map(|line| serde_json::from_str(line).expect("a row is JSON"))
         .collect();
-    let spec = spec_of(&folder.join("config.toml"));
+    let config = configuration(&folder.join("config.toml"));
+    // Whose shards are mirrored shows in no bit; in what order gradients are added does.
+    let sharding = Sharding {
+        gradients: config["cluster"]["zero"].as_integer() == Some(2),
+        ..Sharding::default()
+    };
+    let spec = spec_of(config);
     let mut stretches: Vec<Stretch> = Vec::new();
     for row in &rows {
         let step = row["step"].as_u64().expect("a step");
@@ -60,7 +66,8 @@ pub fn replay(folder: &Path) -> Result<Vec<Stretch>, String> {
     let mut resume = None;
     let mut next = 0;
     for stretch in &stretches {
-        let done = go(&spec, *stretch, checkpoints.path(), resume.as_deref());
+        let checkpoints = checkpoints.path();
+        let done = go(&spec, sharding, *stretch, checkpoints, resume.as_deref());
         for report in &done.reports {
             let (found, expected) = (of_row(&rows[next]), of_report(report));
             let differs = found.iter().zip(&expected).find(|(a, b)| a != b);
@@ -83,10 +90,14 @@ pub fn replay(folder: &Path) -> Result<Vec<Stretch>, String> {
     Ok(stretches)
 }
 
-/// The training sections of a run's configuration.
-fn spec_of(config: &Path) -> Spec {
-    let text = fs::read_to_string(config).expect("a configuration");
-    let mut config: toml::Table = text.parse().expect("TOML");
+/// A run's configuration.
+fn configuration(path: &Path) -> toml::Table {
+    let text = fs::read_to_string(path).expect("a configuration");
+    text.parse().expect("TOML")
+}
+
+/// The training sections of it.
+fn spec_of(mut config: toml::Table) -> Spec {
     let seed = config["job"]["seed"].clone();
     config.retain(|name, _| spec::SECTIONS.contains(&name));
     let train = config.get_mut("train").and_then(|it| it.as_table_mut());
@@ -147,7 +158,13 @@ struct Done {
 }
 
 /// One stretch, saved after its last step.
-fn go(spec: &Spec, stretch: Stretch, checkpoints: &Path, resume: Option<&Path>) -> Done {
+fn go(
+    spec: &Spec,
+    sharding: Sharding,
+    stretch: Stretch,
+    checkpoints: &Path,
+    resume: Option<&Path>,
+) -> Done {
     let world = stretch.world;
     let (barrier, saved) = (Arc::new(Barrier::new(world)), Arc::default());
     let doors: Vec<Rendezvous> = (0..world)
@@ -172,7 +189,7 @@ fn go(spec: &Spec, stretch: Stretch, checkpoints: &Path, resume: Option<&Path>) 
                     checkpoints: checkpoints.to_owned(),
                     resume: resume.map(Path::to_owned),
                     generation: 1,
-                    sharding: Sharding::default(),
+                    sharding,
                     pulse: Arc::default(),
                 };
                 let rank = Rank {

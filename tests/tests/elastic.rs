@@ -248,19 +248,28 @@ fn a_worker_that_dies_again_and_again_ends_the_attempt_and_is_told_of() {
 /// A run's rows tell its schedule of worlds, and that its bits.
 #[test]
 fn t4_a_run_that_lost_workers_is_bit_for_bit_a_run_of_its_schedule() {
-    let run = run();
+    is_a_run_of_its_schedule(&run(), 2);
+}
+
+#[test]
+fn t4_so_is_one_whose_workers_share_out_masters_and_gradients() {
+    let run = run().set("model.dtype=bf16").set("cluster.zero=2");
+    is_a_run_of_its_schedule(&run.set("cluster.workers=3"), 3);
+}
+
+fn is_a_run_of_its_schedule(run: &Run, workers: u64) {
     let mut running = run.start();
-    wait_for_step(&run, &mut running, 20);
+    wait_for_step(run, &mut running, 20);
     for _ in 0..2 {
         let victim = *running.workers().last().expect("a worker");
-        let before = generation(&run);
+        let before = generation(run);
         signal(&victim.to_string(), "KILL");
-        wait_for_world(&run, &mut running, 2, before);
+        wait_for_world(run, &mut running, workers, before);
     }
     assert!(running.wait().success(), "{}", running.said());
     // Paths of the configuration are the run's.
     std::env::set_current_dir(workspace_root()).expect("a folder");
     let stretches = replay(&run.path("")).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(stretches.last().map(|it| it.last), Some(STEPS));
-    assert!(generation(&run) >= 3);
+    assert!(generation(run) >= 3);
 }
