@@ -170,7 +170,7 @@ pub enum RecoveryError {
     /// Whoever opens the journal later has a higher fence, and only it may write.
     #[error(
         "record {index} was written under fence {fence}, after another coordinator had opened the journal under {newest}: \
-         two coordinators worked with one journal; restore it as it was before"
+         two coordinators worked with one journal; restore the journal as it was before"
     )]
     Replaced {
         /// The record's place, from 1.
