@@ -126,10 +126,21 @@ impl Worker {
         pieces
     }
 
-    /// Makes the state ready for an update.
-    fn unshare(&mut self) {
-        self.state.iter_mut().flatten().for_each(|bucket| {
-            Arc::make_mut(bucket);
+    /// Makes the state ready for an update, on so many threads.
+    fn unshare(&mut self, threads: usize) {
+        let left = Mutex::new(self.state.iter_mut().flatten());
+        thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    loop {
+                        let next = left.lock().unwrap().next();
+                        let Some(bucket) = next else {
+                            break;
+                        };
+                        Arc::make_mut(bucket);
+                    }
+                });
+            }
         });
     }
 }
@@ -142,6 +153,8 @@ fn save(
     tensors: &[TensorSpec],
 ) -> [f64; 3] {
     let world = ranks.len() as u32;
+    let cores = thread::available_parallelism().unwrap().get();
+    let threads = (cores / ranks.len()).max(1);
     let state = TrainState {
         step,
         epoch: 0,
@@ -166,7 +179,7 @@ fn save(
         let update = Instant::now();
         thread::scope(|scope| {
             for rank in ranks.iter_mut() {
-                scope.spawn(|| rank.unshare());
+                scope.spawn(|| rank.unshare(threads));
             }
         });
         let stall = (begun + update.elapsed()).as_secs_f64();
