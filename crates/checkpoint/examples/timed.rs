@@ -126,9 +126,9 @@ impl Worker {
         pieces
     }
 
-    /// Makes the state ready for an update, on so many threads.
+    /// Makes the state ready for an update, on so many threads; what is written last comes first.
     fn unshare(&mut self, threads: usize) {
-        let left = Mutex::new(self.state.iter_mut().flatten());
+        let left = Mutex::new(self.state.iter_mut().flatten().rev());
         thread::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(|| {

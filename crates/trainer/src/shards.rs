@@ -393,14 +393,18 @@ impl ShardedOptimizer {
         }
     }
 
-    /// Copies what is held of the shards elsewhere, on all threads, so that the next update need not do it one by one; says whether
-    /// anything was.
+    /// Copies what is held of the own shards elsewhere, on all threads, so that the next update need not do it one by one; says
+    /// whether anything was. What a checkpoint writes last comes first: copies and writer meet half-way.
     pub fn unshare(&mut self) -> bool {
-        let shards = self.buckets.par_iter_mut().chain(&mut self.mirrored);
-        let held = shards.map(|shard| {
-            let all = [&mut shard.master, &mut shard.first, &mut shard.second];
-            all.map(Moments::unshare).contains(&true)
-        });
+        let shards = self.buckets.iter_mut();
+        let [mut masters, mut first, mut second] = [(); 3].map(|()| Vec::new());
+        for shard in shards.rev() {
+            masters.push(&mut shard.master);
+            first.push(&mut shard.first);
+            second.push(&mut shard.second);
+        }
+        let in_turn = second.into_iter().chain(first).chain(masters);
+        let held = in_turn.par_bridge().map(Moments::unshare);
         held.reduce(|| false, |one, other| one | other)
     }
 
