@@ -151,6 +151,21 @@ mod tests {
     }
 
     #[test]
+    fn what_is_ahead_of_the_commit_that_a_rewind_went_back_to_is_not_gone_on_from() {
+        let holders = [held(5, 0, 2, 1, false), held(5, 1, 2, 0, false)];
+        let layout = |holders: &[Vec<Held>]| {
+            let ranked = holders.iter().enumerate();
+            let ranked = ranked.map(|(rank, held)| (Rank(rank as u32), held.as_slice()));
+            newest_layout(Step(0), Generation(0), true, ranked)
+        };
+        let second = Some(Rank(1));
+        let [mirrored, owned] = [(None, second), (second, None)];
+        let shards = [mirrored, owned].map(|(owner, mirror)| Copies { owner, mirror });
+        assert_eq!(layout(&holders).unwrap().shards, shards);
+        assert_eq!(layout(&holders[..1]), None);
+    }
+
+    #[test]
     fn a_single_worker_has_no_mirror() {
         let alone = (3, vec![(Some(0), None)]);
         assert_eq!(check(&[held(3, 0, 1, 7, false)]), Some(alone));

@@ -162,11 +162,16 @@ impl Worker {
         }
         // A late Form knows of no later ones.
         let rewinds = disk.rewinds_before(generation);
-        let known = self.cuts.iter().map(|it| it.applied).max();
+        let counting = self.cuts.iter().filter(|it| !it.outlived);
+        let known = counting.map(|it| it.applied).max();
         assert!(
             known.is_none_or(|known| known <= committed.0) || rewinds > self.rewinds,
             "M4: back from {known:?} to {committed} without a rewind in the journal"
         );
+        // It may keep them while it enters this generation, and must not be taken for one that has lost a commit by the next.
+        for cut in self.cuts.iter_mut().filter(|it| it.applied > committed.0) {
+            cut.outlived = true;
+        }
         self.rewinds = rewinds;
         self.generation = generation;
         self.rank = rank.0;

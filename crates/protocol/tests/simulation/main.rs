@@ -175,6 +175,14 @@ fn a_lost_message_costs_heartbeats_and_never_a_generation() {
     assert!(lost > count, "hardly anything was lost");
 }
 
+/// Seed 348382 of the first million: a rewind to the start, of which one of two workers still holds the step before, the other one
+/// step after; the generation that goes on from the first is interrupted before the second is in it.
+#[test]
+fn m4_a_worker_ahead_of_a_rewind_may_keep_what_it_holds_until_it_is_in_a_generation() {
+    let test = "m4_a_worker_ahead_of_a_rewind_may_keep_what_it_holds_until_it_is_in_a_generation";
+    run(348_382, HOSTILE, test);
+}
+
 #[test]
 fn a_seed_tells_the_whole_story() {
     let test = "a_seed_tells_the_whole_story";

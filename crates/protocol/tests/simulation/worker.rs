@@ -78,6 +78,8 @@ pub struct Cut {
     pub gradient: bool,
     /// The state of which these are shards.
     pub state: u64,
+    /// Whether it is known to be ahead of where a rewind went back to.
+    pub outlived: bool,
 }
 
 impl Cut {
@@ -303,6 +305,7 @@ impl Worker {
                     applied: self.committed,
                     gradient: false,
                     state: self.state,
+                    outlived: false,
                 };
                 self.cuts.insert(0, cut);
                 self.doing = Doing::Ready;
