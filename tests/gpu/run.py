@@ -190,6 +190,16 @@ def job():
         if not good:
             FAILED.append("job")
         row("job of 2 workers over NCCL, f32", "passed" if good else "FAILED", f"60 steps differ from one worker's by {100 * differ:.3f} % at most; the same bits twice: {same}")
+        # f32 masters in shards, gradients too, and both on the host: the first steps of one worker's bf16, and the same bits twice.
+        alone = result("bf16-alone", 1, "cluster.max_workers=1", "model.dtype=bf16")
+        for name, *settings in (("bf16",), ("bf16-zero2", "cluster.zero=2"), ("bf16-offload", "cluster.zero=2", "cluster.offload=true")):
+            two, again = (result(name + turn, 2, "model.dtype=bf16", *settings) for turn in ("", "-again"))
+            differ = max(abs(a[key] - b[key]) / max(abs(a[key]), 1.0) for a, b in zip(alone[:10], two) for key in keys if key in a)
+            same = all(a[key] == b[key] for a, b in zip(two, again) for key in keys if key in a)
+            good = differ <= 0.02 and same and len(two) == 60
+            if not good:
+                FAILED.append("job")
+            row(f"job of 2 workers over NCCL, {name}", "passed" if good else "FAILED", f"10 steps differ from one worker's by {100 * differ:.3f} % at most; the same bits twice: {same}")
         output, command = submit("killed", 2, "train.steps=400")
         follow = subprocess.Popen(command, stdout=logs[0], stderr=logs[0])
         metrics = os.path.join(output, "metrics.jsonl")

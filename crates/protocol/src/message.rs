@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Version of these messages. A worker that speaks another one is refused. A field that may be absent makes no new one.
-pub const WIRE_VERSION: u32 = 5;
+pub const WIRE_VERSION: u32 = 6;
 
 /// A worker's message with its fences.
 #[derive(Clone, Debug, PartialEq)]

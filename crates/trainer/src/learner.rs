@@ -426,19 +426,6 @@ impl Learner {
         compared
     }
 
-    /// The f32 weights as host memory, where they are whole; the model computes nothing until [`Learner::put_whole`]. `None` where the
-    /// masters are in shards, which the model can do without.
-    pub fn take_whole(&mut self) -> Option<Vec<Vec<f32>>> {
-        (!self.optimizer.has_masters()).then(|| self.model.take_weights())
-    }
-
-    /// Puts back what [`Learner::take_whole`] took.
-    pub fn put_whole(&mut self, weights: Option<Vec<Vec<f32>>>) {
-        if let Some(weights) = weights {
-            self.model.put_weights(weights);
-        }
-    }
-
     /// Leaves the other ranks in order, after the last operation with them: peers may still be reading a GPU's memory.
     pub fn leave(&mut self) -> Result<(), CollectiveError> {
         let deadline = Instant::now() + self.patience.min(LEAVE_PATIENCE);

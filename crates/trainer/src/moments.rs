@@ -1,11 +1,12 @@
-//! Moments of an optimizer where its weights are updated: host memory, or a GPU's.
+//! What an optimizer keeps of a bucket's shard, where its weights are updated: host memory, or a GPU's. Moments, and in the same way
+//! f32 masters and sums of gradients.
 
 use std::borrow::Cow;
 use std::sync::Arc;
 
 use kernels::{Device, Tensor, Values};
 
-/// A moment of one bucket's shard.
+/// A moment of one bucket's shard, or its masters, or the sums of its gradient.
 pub enum Moments {
     /// Updated by this crate; in a copy while a checkpoint is written from these.
     Host(Arc<Vec<f32>>),

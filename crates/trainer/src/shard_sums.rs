@@ -12,6 +12,7 @@
 //! and another order of summation than whole gradients have.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -220,7 +221,16 @@ impl<'a> Streamed<'a> {
                 return;
             }
         };
-        match (&mut self.sums.own[bucket], region) {
+        self.add(Whose::Own, bucket, range, region);
+    }
+
+    /// Adds `range` of a bucket that has come to the sums of that shard.
+    fn add(&mut self, whose: Whose, bucket: usize, range: Range<usize>, region: Region) {
+        let sums = match whose {
+            Whose::Own => &mut self.sums.own[bucket],
+            Whose::Mirrored => &mut self.sums.mirrored[bucket],
+        };
+        match (sums, region) {
             (Moments::Host(sums), Region::HostF32(values)) => {
                 for (sum, value) in Arc::make_mut(sums).iter_mut().zip(&values[range]) {
                     *sum += value;
@@ -293,22 +303,8 @@ impl<'a> Streamed<'a> {
         let (world, rank) = (self.collective.world(), self.collective.rank());
         let len = self.model.trained().buckets[bucket].len;
         let range = collective::shard_range(len, world, (rank + world - 1) % world);
-        match (&mut self.sums.mirrored[bucket], region) {
-            (Moments::Host(sums), Region::HostF32(values)) => {
-                Arc::make_mut(sums).copy_from_slice(&values[range]);
-                self.spare.push(values);
-            }
-            (Moments::Device(sums), region) => {
-                if let Some(sums) = sums {
-                    let part = self.gradients.part(bucket, range);
-                    // They were zeros.
-                    kernels::add_to(sums, &part.expect("a gradient on a GPU"));
-                }
-                drop(region);
-                self.gradients.drop_bucket(bucket);
-            }
-            _ => unreachable!("sums lie where the gradient does"),
-        }
+        // Until now they are the zeros that the step began with.
+        self.add(Whose::Mirrored, bucket, range, region);
         Ok(())
     }
 }

@@ -121,13 +121,14 @@ impl Learner {
     /// # Errors
     /// What `read` says.
     pub fn restore_weights(&mut self, read: ReadBucket<'_>) -> Result<(), TrainError> {
-        let Some(mut weights) = self.take_whole() else {
+        if self.optimizer.has_masters() {
             return self.restore_masters(read);
-        };
+        }
+        let mut weights = self.model.take_weights();
         let read = (0..)
             .zip(&mut weights)
             .try_for_each(|(bucket, values)| read(bucket, values));
-        self.put_whole(Some(weights));
+        self.model.put_weights(weights);
         read
     }
 
