@@ -3,8 +3,8 @@
 
 usage: which_fits.py COORDINATOR [SHARED]
 COORDINATOR is the program; SHARED (../shared) has the pairs and the tokenizer. Weights are not needed, only shapes. A cell has GiB of
-each GPU under `cluster.zero=1`, `cluster.zero=2`, and `cluster.zero=2 cluster.offload=true`; one worker alone has no stage 2. Bold fits
-80 GB, italic 141 GB.
+each GPU under `cluster.zero=1`, `cluster.zero=2`, and `cluster.zero=2 cluster.offload=true`; one worker alone has no stage 2. The last
+column trains an adapter on one GPU. Bold fits 80 GB, italic 141 GB.
 """
 import json, os, shutil, subprocess, sys, tempfile
 
@@ -15,7 +15,9 @@ SHAPES = {
     "7B (Llama 2's shape, vocabulary 49152)": ("llama", 4096, 32, 32, 32, 11008, 49152, False),
     "8B (Llama 3's shape)": ("llama", 4096, 32, 32, 8, 14336, 128256, False),
     "14B (Qwen3's shape)": ("qwen3", 5120, 40, 40, 8, 17408, 151936, False),
+    "32B (Qwen3's shape)": ("qwen3", 5120, 64, 64, 8, 25600, 151936, False),
 }
+LORA = ["adapter.kind=lora", "adapter.rank=16"]
 SETTINGS = [["cluster.zero=1"], ["cluster.zero=2"], ["cluster.zero=2", "cluster.offload=true"]]
 # A card's size by its name, which is nearly its GiB, and the mark of what fits it.
 CARDS = [(80, "**"), (141, "*")]
@@ -48,8 +50,8 @@ def planned(model, scratch, workers, settings, card):
     return gpu["worker"]["peak_bytes"], gpu["fits"]
 
 
-def cell(model, scratch, workers):
-    settings = SETTINGS if workers > 1 else [SETTINGS[0], ["cluster.offload=true"]]
+def cell(model, scratch, workers, settings=None):
+    settings = settings or (SETTINGS if workers > 1 else [SETTINGS[0], ["cluster.offload=true"]])
     parts = []
     for setting in settings:
         text = None
@@ -63,11 +65,12 @@ def cell(model, scratch, workers):
     return " / ".join(parts)
 
 
-print("| model | 1 GPU | 2 | 4 | 8 |\n|---|---|---|---|---|")
+print("| model | 1 GPU | 2 | 4 | 8 | LoRA, 1 GPU |\n|---|---|---|---|---|---|")
 with tempfile.TemporaryDirectory() as scratch:
     os.mkdir(os.path.join(scratch, "cache"))
     for name, shape in SHAPES.items():
         model = os.path.join(scratch, "model")
         os.makedirs(model, exist_ok=True)
         folder(model, shape)
-        print(f"| {name} | " + " | ".join(cell(model, scratch, workers) for workers in (1, 2, 4, 8)) + " |", flush=True)
+        cells = [cell(model, scratch, workers) for workers in (1, 2, 4, 8)] + [cell(model, scratch, 1, [LORA])]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)

@@ -15,7 +15,7 @@
 //!   ranks has to notice, and has to abort at every survivor.
 //! - After any failure the communicator is aborted, here by the engine, and never used again; a later call gets the first
 //!   failure. A thread that is stuck inside NCCL or CUDA cannot be helped: waiters still return at their deadline, a drop gives
-//!   up after a while and says so in the log, and then only a new process helps.
+//!   up after a while, and then only a new process helps, as [`has_left_a_thread`] says from there on.
 //! - The handshake is NCCL's own: who knows the id gets in, nothing is encrypted. The network between workers must be trusted.
 //!
 //! # The same bits on every run
@@ -33,7 +33,11 @@ mod state;
 mod version;
 
 use std::{
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -63,6 +67,15 @@ pub fn deterministic_environment() -> [(&'static str, &'static str); 3] {
         ("NCCL_PROTO", "Simple"),
         ("NCCL_NVLS_ENABLE", "0"),
     ]
+}
+
+/// Set once, when a drop gives an engine up.
+static HAS_LEFT_A_THREAD: AtomicBool = AtomicBool::new(false);
+
+/// Whether a thread of this process is stuck inside NCCL or CUDA, and what it held of the device with it: another process should
+/// take this one's place.
+pub fn has_left_a_thread() -> bool {
+    HAS_LEFT_A_THREAD.load(Ordering::Relaxed)
 }
 
 /// A connected rank.
@@ -275,6 +288,7 @@ impl Drop for Nccl {
         if self.state.wait_for_stop(Duration::from_millis(STOP_MS_MAX)) {
             let _ = engine.join();
         } else {
+            HAS_LEFT_A_THREAD.store(true, Ordering::Relaxed);
             tracing::error!(
                 ?member,
                 "a thread is stuck inside NCCL or CUDA and is left behind: this process should be replaced"

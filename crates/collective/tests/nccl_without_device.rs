@@ -18,6 +18,7 @@ use collective::{
     Collective, CollectiveError, Element, Op, Region,
     nccl::{
         Device, Driver, Library, Member, Nccl, Pair, UniqueId, Version, deterministic_environment,
+        has_left_a_thread,
     },
     tcp::Rendezvous,
 };
@@ -320,6 +321,18 @@ fn a_call_that_blocks_inside_nccl_does_not_keep_the_waiter() {
         1,
         "as soon as the call returned"
     );
+}
+
+#[test]
+fn a_call_that_never_returns_is_left_behind_and_the_process_knows() {
+    let mut nccl = connect("left", "stuck=30000@0", 0, 1, soon()).unwrap();
+    let error = nccl.run(Op::AllReduceSum, floats(10), within(50));
+    assert!(matches!(error, Err(CollectiveError::Stalled { .. })));
+    assert!(!has_left_a_thread(), "it may still come back");
+    let started = Instant::now();
+    drop(nccl);
+    assert!(has_left_a_thread());
+    assert!((9..20).contains(&started.elapsed().as_secs()));
 }
 
 #[test]

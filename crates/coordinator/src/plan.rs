@@ -15,7 +15,8 @@ mod time;
 use serde::Serialize;
 use worker::machine::MachineMemory;
 use worker::plan::{
-    Amount, CONTEXT_BYTES, Cure, Job, PlanError, ProbeRequest, Program, Sharding, WorkerMemory,
+    Amount, CONTEXT_BYTES, Cure, HostMemory, Job, PlanError, ProbeRequest, Program, Sharding,
+    WorkerMemory,
 };
 
 use crate::config::Config;
@@ -25,6 +26,9 @@ pub use time::Time;
 
 /// What the coordinator's own process takes beside its workers.
 const COORDINATOR_BYTES: u64 = 40 << 20;
+
+/// What CUDA's libraries take of this machine's memory in every worker with a GPU; an assumption.
+const CUDA_BYTES: u64 = 512 << 20;
 
 /// A job's needs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -89,10 +93,25 @@ pub struct GpuMemory {
     pub is_here: bool,
     /// Whether it is large enough, if nothing is lost to gaps.
     pub fits: bool,
+    /// What the workers take of their machine's memory.
+    pub host: BesideGpus,
     /// What would make it fit, if it does not.
     pub cures: Vec<Cure>,
     /// The least that a worker needs under any settings, if it does not fit.
     pub least_bytes: Option<u64>,
+}
+
+/// Memory of the machine that workers with GPUs take.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BesideGpus {
+    /// What each of them takes beside its program.
+    pub worker: HostMemory,
+    /// The most that each of them has at once, with its program, tokenizer and pairs.
+    pub worker_bytes: u64,
+    /// All of them on one machine, with the coordinator.
+    pub total_bytes: u64,
+    /// Whether this machine is large enough; true where it does not tell its size, and of GPUs that are not here.
+    pub fits: bool,
 }
 
 /// Makes the plan of `config` for a machine with this memory, or for GPUs of `card_bytes` each that are not here; with `probe`, the
@@ -116,12 +135,14 @@ pub fn plan(
     let run = job.amount();
     let cadence = Cadence::of(config, run.steps);
     let disk = disk::disks(config, &run, &cadence);
+    let saves = cadence.saves_on_the_way();
+    let limit = machine.as_ref().map(|machine| machine.limit_bytes);
+    let gpu = gpu_memory(config, &job, limit, card_bytes, saves);
     let memory = job
         .is_on_cpu()
-        .then(|| memory(config, &job, machine, cadence.saves_on_the_way()));
-    let gpu = gpu_memory(&job, workers, sharding(config), card_bytes);
+        .then(|| memory(config, &job, machine, saves));
     let fits = memory.as_ref().is_none_or(|it| it.fits)
-        && gpu.as_ref().is_none_or(|it| it.fits)
+        && gpu.as_ref().is_none_or(|it| it.fits && it.host.fits)
         && disk.iter().all(|it| it.fits);
 
     let no_probe_because = match (&memory, &gpu) {
@@ -255,30 +276,43 @@ fn memory(config: &Config, job: &Job, machine: Option<MachineMemory>, saves: boo
     }
 }
 
-/// `card_bytes` of GPUs that are not here; without, the GPU of this machine, if the job computes on one.
+/// `card_bytes` of GPUs that are not here; without, the GPU of this machine, which has `limit` bytes of its own, if the job computes
+/// on one.
 fn gpu_memory(
+    config: &Config,
     job: &Job,
-    workers: usize,
-    sharding: Sharding,
+    limit: Option<u64>,
     card_bytes: Option<u64>,
+    saves: bool,
 ) -> Option<GpuMemory> {
     let [available_bytes, total_bytes] = match card_bytes {
         Some(total) => [total.saturating_sub(CONTEXT_BYTES), total],
         None => job.gpu_bytes()?,
     };
+    let (workers, _) = workers(config);
     let workload = job.workload();
-    let knobs = workload.gpu_knobs(workers, sharding);
+    let knobs = workload.gpu_knobs(workers, sharding(config));
     let worker = workload.memory(&knobs, Program::NONE, false);
     let fits = worker.certain_bytes() <= available_bytes;
     let cures = || workload.cures(&knobs, Program::NONE, false, available_bytes);
+    let is_here = card_bytes.is_none();
+    let beside = workload.host_memory(&knobs, saves);
+    let worker_bytes = job.program().peak + CUDA_BYTES + beside.peak_bytes();
+    let all_bytes = worker_bytes * workers as u64 + COORDINATOR_BYTES;
     Some(GpuMemory {
         workers,
         fits,
         cures: if fits { Vec::new() } else { cures() },
         least_bytes: (!fits).then(|| workload.least_bytes(&knobs, Program::NONE, false)),
         worker,
+        host: BesideGpus {
+            worker: beside,
+            worker_bytes,
+            total_bytes: all_bytes,
+            fits: limit.is_none_or(|limit| !is_here || all_bytes <= limit),
+        },
         total_bytes,
         available_bytes,
-        is_here: card_bytes.is_none(),
+        is_here,
     })
 }

@@ -171,6 +171,8 @@ fn a_gpu_that_is_not_here_is_planned_for_and_not_probed() {
         "GPU libraries",
         "each worker needs",
         "it fits",
+        "beside its GPU each worker takes up to",
+        "of a snapshot for checkpoints",
         "the GPU is not here",
     ] {
         assert!(text.contains(part), "no `{part}` in: {text}");
@@ -183,6 +185,34 @@ fn a_gpu_that_is_not_here_is_planned_for_and_not_probed() {
         let mut moments = two.worker.moments.iter();
         let training = moments.find(|it| it.name == "training step").unwrap();
         assert_eq!(training.parts.optimizer_moments, shards * 8 * shard);
+    }
+}
+
+#[test]
+fn what_workers_take_beside_their_gpus_is_said_and_a_machine_without_it_refuses_the_job() {
+    let set = [
+        "cluster.workers=2",
+        "model.dtype=bf16",
+        "cluster.offload=true",
+    ];
+    let mut made = planned_for_gpu(&set, 8.0);
+    let gpu = made.gpu.as_mut().unwrap();
+    // Masters and two moments of the own shard and of the other's.
+    let shard = made.run.parameters.div_ceil(2);
+    assert_eq!(gpu.host.worker.optimizer, 2 * 12 * shard);
+    assert!(gpu.host.worker_bytes > gpu.host.worker.peak_bytes());
+    assert!(gpu.host.total_bytes > 2 * gpu.host.worker_bytes);
+    // Of a machine that is not here nothing is known.
+    assert!(gpu.host.fits && gpu.fits);
+    gpu.host.fits = false;
+    assert!(made.to_string().contains("this machine has too little"));
+    let reason = made.refusal().unwrap();
+    for part in [
+        "2 workers take",
+        "offloaded masters and moments",
+        "leave cluster.offload out",
+    ] {
+        assert!(reason.contains(part), "no `{part}` in: {reason}");
     }
 }
 

@@ -5,8 +5,10 @@
 //! whole      buckets: f32 masters ─────────► operands: bf16, made of them       a rank alone, f32, adapters
 //! parted     (an optimizer has the masters)  operands: bf16, gathered           ranks that share the masters out
 //!                                            narrow:   f32 of what is read in f32
+//! frozen     none                            the same, as they were read        under an adapter; a reference
 //! ```
 
+use std::convert::Infallible;
 use std::ops::Range;
 
 use collective::DeviceRegion;
@@ -28,7 +30,7 @@ pub struct Slot {
 /// The weights of a model on one device, one tensor per bucket.
 pub struct Flat {
     /// f32 masters: what an optimizer updates. Memory of the device, or of the host where they are parked beside a GPU, or none
-    /// while an optimizer has them.
+    /// while an optimizer has them, and where nothing is updated.
     buckets: Vec<Tensor<1>>,
     /// The same as operands of products, where they are not f32; made anew whenever the buckets are put in place.
     operands: Vec<Tensor<1>>,
@@ -58,40 +60,92 @@ struct Place {
 impl Flat {
     /// Buckets from host memory, which flex takes over without a copy.
     pub fn from_host(buckets: Vec<Vec<f32>>, precision: Precision, device: &Device) -> Self {
+        let buckets = buckets.into_iter().map(Ok::<_, Infallible>);
+        let Ok(flat) = Self::read(buckets, precision, device);
+        flat
+    }
+
+    /// As [`Flat::from_host`]. A GPU gets one bucket after the other: the host holds no more.
+    ///
+    /// # Errors
+    /// The first of `buckets`.
+    pub fn read<E>(
+        buckets: impl Iterator<Item = Result<Vec<f32>, E>>,
+        precision: Precision,
+        device: &Device,
+    ) -> Result<Self, E> {
+        let placed = buckets.map(|bucket| Ok(placed(bucket?, device)));
         let mut flat = Self {
-            buckets: Vec::new(),
+            buckets: placed.collect::<Result<_, E>>()?,
             operands: Vec::new(),
             narrow: None,
             precision,
             device: device.clone(),
         };
-        flat.put_host(buckets);
-        flat
+        flat.make_operands();
+        Ok(flat)
     }
 
-    /// As [`Flat::from_host`] for products of bf16, with nothing but operands and the `narrow` ranges of every bucket on the
-    /// device: the masters stay where they are, for [`Flat::take_masters`].
-    pub fn parked(buckets: Vec<Vec<f32>>, narrow: &[Vec<Range<usize>>], device: &Device) -> Self {
-        let mut operands = Vec::with_capacity(buckets.len());
-        let mut bits = Vec::new();
-        for bucket in &buckets {
-            bits.resize(bucket.len(), 0);
-            to_bf16(bucket, &mut bits);
-            operands.push(Tensor::from_bf16(&bits, device));
-        }
+    /// As [`Flat::read`] for products of bf16, with nothing but operands and the `narrow` ranges of every bucket on the device: the
+    /// masters stay on the host, for [`Flat::take_masters`]. Those whose values are of bf16, such as they come from most files, are
+    /// their operands, and take nothing there.
+    ///
+    /// # Errors
+    /// The first of `buckets`.
+    pub fn parked<E>(
+        buckets: impl Iterator<Item = Result<Vec<f32>, E>>,
+        narrow: &[Vec<Range<usize>>],
+        device: &Device,
+    ) -> Result<Self, E> {
         let host = Device::flex();
-        let buckets = buckets.into_iter().map(|bucket| {
-            let len = bucket.len();
-            Tensor::new(bucket, [len], &host)
-        });
-        let buckets: Vec<_> = buckets.collect();
-        Self {
-            narrow: Some(Narrow::of(&buckets, narrow, device)),
-            buckets,
+        let mut parked = Vec::with_capacity(narrow.len());
+        let mut flat = Self::parted(buckets, narrow, device, |bucket, operand| {
+            parked.push(if is_bf16(&bucket) {
+                operand.clone()
+            } else {
+                placed(bucket, &host)
+            });
+        })?;
+        flat.buckets = parked;
+        Ok(flat)
+    }
+
+    /// As [`Flat::parked`] for weights that nobody updates: there are no masters. Of `buckets` one is held at a time.
+    ///
+    /// # Errors
+    /// The first of `buckets`.
+    pub fn frozen<E>(
+        buckets: impl Iterator<Item = Result<Vec<f32>, E>>,
+        narrow: &[Vec<Range<usize>>],
+        device: &Device,
+    ) -> Result<Self, E> {
+        Self::parted(buckets, narrow, device, |_, _| ())
+    }
+
+    fn parted<E>(
+        buckets: impl Iterator<Item = Result<Vec<f32>, E>>,
+        narrow: &[Vec<Range<usize>>],
+        device: &Device,
+        mut keep: impl FnMut(Vec<f32>, &Tensor<1>),
+    ) -> Result<Self, E> {
+        let mut operands = Vec::with_capacity(narrow.len());
+        let (mut apart, mut bits) = (Collected::default(), Vec::new());
+        for (bucket, narrow) in buckets.zip(narrow) {
+            let bucket = bucket?;
+            bits.resize(bucket.len(), 0);
+            to_bf16(&bucket, &mut bits);
+            let operand = Tensor::from_bf16(&bits, device);
+            apart.add(narrow, |range| bucket[range].to_vec());
+            keep(bucket, &operand);
+            operands.push(operand);
+        }
+        Ok(Self {
+            buckets: Vec::new(),
             operands,
+            narrow: Some(apart.on(device)),
             precision: Precision::Bf16,
             device: device.clone(),
-        }
+        })
     }
 
     /// What the weights are as operands of products.
@@ -121,6 +175,8 @@ impl Flat {
     }
 
     fn make_operands(&mut self) {
+        // First those that are there: a device need not have room for both.
+        self.operands.clear();
         let made = |bucket| self.precision.operand(bucket);
         self.operands = match self.precision {
             Precision::F32 => Vec::new(),
@@ -169,14 +225,8 @@ impl Flat {
 
     /// Puts buckets (back) in place.
     pub fn put_host(&mut self, buckets: Vec<Vec<f32>>) {
-        let device = &self.device;
-        self.buckets = buckets
-            .into_iter()
-            .map(|bucket| {
-                let len = bucket.len();
-                Tensor::new(bucket, [len], device)
-            })
-            .collect();
+        let buckets = buckets.into_iter();
+        self.buckets = buckets.map(|it| placed(it, &self.device)).collect();
         self.narrow = None;
         self.make_operands();
     }
@@ -227,8 +277,8 @@ impl Flat {
         self.narrow.is_none()
     }
 
-    /// The f32 masters, by bucket: memory of the device, or of the host where they were parked there. What stays are operands, and
-    /// the `narrow` ranges of every bucket in f32.
+    /// The masters, by bucket: f32 memory of the device, or what [`Flat::parked`] has of them. What stays are operands, and the
+    /// `narrow` ranges of every bucket in f32.
     ///
     /// # Panics
     /// If the masters have been taken, or products are not of bf16.
@@ -246,10 +296,9 @@ impl Flat {
         let device = &self.device;
         let placed = masters.into_iter().map(|bucket| {
             if bucket.device() == *device {
-                return bucket;
+                return bucket.widened();
             }
-            let [len] = bucket.dims();
-            Tensor::new(bucket.into_vec(), [len], device)
+            placed(bucket.into_vec(), device)
         });
         self.buckets = placed.collect();
         self.narrow = None;
@@ -383,24 +432,11 @@ const MASTERS_HERE: &str = "masters are elsewhere";
 impl Narrow {
     /// Copies of the `ranges` of every bucket, on `device`.
     fn of(buckets: &[Tensor<1>], ranges: &[Vec<Range<usize>>], device: &Device) -> Self {
-        let mut values = Vec::new();
-        let mut places = Vec::with_capacity(ranges.len());
+        let mut collected = Collected::default();
         for (bucket, ranges) in buckets.iter().zip(ranges) {
-            let mut own = Vec::with_capacity(ranges.len());
-            for range in ranges {
-                own.push(Place {
-                    range: range.clone(),
-                    at: values.len(),
-                });
-                values.extend(bucket.slice(range.clone()).into_vec());
-            }
-            places.push(own);
+            collected.add(ranges, |range| bucket.slice(range).into_vec());
         }
-        let len = values.len();
-        Self {
-            places,
-            values: Tensor::new(values, [len], device),
-        }
+        collected.on(device)
     }
 
     fn view(&self, slot: &Slot) -> Tensor<1> {
@@ -431,6 +467,47 @@ impl Narrow {
                 )
             })
         })
+    }
+}
+
+fn placed(bucket: Vec<f32>, device: &Device) -> Tensor<1> {
+    let len = bucket.len();
+    Tensor::new(bucket, [len], device)
+}
+
+/// Whether bf16 has all of these values.
+fn is_bf16(values: &[f32]) -> bool {
+    let lower = values.iter();
+    lower.fold(0, |bits, value| bits | value.to_bits() as u16) == 0
+}
+
+/// Narrow values of buckets one after the other.
+#[derive(Default)]
+struct Collected {
+    places: Vec<Vec<Place>>,
+    values: Vec<f32>,
+}
+
+impl Collected {
+    /// Adds the `ranges` of the next bucket, which `read` reads.
+    fn add(&mut self, ranges: &[Range<usize>], read: impl Fn(Range<usize>) -> Vec<f32>) {
+        let mut places = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            places.push(Place {
+                range: range.clone(),
+                at: self.values.len(),
+            });
+            self.values.extend(read(range.clone()));
+        }
+        self.places.push(places);
+    }
+
+    fn on(self, device: &Device) -> Narrow {
+        let len = self.values.len();
+        Narrow {
+            places: self.places,
+            values: Tensor::new(self.values, [len], device),
+        }
     }
 }
 

@@ -438,6 +438,15 @@ impl Tensor<1> {
         Self::new(values, [bits.len()], device)
     }
 
+    /// The same values in f32.
+    pub(crate) fn widened(self) -> Self {
+        match &self.0 {
+            Place::Burn(_) => self,
+            #[cfg(feature = "cuda")]
+            Place::Gpu(array) => crate::cuda::as_f32(array).into(),
+        }
+    }
+
     /// Copies `from`, of the same size and type, over these elements, for all who share them.
     ///
     /// # Panics

@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::convert::Infallible;
+
 use kernels::{Device, Flat, Gradients, Precision, Slot, Tensor};
 use support::{autodiff, host, values, whole};
 
@@ -59,6 +61,12 @@ fn weights_travel_to_the_host_and_back_without_a_copy() {
     }
 }
 
+/// The nearest values of bf16.
+fn rounded(values: &[f32]) -> Vec<f32> {
+    let values = Tensor::new(values.to_vec(), [values.len()], &Device::flex());
+    host(&Precision::Bf16.operand(&values))
+}
+
 #[test]
 fn weights_whose_masters_are_elsewhere_are_operands_and_what_is_narrow_in_f32() {
     let weights = vec![values(40, 1), values(12, 2)];
@@ -73,8 +81,10 @@ fn weights_whose_masters_are_elsewhere_are_operands_and_what_is_narrow_in_f32() 
     let operand = host(&whole.operand(&matrix, [4, 5]));
     let mut parted = Flat::from_host(weights.clone(), Precision::Bf16, &Device::flex());
     let masters = parted.take_masters(&narrow);
-    let parked = Flat::parked(weights.clone(), &narrow, &Device::flex());
-    for flat in [&parted, &parked] {
+    let read = || weights.iter().cloned().map(Ok::<_, Infallible>);
+    let Ok(parked) = Flat::parked(read(), &narrow, &Device::flex());
+    let Ok(frozen) = Flat::frozen(read(), &narrow, &Device::flex());
+    for flat in [&parted, &parked, &frozen] {
         assert!(!flat.is_whole() && flat.narrow_len() == 28);
         assert_eq!(host(&flat.operand(&matrix, [4, 5])), operand);
         for (asked, expected) in [
@@ -89,6 +99,21 @@ fn weights_whose_masters_are_elsewhere_are_operands_and_what_is_narrow_in_f32() 
         assert!(refused.is_err(), "f32 of a matrix is elsewhere");
     }
     assert_eq!(parked.master(&matrix), weights[0][10..30]);
+    // Weights whose values are of bf16 are their operands.
+    let even: Vec<Vec<f32>> = weights.iter().map(|bucket| rounded(bucket)).collect();
+    let Ok(mut parked) = Flat::parked(
+        even.iter().cloned().map(Ok::<_, Infallible>),
+        &narrow,
+        &Device::flex(),
+    );
+    assert_eq!(parked.master(&matrix), even[0][10..30]);
+    let taken = parked.take_masters(&narrow);
+    assert_eq!(taken.iter().map(host).collect::<Vec<_>>(), even);
+    parked.put_masters(taken);
+    assert!(parked.is_whole());
+    assert_eq!(parked.take_host(), even);
+    let refused = std::panic::catch_unwind(|| frozen.master(&matrix));
+    assert!(refused.is_err(), "nobody has the masters");
     // New values, as they come from all ranks.
     let moved: Vec<f32> = weights[0].iter().map(|value| 3.0 * value).collect();
     let mut bits = vec![0; 40];
@@ -104,10 +129,9 @@ fn weights_whose_masters_are_elsewhere_are_operands_and_what_is_narrow_in_f32() 
             .all(|it| *it == 0.0)
     );
     parted.put_narrow(collected.clone());
-    let rounded = host(&Precision::Bf16.operand(&Tensor::new(moved, [40], &Device::flex())));
     assert_eq!(
         parted.computed(0),
-        [&rounded[..], &collected[..16]].concat()
+        [&rounded(&moved)[..], &collected[..16]].concat()
     );
     parted.put_masters(masters);
     assert!(parted.is_whole());

@@ -45,4 +45,5 @@ pub use pack::{Pack, PairTokens, Segment};
 pub use random::random_weights;
 pub use rotary::{RotaryPlan, RotaryScaling};
 pub use sums::{InputGradient, Sums};
+pub use weights::stores_bf16;
 pub use write::write_safetensors;

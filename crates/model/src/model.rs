@@ -13,6 +13,7 @@ use kernels::{
 };
 
 use crate::block::{Block, BlockSaved, Rows, Tables};
+use crate::layout::Parameter;
 use crate::operations::{AdapterWeights, Norm, NormSaved, Weights};
 use crate::pack::{Pack, Predictions};
 use crate::rotary::Frequencies;
@@ -28,6 +29,8 @@ pub struct Model {
     layout: Layout,
     slots: Slots,
     weights: Flat,
+    /// Digest of weights that were loaded frozen, whose f32 values are gone.
+    frozen: Option<[u8; 32]>,
     adapter: Option<Adapter>,
     frequencies: Frequencies,
     window_frequencies: Option<Frequencies>,
@@ -39,6 +42,37 @@ struct Adapter {
     layout: Layout,
     weights: Flat,
     scale: f32,
+}
+
+/// [`Model::weights_digest`] on its way.
+struct WeightsDigest(blake3::Hasher);
+
+impl WeightsDigest {
+    fn new() -> Self {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"caldpo weights 1\0");
+        Self(hasher)
+    }
+
+    /// Takes the next parameter of the layout.
+    fn add(&mut self, parameter: &Parameter, values: &[f32]) {
+        let hasher = &mut self.0;
+        hasher.update(&(parameter.name.len() as u64).to_le_bytes());
+        hasher.update(parameter.name.as_bytes());
+        hasher.update(&(parameter.shape.len() as u64).to_le_bytes());
+        for &size in &parameter.shape {
+            hasher.update(&(size as u64).to_le_bytes());
+        }
+        let hashed = little_endian(values, |bytes| {
+            hasher.update(bytes);
+            Ok::<(), std::convert::Infallible>(())
+        });
+        hashed.expect("hashing cannot fail");
+    }
+
+    fn finish(&self) -> [u8; 32] {
+        *self.0.finalize().as_bytes()
+    }
 }
 
 /// Log-probs of a pack's completions, one entry per segment: `[chosen, rejected]`.
@@ -108,18 +142,49 @@ impl Model {
     /// Reads config.json and the safetensors files of a Hugging Face directory; every weight becomes f32.
     pub fn load(dir: &Path, device: &Device) -> Result<Self, ModelError> {
         let config = ModelConfig::load(dir)?;
-        let weights = weights::load(dir, &Layout::new(&config), &config)?;
-        Self::from_parts(config, weights, device)
+        let layout = Layout::new(&config);
+        let weights = weights::load(dir, &layout, &config)?;
+        let weights = Flat::read(weights, Precision::F32, device)?;
+        Ok(Self::with_weights(config, layout, weights))
     }
 
-    /// As [`Model::load`], for products of bf16, with nothing on the device that a forward does not read: the f32 weights stay in
-    /// the host's memory until [`Model::take_masters`] or [`Model::put_masters`].
+    /// As [`Model::load`], for products of bf16, with nothing on the device that a forward does not read: f32 weights stay in the
+    /// host's memory until [`Model::take_masters`] or [`Model::put_masters`]; weights of bf16 take nothing there.
     pub fn load_parked(dir: &Path, device: &Device) -> Result<Self, ModelError> {
         let config = ModelConfig::load(dir)?;
         let layout = Layout::new(&config);
         let weights = weights::load(dir, &layout, &config)?;
-        let weights = Flat::parked(weights, &layout.narrow(), device);
+        let weights = Flat::parked(weights, &layout.narrow(), device)?;
         Ok(Self::with_weights(config, layout, weights))
+    }
+
+    /// As [`Model::load`], for products of `precision` and weights that are never trained: a reference, or what an adapter is put on.
+    /// In bf16 nothing is kept of them but what a forward reads, 2 bytes a parameter on a GPU, and the host holds one bucket of f32
+    /// at a time.
+    pub fn load_frozen(
+        dir: &Path,
+        device: &Device,
+        precision: Precision,
+    ) -> Result<Self, ModelError> {
+        if precision == Precision::F32 {
+            return Self::load(dir, device);
+        }
+        let config = ModelConfig::load(dir)?;
+        let layout = Layout::new(&config);
+        let mut digest = WeightsDigest::new();
+        let buckets = weights::load(dir, &layout, &config)?.zip(&layout.buckets);
+        let buckets = buckets.map(|(values, bucket)| {
+            let values = values?;
+            for parameter in &layout.parameters[bucket.parameters.clone()] {
+                digest.add(parameter, &values[parameter.range()]);
+            }
+            Ok(values)
+        });
+        let weights = Flat::frozen::<ModelError>(buckets, &layout.narrow(), device)?;
+        Ok(Self {
+            frozen: Some(digest.finish()),
+            ..Self::with_weights(config, layout, weights)
+        })
     }
 
     /// A model from its description and its flat weights, bucket by bucket as in [`Layout::new`].
@@ -141,6 +206,7 @@ impl Model {
         Self {
             slots: Slots::new(&layout, &config, None),
             weights,
+            frozen: None,
             adapter: None,
             frequencies: config.rotary.frequencies(config.head_dim()),
             window_frequencies: config
@@ -203,23 +269,14 @@ impl Model {
 
     /// BLAKE3 of the model's own f32 weights in layout order with their names and shapes: equal digests compute the same function.
     pub fn weights_digest(&self) -> [u8; 32] {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(b"caldpo weights 1\0");
-        for parameter in &self.layout.parameters {
-            hasher.update(&(parameter.name.len() as u64).to_le_bytes());
-            hasher.update(parameter.name.as_bytes());
-            hasher.update(&(parameter.shape.len() as u64).to_le_bytes());
-            for &size in &parameter.shape {
-                hasher.update(&(size as u64).to_le_bytes());
-            }
-            let values = self.weights.master(&parameter.slot());
-            let hashed = little_endian(&values, |bytes| {
-                hasher.update(bytes);
-                Ok::<(), std::convert::Infallible>(())
-            });
-            hashed.expect("hashing cannot fail");
+        if let Some(digest) = self.frozen {
+            return digest;
         }
-        *hasher.finalize().as_bytes()
+        let mut digest = WeightsDigest::new();
+        for parameter in &self.layout.parameters {
+            digest.add(parameter, &self.weights.master(&parameter.slot()));
+        }
+        digest.finish()
     }
 
     /// The arithmetic of products.
@@ -383,7 +440,7 @@ impl Model {
     }
 
     /// The f32 weights that are trained, by bucket, where products are of bf16: the model computes on with what it has of them. They
-    /// are memory of the device, or of the host after [`Model::load_parked`].
+    /// are memory of the device, or what [`Model::load_parked`] has of them.
     ///
     /// # Panics
     /// If they have been taken, or products are of f32.
@@ -409,10 +466,11 @@ impl Model {
     }
 
     fn trained_weights(&mut self) -> &mut Flat {
-        match &mut self.adapter {
-            Some(adapter) => &mut adapter.weights,
-            None => &mut self.weights,
+        if let Some(adapter) = &mut self.adapter {
+            return &mut adapter.weights;
         }
+        assert!(self.frozen.is_none(), "weights that were loaded frozen");
+        &mut self.weights
     }
 
     fn both(&self) -> Weights<'_> {

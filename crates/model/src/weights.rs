@@ -14,12 +14,12 @@ use crate::layout::Names;
 use crate::{Layout, ModelConfig, ModelError};
 use file::WeightFile;
 
-/// All weights of the model in `dir`, bucket by bucket.
+/// All weights of the model in `dir`, one bucket after the other. Whoever keeps none of them has room for one.
 pub(crate) fn load(
     dir: &Path,
     layout: &Layout,
     config: &ModelConfig,
-) -> Result<Vec<Vec<f32>>, ModelError> {
+) -> Result<impl Iterator<Item = Result<Vec<f32>, ModelError>>, ModelError> {
     let source = Source::open(dir)?;
     // Old files carry rotary frequencies and GPT-NeoX's masks as buffers; transformers ignores them too.
     let mut others = vec![
@@ -27,22 +27,33 @@ pub(crate) fn load(
         ".attention.bias",
         ".attention.masked_bias",
     ];
-    if config.tied {
-        others.push(Names::of(config.family).head);
-    }
+    let names = config.tied.then(|| Names::of(config.family));
+    others.extend(names.as_ref().map(|names| names.head));
     source.check(layout, &others)?;
-    let buckets = source.read(layout)?;
-    if config.tied {
-        source.check_tie(layout, &Names::of(config.family), &buckets)?;
-    }
-    Ok(buckets)
+    Ok((0..layout.buckets.len()).map(move |bucket| {
+        let values = source.read(layout, bucket)?;
+        if let Some(names) = &names {
+            source.check_tie(layout, names, bucket, &values)?;
+        }
+        Ok(values)
+    }))
+}
+
+/// Whether all weights of the model in `dir` are stored in bf16, by the headers of its files.
+///
+/// # Errors
+/// Files that are not there, or damaged.
+pub fn stores_bf16(dir: &Path) -> Result<bool, ModelError> {
+    let source = Source::open(dir)?;
+    Ok(source.files.iter().all(WeightFile::is_bf16))
 }
 
 /// All weights of an adapter, from one file, bucket by bucket.
 pub(crate) fn load_adapter(path: &Path, layout: &Layout) -> Result<Vec<Vec<f32>>, ModelError> {
     let source = Source::single(path)?;
     source.check(layout, &[])?;
-    source.read(layout)
+    let buckets = 0..layout.buckets.len();
+    buckets.map(|bucket| source.read(layout, bucket)).collect()
 }
 
 /// The weight files of a directory and which of them holds which tensor.
@@ -155,34 +166,40 @@ impl Source {
         Ok(())
     }
 
-    /// All tensors of the layout, which [`Source::check`] has vouched for.
-    fn read(&self, layout: &Layout) -> Result<Vec<Vec<f32>>, ModelError> {
-        let mut buckets = layout.zeros();
-        for parameter in &layout.parameters {
-            let values = &mut buckets[parameter.bucket][parameter.range()];
+    /// The tensors of a bucket of the layout, which [`Source::check`] has vouched for.
+    fn read(&self, layout: &Layout, bucket: usize) -> Result<Vec<f32>, ModelError> {
+        let bucket = &layout.buckets[bucket];
+        let mut values = vec![0.0; bucket.len];
+        for parameter in &layout.parameters[bucket.parameters.clone()] {
+            let values = &mut values[parameter.range()];
             self.file(&parameter.name)?.read(&parameter.name, values)?;
         }
-        Ok(buckets)
+        Ok(values)
     }
 
-    /// A head stored beside a tied embedding must be its copy.
+    /// A head stored beside a tied embedding must be its copy: the embedding is among the values of its bucket.
     fn check_tie(
         &self,
         layout: &Layout,
         names: &Names,
-        buckets: &[Vec<f32>],
+        bucket: usize,
+        values: &[f32],
     ) -> Result<(), ModelError> {
-        let Some(&number) = self.holders.get(names.head) else {
-            return Ok(());
-        };
-        let file = &self.files[number];
         let embedding = layout
             .find(names.embedding)
             .expect("every layout has an embedding");
+        let Some(&number) = self
+            .holders
+            .get(names.head)
+            .filter(|_| embedding.bucket == bucket)
+        else {
+            return Ok(());
+        };
+        let file = &self.files[number];
         file.check(names.head, &embedding.shape)?;
         let mut head = vec![0.0; embedding.elements()];
         file.read(names.head, &mut head)?;
-        let equal = buckets[embedding.bucket][embedding.range()]
+        let equal = values[embedding.range()]
             .iter()
             .zip(&head)
             .all(|(a, b)| a.to_bits() == b.to_bits());

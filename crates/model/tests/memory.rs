@@ -138,8 +138,44 @@ fn check_in(
     });
 }
 
+/// Weights that are never trained, in bf16: operands of f32's size on the CPU and what is read in f32, and one bucket on the way.
+fn check_frozen() {
+    let config = config(128, 256, 6, 3000);
+    let layout = model::Layout::new(&config);
+    let dir = tempfile::tempdir().unwrap();
+    let json = r#"{"model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 3000, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": true, "max_position_embeddings": 2048}"#;
+    std::fs::write(dir.path().join("config.json"), json).unwrap();
+    let mut file = std::fs::File::create(dir.path().join("model.safetensors")).unwrap();
+    model::write_safetensors(&model::random_weights(&config, 1), &layout, &mut file).unwrap();
+    let load = || Model::load_frozen(dir.path(), &Device::flex(), Precision::Bf16).unwrap();
+    drop(load());
+    let before = LIVE.load(Relaxed);
+    let (found, model) = peak(load);
+    let kept = LIVE.load(Relaxed) - before;
+    let narrow: usize = layout
+        .narrow()
+        .iter()
+        .flatten()
+        .map(ExactSizeIterator::len)
+        .sum();
+    let said = 4 * (layout.elements() + narrow);
+    let small = 64 << 10;
+    assert!((said..said + small).contains(&kept), "{kept} of {said}");
+    // A piece of the file, as it is read.
+    let bucket = 6 * layout.bucket_lens().into_iter().max().unwrap();
+    let piece = 4 * 3000 * 128;
+    let most = said + bucket + piece + small;
+    println!("frozen: {kept} kept, {found} at most, {most} said");
+    assert!(found <= most, "{found} of {most}");
+    drop(model);
+}
+
 #[test]
 fn a_pack_holds_as_many_bytes_as_its_shape_says() {
+    // In one test, as all of them count the bytes of this process.
+    check_frozen();
     let wide = config(64, 256, 6, 3000);
     let thin = config(128, 96, 2, 500);
     let deep = config(64, 172, 12, 512);

@@ -9,11 +9,14 @@ use std::fs;
 use std::path::Path;
 
 use half::{bf16, f16};
-use model::{Device, Family, Layout, Model, ModelConfig, random_weights, write_safetensors};
+use model::{
+    Device, Family, Layout, Lora, Model, ModelConfig, Precision, Targets, random_weights,
+    write_safetensors,
+};
 use safetensors::Dtype;
 use safetensors::tensor::{TensorView, serialize};
 use serde_json::json;
-use support::{tiny, tiny_json};
+use support::{Pair, pack, tiny, tiny_json};
 
 /// Tensors by name: element type, shape, bytes.
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
@@ -129,6 +132,58 @@ fn written_weights_are_read_back_to_the_bit() {
         safetensors::SafeTensors::deserialize(&bytes).is_ok(),
         "the library reads it too"
     );
+}
+
+#[test]
+fn weights_that_are_never_trained_compute_what_whole_ones_do_and_have_their_digest() {
+    let pack = pack(&[Pair::new(5, 4, 6, 1), Pair::new(3, 7, 2, 2)]);
+    for tied in [true, false] {
+        let config = tiny(Family::Qwen2, tied, None);
+        let dir = directory(&config, &tensors(&config, Dtype::F32));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let mut whole = Model::load(dir.path(), &Device::flex()).unwrap();
+            whole.set_precision(precision);
+            let mut frozen = Model::load_frozen(dir.path(), &Device::flex(), precision).unwrap();
+            assert_eq!(frozen.precision(), precision);
+            assert_eq!(frozen.weights_digest(), whole.weights_digest());
+            assert_eq!(frozen.forward(&pack), whole.forward(&pack));
+            assert_eq!(
+                frozen.trace(&[1, 2, 3]).logits.into_vec(),
+                whole.trace(&[1, 2, 3]).logits.into_vec()
+            );
+            // Under an adapter that changes something.
+            let lora = Lora {
+                rank: 2,
+                alpha: 4.0,
+                rank_stabilized: false,
+                targets: Targets::AllLinear,
+            };
+            let gradients = [&mut whole, &mut frozen].map(|model| {
+                let mut weights = lora.fresh(&config, 5).unwrap();
+                weights
+                    .iter_mut()
+                    .flatten()
+                    .for_each(|value| *value += 0.01);
+                model.adapt(&lora, weights).unwrap();
+                let (logps, saved) = model.forward_train(&pack);
+                let mut gradients = model.zero_gradients();
+                model.backward(saved, &[[0.5, -0.5], [1.0, 0.25]], &mut gradients);
+                (logps, gradients.take_host())
+            });
+            assert!(gradients[0] == gradients[1]);
+            assert!(gradients[0].1.iter().flatten().any(|value| *value != 0.0));
+            assert_eq!(frozen.weights_digest(), whole.weights_digest());
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "weights that were loaded frozen")]
+fn weights_that_were_loaded_frozen_cannot_be_taken_for_training() {
+    let config = untied();
+    let dir = directory(&config, &tensors(&config, Dtype::F32));
+    let mut model = Model::load_frozen(dir.path(), &Device::flex(), Precision::Bf16).unwrap();
+    drop(model.take_weights());
 }
 
 /// The tensors in two shards with an index.

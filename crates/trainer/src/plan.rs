@@ -20,7 +20,7 @@ use spec::Spec;
 pub(crate) use gpu::check as check_gpu;
 
 pub use cures::{Change, Cure};
-pub use gpu::{CONTEXT_BYTES, GpuRefusal, Peers};
+pub use gpu::{CONTEXT_BYTES, GpuRefusal, HostMemory, Peers};
 pub use memory::{Knobs, Moment, Parts, WorkerMemory};
 pub use probe::{Probe, ProbeRequest};
 
@@ -63,6 +63,8 @@ pub struct Workload {
     /// What is trained: all of the model, or an adapter.
     trained: Layout,
     precision: Precision,
+    /// Whether the files have the weights in bf16.
+    stored_bf16: bool,
     /// Moments that the optimizer keeps of a parameter.
     moments: u64,
     /// Parameters of a reference model of its own.
@@ -243,6 +245,8 @@ impl Workload {
                 None => Layout::new(&config),
             },
             precision: precision(spec.model.dtype),
+            // Files that cannot be read are refused where their weights are.
+            stored_bf16: model::stores_bf16(&spec.model.path).unwrap_or(false),
             moments: if has_first_moment(&spec.optimizer) {
                 2
             } else {

@@ -315,8 +315,7 @@ fn load_reference(setup: &Setup) -> Result<Option<Model>, TrainError> {
     let Some(path) = &setup.spec.model.reference else {
         return Ok(None);
     };
-    let mut model = Model::load(path, &setup.device)?;
-    model.set_precision(setup.model.precision());
+    let model = Model::load_frozen(path, &setup.device, setup.model.precision())?;
     let (expected, found) = (setup.model.config().vocabulary, model.config().vocabulary);
     if expected != found {
         return Err(TrainError::ReferenceVocabulary {

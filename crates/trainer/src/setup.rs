@@ -72,15 +72,18 @@ impl Setup {
         let scored = held_out(spec, eval.as_ref());
         check_gpu(spec, &train.pairs, scored, peers, device)?;
         progress("load model", 0, 1)?;
-        let mut model = if parks_masters(spec, peers, device) {
-            Model::load_parked(&spec.model.path, device)?
+        let (path, precision) = (&spec.model.path, precision(spec.model.dtype));
+        let mut model = if spec.adapter.is_some() {
+            Model::load_frozen(path, device, precision)?
+        } else if parks_masters(spec, peers, device) {
+            Model::load_parked(path, device)?
         } else {
-            Model::load(&spec.model.path, device)?
+            Model::load(path, device)?
         };
         if spec.model.gradient_checkpointing {
             model.set_saving(Saving::BlockInputs);
         }
-        model.set_precision(precision(spec.model.dtype));
+        model.set_precision(precision);
         check_positions(&model, spec.data.max_length);
         let digest = model_digest(&model);
         let adapter = Adapter::of(spec, model.config())?;
@@ -161,8 +164,8 @@ impl Setup {
     pub fn workload(&self) -> Result<(Workload, Program), TrainError> {
         let config = self.model.config().clone();
         let workload = Workload::new(&self.spec, config, &self.train.pairs, self.held_out())?;
-        let weights = self.model.layout().elements() as u64 * size_of::<f32>() as u64;
-        Ok((workload, Program::of_this_process(weights)))
+        let program = Program::of_this_process(workload.loaded_weights());
+        Ok((workload, program))
     }
 
     /// The held-out pairs that evaluations score.
@@ -171,12 +174,11 @@ impl Setup {
     }
 }
 
-/// Whether f32 weights stay in the host's memory while a model is loaded: workers with GPUs that share them out, or keep them there,
+/// Whether f32 weights stay in the host's memory while a model that is trained itself is loaded: workers with GPUs that share them out, or keep them there,
 /// need never have room for all of them on one.
 fn parks_masters(spec: &Spec, peers: Peers, device: &Device) -> bool {
-    let can_part = spec.model.dtype == Dtype::Bf16 && spec.adapter.is_none();
     let apart = peers.workers > 1 || peers.sharding.offload;
-    device.is_gpu() && can_part && apart
+    device.is_gpu() && spec.model.dtype == Dtype::Bf16 && apart
 }
 
 /// What config.json asks for and training does otherwise, and what is trained if that is not the model.

@@ -9,8 +9,8 @@ use crate::report::ReportError;
 
 pub use trainer::Sharding;
 pub use trainer::plan::{
-    Amount, CONTEXT_BYTES, Change, Cure, Knobs, Moment, Parts, Probe, ProbeRequest, Program,
-    ReferenceAmount, WorkerMemory, Workload,
+    Amount, CONTEXT_BYTES, Change, Cure, HostMemory, Knobs, Moment, Parts, Probe, ProbeRequest,
+    Program, ReferenceAmount, WorkerMemory, Workload,
 };
 
 /// A job that is read and not begun.

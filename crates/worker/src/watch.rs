@@ -1,4 +1,5 @@
-//! Watches the GPU beside training: says now and then how it fares, and stops this worker when the hardware fails.
+//! Watches the GPU beside training: says now and then how it fares, and stops this worker when the hardware fails, or a thread
+//! stays inside its libraries.
 //!
 //! A thread that waits for a broken device may wait for ever, and nothing can wake it. So the watch tells the coordinator why, and
 //! ends the process: a supervisor starts it again, or does not, and the job goes on without it.
@@ -25,6 +26,8 @@ const TELL: Duration = Duration::from_secs(2);
 trait Board {
     fn figures(&self) -> Result<DeviceFigures, GpuError>;
     fn wait(&self, patience: Duration) -> Result<Option<DeviceEvent>, GpuError>;
+    /// Whether a thread is stuck in one of the device's libraries.
+    fn has_left_a_thread(&self) -> bool;
 }
 
 impl Board for Health {
@@ -34,6 +37,10 @@ impl Board for Health {
 
     fn wait(&self, patience: Duration) -> Result<Option<DeviceEvent>, GpuError> {
         Health::wait(self, patience)
+    }
+
+    fn has_left_a_thread(&self) -> bool {
+        collective::nccl::has_left_a_thread()
     }
 }
 
@@ -81,6 +88,11 @@ fn watch(device: &impl Board, watched: &Watched) -> Result<(), String> {
         if say {
             said = Some(Instant::now());
         }
+        if device.has_left_a_thread() {
+            let reason = "a thread is stuck inside NCCL or CUDA, with memory of the GPU: only a new process helps";
+            watched.fail(reason);
+            return Err(reason.into());
+        }
         match device.wait(WAIT) {
             Ok(None) => {}
             Ok(Some(DeviceEvent::Notice(text))) => tracing::warn!("{text}"),
@@ -113,8 +125,12 @@ mod tests {
 
     use super::*;
 
-    /// What a device tells, one after the other; then it refuses.
-    struct Script(RefCell<Vec<DeviceEvent>>);
+    /// What a device tells, one after the other; then it refuses, or a thread is stuck.
+    #[derive(Default)]
+    struct Script {
+        events: RefCell<Vec<DeviceEvent>>,
+        ends_stuck: bool,
+    }
 
     impl Board for Script {
         fn figures(&self) -> Result<DeviceFigures, GpuError> {
@@ -126,11 +142,15 @@ mod tests {
         }
 
         fn wait(&self, _: Duration) -> Result<Option<DeviceEvent>, GpuError> {
-            let mut events = self.0.borrow_mut();
+            let mut events = self.events.borrow_mut();
             if events.is_empty() {
                 return Err(GpuError::NoDriver);
             }
             Ok(Some(events.remove(0)))
+        }
+
+        fn has_left_a_thread(&self) -> bool {
+            self.ends_stuck && self.events.borrow().is_empty()
         }
     }
 
@@ -143,7 +163,11 @@ mod tests {
             notice(),
             DeviceEvent::Fault("XID 48".into()),
         ];
-        let (script, watched) = (Script(RefCell::new(script)), Watched::default());
+        let script = Script {
+            events: RefCell::new(script),
+            ends_stuck: false,
+        };
+        let watched = Watched::default();
         assert_eq!(watched.reason(), None);
         assert_eq!(watch(&script, &watched), Err("XID 79".into()));
         assert_eq!(watched.reason().as_deref(), Some("XID 79"));
@@ -152,13 +176,26 @@ mod tests {
             (figures.memory_gib, figures.sm_clock_mhz),
             (Some(1.5), Some(1200.0))
         );
-        assert_eq!(script.0.borrow().len(), 2, "nothing is heard after it");
+        assert_eq!(script.events.borrow().len(), 2, "nothing is heard after it");
     }
 
     #[test]
     fn management_that_refuses_ends_the_watch_and_nothing_else() {
         let watched = Watched::default();
-        assert_eq!(watch(&Script(RefCell::default()), &watched), Ok(()));
+        assert_eq!(watch(&Script::default(), &watched), Ok(()));
         assert_eq!(watched.reason(), None);
+    }
+
+    #[test]
+    fn a_thread_that_is_stuck_in_a_library_ends_the_watch() {
+        let script = Script {
+            events: RefCell::new(vec![DeviceEvent::Notice("XID 31".into())]),
+            ends_stuck: true,
+        };
+        let watched = Watched::default();
+        let reason = watch(&script, &watched).expect_err("stuck");
+        assert!(reason.contains("stuck inside NCCL"), "{reason}");
+        assert_eq!(watched.reason(), Some(reason));
+        assert!(script.events.borrow().is_empty(), "heard before");
     }
 }

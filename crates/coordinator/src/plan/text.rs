@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use worker::machine::LimitBy;
-use worker::plan::{Cure, Moment, WorkerMemory};
+use worker::plan::{Cure, HostMemory, Moment, WorkerMemory};
 
 use super::{Disk, GpuMemory, Memory, Plan, Time};
 use crate::numbers::{bytes, duration, grouped, plain};
@@ -47,7 +47,8 @@ impl Plan {
     /// Why the job cannot run here, and what would make it; `None` if it can.
     pub fn refusal(&self) -> Option<String> {
         let memory = self.memory.as_ref().filter(|memory| !memory.fits);
-        let gpu = self.gpu.as_ref().filter(|gpu| !gpu.fits);
+        let gpu = self.gpu.as_ref();
+        let gpu = gpu.filter(|gpu| !(gpu.fits && gpu.host.fits));
         let disk = self.disk.iter().find(|disk| !disk.fits);
         match (memory, gpu, disk) {
             (Some(memory), _, _) => Some(memory_refusal(memory)),
@@ -121,7 +122,38 @@ fn write_gpu(f: &mut fmt::Formatter<'_>, gpu: &GpuMemory) -> fmt::Result {
             true => "it fits only without any gaps",
             false => "it does not fit",
         }
+    )?;
+    let host = &gpu.host;
+    writeln!(
+        f,
+        "beside its GPU each worker takes up to {} of its machine's memory: {}{}",
+        bytes(host.worker_bytes),
+        beside(&host.worker),
+        if host.fits {
+            ""
+        } else {
+            "; this machine has too little"
+        }
     )
+}
+
+/// What a worker has on the host when it has most there.
+fn beside(host: &HostMemory) -> String {
+    if host.loading == host.peak_bytes() {
+        return format!("{} while weights are read", bytes(host.loading));
+    }
+    // Not at once.
+    let passing = [
+        (host.regrouping, "while a generation forms"),
+        (host.snapshot, "of a snapshot for checkpoints"),
+    ];
+    let lasting = (host.optimizer, "of offloaded masters and moments");
+    let parts = [lasting].into_iter().chain(passing.into_iter().max());
+    let parts = parts.filter(|(size, _)| *size > 0);
+    let parts: Vec<String> = parts
+        .map(|(size, name)| format!("{} {name}", bytes(size)))
+        .collect();
+    parts.join(" and ")
 }
 
 /// A column a moment, a row a part.
@@ -265,6 +297,22 @@ fn memory_refusal(memory: &Memory) -> String {
 }
 
 fn gpu_refusal(gpu: &GpuMemory) -> String {
+    if gpu.fits {
+        let host = &gpu.host;
+        return format!(
+            "{} workers take {} of this machine's memory beside their GPUs, which is more than it has: each {}, {}; take fewer \
+             workers, or a larger machine{}",
+            gpu.workers,
+            bytes(host.total_bytes),
+            bytes(host.worker_bytes),
+            beside(&host.worker),
+            if host.worker.optimizer > 0 {
+                ", or leave cluster.offload out"
+            } else {
+                ""
+            }
+        );
+    }
     let text = format!(
         "a worker needs {} of a GPU that has {} left of {}",
         bytes(gpu.worker.certain_bytes()),

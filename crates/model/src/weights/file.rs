@@ -89,6 +89,12 @@ impl WeightFile {
         self.header.info(tensor).is_some()
     }
 
+    /// Whether all tensors are of bf16.
+    pub fn is_bf16(&self) -> bool {
+        let tensors = self.header.tensors();
+        tensors.values().all(|info| info.dtype == Dtype::BF16)
+    }
+
     /// The tensor is here, with this shape and a supported element type.
     pub fn check(&self, tensor: &str, expected: &[usize]) -> Result<(), ModelError> {
         let info = self.info(tensor)?;

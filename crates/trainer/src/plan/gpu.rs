@@ -1,19 +1,20 @@
 //! Memory of one worker's GPU: what lies in `gpu`'s arena, derived from `kernels::cuda` and `model::PackBytes`, and what its
-//! libraries take beside it. Host memory is a small matter then and not planned: of
-//! offloaded masters and moments 12 bytes a parameter, over the workers, twice with mirrors.
+//! libraries take beside it; and what such a worker needs of the host's memory.
 //!
 //! A worker alone keeps whole weights, operands, gradients and moments on its GPU. Of several, each keeps whole operands in bf16, whole
-//! f32 of what is read in f32, and whole gradients; masters and moments are those of its shard and of the one that it mirrors. In f32,
-//! and with an adapter, weights are whole on every GPU. With `cluster.offload` masters and moments are the host's. (Workers with GPUs that reduce over TCP keep moments on the host; their GPUs need less than this says.)
+//! f32 of what is read in f32, and whole gradients; masters and moments are those of its shard and of the one that it mirrors. In f32
+//! weights are whole on every GPU; under an adapter, and of a reference model, there are operands alone. With `cluster.offload` masters
+//! and moments are the host's. (Workers with GPUs that reduce over TCP keep moments on the host; their GPUs need less than this says.)
 //! What an H100's arena had in use for models of 0.13 to 3 billion parameters is this sum to 0.1 %; `tests` below compares.
 
 use std::fmt;
 
 use data::Pair;
-use model::{Device, ModelConfig, PackBytes, PackShape, Precision, Saving};
+use model::{Device, Layout, ModelConfig, PackBytes, PackShape, Precision, Saving};
+use serde::Serialize;
 use spec::Spec;
 
-use super::memory::{InFlight, cut, in_order, moment, packs, size};
+use super::memory::{InFlight, cut, in_order, moment, narrow, packs, size};
 use super::{Cure, Knobs, Lengths, Parts, Program, WorkerMemory, Workload};
 use crate::error::TrainError;
 use crate::shards::Sharding;
@@ -34,6 +35,7 @@ const NCCL: u64 = 512 << 20;
 
 /// Bytes of a weight and its gradient.
 const FLOAT: u64 = size_of::<f32>() as u64;
+const BF16: u64 = size_of::<u16>() as u64;
 
 impl Workload {
     /// The settings that the job has, for so many workers with a GPU each.
@@ -52,10 +54,9 @@ impl Workload {
             .collect();
         let apart = self.masters_apart(knobs);
         let loaded = Parts {
-            weights: if apart {
-                // The f32 weights stay in the host's memory until each worker takes its shards.
-                let operands = self.precision.gpu_bytes() * self.layout.elements();
-                operands as u64 + FLOAT * self.narrow() as u64
+            weights: if apart || self.is_frozen() {
+                // The f32 weights stay in the host's memory until each worker takes its shards, or are gone.
+                self.frozen_gpu_weights(&self.layout)
             } else {
                 self.gpu_weights(self.layout.elements())
             },
@@ -68,7 +69,7 @@ impl Workload {
             let config = own.map_or(&self.config, |(config, _)| config);
             let all: Vec<Lengths> = train.iter().flatten().chain(&held_out).copied().collect();
             let parts = Parts {
-                reference_weights: own.map_or(0, |(_, layout)| self.gpu_weights(layout.elements())),
+                reference_weights: own.map_or(0, |(_, layout)| self.frozen_gpu_weights(layout)),
                 ..loaded
             };
             let pack = self.largest_scored_on_gpu(config, &in_order(&all, knobs));
@@ -101,6 +102,25 @@ impl Workload {
         WorkerMemory::of(moments, &step)
     }
 
+    /// What a worker with a GPU takes of the host's memory. `saves`: whether a checkpoint comes before the last step.
+    pub fn host_memory(&self, knobs: &Knobs, saves: bool) -> HostMemory {
+        let stored = self.layout.elements() as u64 * FLOAT;
+        let waits = self.masters_apart(knobs) && !self.stored_bf16;
+        let bucket = self.layout.bucket_lens().into_iter().max().unwrap_or(0) as u64;
+        let values = (1 + self.moments) * FLOAT;
+        let kept = values * knobs.shards() * self.shard(knobs);
+        HostMemory {
+            loading: if waits {
+                stored
+            } else {
+                bucket * (FLOAT + BF16)
+            },
+            optimizer: if self.offloads(knobs) { kept } else { 0 },
+            regrouping: if knobs.workers > 1 { kept } else { 0 },
+            snapshot: if saves { values * self.shard(knobs) } else { 0 },
+        }
+    }
+
     /// Bytes of so many weights, and of what they are as operands.
     fn gpu_weights(&self, elements: usize) -> u64 {
         let operand = match self.precision {
@@ -108,6 +128,16 @@ impl Workload {
             Precision::Bf16 => self.precision.gpu_bytes() as u64,
         };
         (FLOAT + operand) * elements as u64
+    }
+
+    /// Bytes of weights of which there is nothing but what a forward reads.
+    fn frozen_gpu_weights(&self, layout: &Layout) -> u64 {
+        let operands = self.precision.gpu_bytes() * layout.elements();
+        let apart = match self.precision {
+            Precision::F32 => 0,
+            Precision::Bf16 => FLOAT * narrow(layout) as u64,
+        };
+        operands as u64 + apart
     }
 
     /// One pack is on its way at a time.
@@ -142,6 +172,27 @@ fn with(parts: Parts, pack: PackBytes) -> Parts {
         workspace: pack.workspace,
         gaps: pack.total() / GAPS,
         ..parts
+    }
+}
+
+/// Bytes of the host's memory that a worker with a GPU takes beside its program, tokenizer and pairs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct HostMemory {
+    /// While weights are read: one bucket, or all of them in f32 where the workers share them out and files have more than bf16.
+    pub loading: u64,
+    /// Offloaded masters and moments.
+    pub optimizer: u64,
+    /// What a worker had of them before, while a new generation forms.
+    pub regrouping: u64,
+    /// What a checkpoint is written from.
+    pub snapshot: u64,
+}
+
+impl HostMemory {
+    /// The most that is there at once.
+    pub fn peak_bytes(&self) -> u64 {
+        let training = self.optimizer + self.regrouping.max(self.snapshot);
+        self.loading.max(training)
     }
 }
 
@@ -267,8 +318,6 @@ impl WorkerMemory {
 mod tests {
     use std::path::Path;
 
-    use model::Layout;
-
     use super::*;
 
     const GIB: f64 = (1u64 << 30) as f64;
@@ -297,6 +346,7 @@ mod tests {
             layout,
             config,
             precision: Precision::Bf16,
+            stored_bf16: true,
             moments: 2,
             reference: None,
             needs_reference: false,
@@ -458,6 +508,73 @@ mod tests {
             offered("cluster.zero") && offered("cluster.offload"),
             "{cures:?}"
         );
+    }
+
+    #[test]
+    fn under_an_adapter_and_of_a_reference_a_gpu_has_operands_alone() {
+        let mut workload = workload(smollm2(), [1000, 600]);
+        let elements = workload.layout.elements() as u64;
+        // SmolLM2 has two norms a layer and one behind them.
+        let narrow = 576 * (2 * 30 + 1);
+        let lora = model::Lora {
+            rank: 16,
+            alpha: 16.0,
+            rank_stabilized: false,
+            targets: model::Targets::AllLinear,
+        };
+        workload.trained = lora.layout(&workload.config).expect("an adapter");
+        let trained = workload.trained.elements() as u64;
+        let reference = (workload.config.clone(), workload.layout.clone());
+        workload.reference = Some(reference);
+        workload.needs_reference = true;
+        let memory = workload.gpu_memory(&workload.gpu_knobs(1, Sharding::default()));
+        let parts = |name| {
+            let mut moments = memory.moments.iter();
+            moments.find(|it| it.name == name).expect("a moment").parts
+        };
+        let frozen = 2 * elements + 4 * narrow;
+        assert_eq!(parts("load").weights, frozen);
+        assert_eq!(parts("reference pass").reference_weights, frozen);
+        let step = parts("training step");
+        let held = [step.weights, step.gradients, step.optimizer_moments];
+        assert_eq!(held, [frozen + 6 * trained, 4 * trained, 8 * trained]);
+    }
+
+    #[test]
+    fn the_host_has_what_is_offloaded_and_f32_weights_until_they_are_shared_out() {
+        let mut workload = workload(smollm2(), [1000, 600]);
+        let elements = workload.layout.elements() as u64;
+        let host = |workload: &Workload, workers, offload, saves| {
+            let sharding = Sharding {
+                mirror: true,
+                offload,
+                ..Sharding::default()
+            };
+            workload.host_memory(&workload.gpu_knobs(workers, sharding), saves)
+        };
+        let bucket = 6 * 49_152 * 576;
+        let alone = host(&workload, 1, false, false);
+        assert_eq!(
+            alone,
+            HostMemory {
+                loading: bucket,
+                optimizer: 0,
+                regrouping: 0,
+                snapshot: 0
+            }
+        );
+        assert_eq!(host(&workload, 1, true, false).optimizer, 12 * elements);
+        let shard = elements.div_ceil(4);
+        let four = host(&workload, 4, true, true);
+        assert_eq!(
+            [four.loading, four.optimizer, four.regrouping, four.snapshot],
+            [bucket, 24 * shard, 24 * shard, 12 * shard]
+        );
+        assert_eq!(four.peak_bytes(), 48 * shard);
+        workload.stored_bf16 = false;
+        let four = host(&workload, 4, false, true);
+        assert_eq!([four.loading, four.optimizer], [4 * elements, 0]);
+        assert_eq!(host(&workload, 1, false, false), alone);
     }
 
     #[test]

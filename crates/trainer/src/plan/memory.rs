@@ -3,12 +3,13 @@
 //! Every part is what its owner allocates: weights and gradients the layout's elements (`model`), moments and snapshot a
 //! rank's share of them (`shards`, `snapshot`), what a pack holds (`model::PackBytes`), the sums of a reduce-scatter
 //! (`collective`). Weights are f32 in every precision; in bf16 their operands, of f32's size on the CPU, lie beside them. Several
-//! workers that train a whole model in bf16 have whole operands and share the f32 weights out (`masters`).
+//! workers that train a whole model in bf16 have whole operands and share the f32 weights out (`masters`); of a reference and of
+//! what an adapter is put on there are operands alone.
 
 use std::fmt;
 
 use data::pack_plan;
-use model::{ModelConfig, PackBytes, PackShape, Precision, Saving};
+use model::{Layout, ModelConfig, PackBytes, PackShape, Parameter, Precision, Saving};
 use serde::Serialize;
 
 use super::{Lengths, Program, Workload};
@@ -225,19 +226,28 @@ impl Workload {
         };
         let loaded = Parts {
             program: program.resident + RUNTIME,
-            weights: self.weights(self.layout.elements()),
+            weights: self.loaded_weights(),
             ..Parts::default()
         };
         let mut moments = vec![
             moment("read pairs", read),
-            moment("load", self.loading(loaded)),
+            moment(
+                "load",
+                Self::loading(loaded, &self.layout, self.is_frozen()),
+            ),
         ];
         if self.needs_reference {
             let all: Vec<Lengths> = train.iter().flatten().chain(&held_out).copied().collect();
-            moments.push(moment(
-                "reference pass",
-                self.scoring_reference(loaded, &all, knobs),
-            ));
+            let scoring = self.scoring_reference(loaded, &all, knobs);
+            if let Some((_, layout)) = &self.reference {
+                let weights = Parts {
+                    reference_weights: scoring.reference_weights,
+                    ..loaded
+                };
+                let loading = Self::loading(weights, layout, self.precision == Precision::Bf16);
+                moments.push(moment("load the reference", loading));
+            }
+            moments.push(moment("reference pass", scoring));
         }
         let step = self.largest_step(&train, knobs);
         let pairs = train.len() + held_out.len();
@@ -257,14 +267,19 @@ impl Workload {
         WorkerMemory::of(moments, &step)
     }
 
-    /// The digest of the weights takes each parameter by itself.
-    fn loading(&self, loaded: Parts) -> Parts {
-        let parameters = self.layout.parameters.iter();
-        let largest = parameters
-            .map(|parameter| parameter.elements() as u64)
-            .max();
+    /// Weights that are only operands are read bucket by bucket, each in f32 and rounded; of others the digest takes each parameter
+    /// by itself.
+    fn loading(loaded: Parts, layout: &Layout, frozen: bool) -> Parts {
+        let workspace = if frozen {
+            let largest = layout.bucket_lens().into_iter().max();
+            largest.unwrap_or(0) as u64 * (FLOAT + BF16)
+        } else {
+            let parameters = layout.parameters.iter();
+            let largest = parameters.map(Parameter::elements).max();
+            largest.unwrap_or(0) as u64 * FLOAT
+        };
         Parts {
-            workspace: largest.unwrap_or(0) * FLOAT,
+            workspace,
             ..loaded
         }
     }
@@ -274,7 +289,7 @@ impl Workload {
         let config = own.map_or(&self.config, |(config, _)| config);
         let parts = Parts {
             reference_values: REFERENCE_ENTRY * 2 * pairs.len() as u64,
-            reference_weights: own.map_or(0, |(_, layout)| self.weights(layout.elements())),
+            reference_weights: own.map_or(0, |(_, layout)| self.frozen_weights(layout)),
             ..loaded
         };
         parts.with(self.largest_scored(config, &in_order(pairs, knobs), knobs))
@@ -286,7 +301,7 @@ impl Workload {
         let apart = self.masters_apart(knobs);
         Parts {
             weights: if apart {
-                (self.layout.elements() + self.narrow()) as u64 * FLOAT
+                self.frozen_weights(&self.layout)
             } else {
                 loaded.weights + self.adapter_weights()
             },
@@ -359,10 +374,9 @@ impl Workload {
         self.trained == self.layout && self.precision == Precision::Bf16
     }
 
-    /// Elements that are read in f32 whatever products are made of.
-    pub(super) fn narrow(&self) -> usize {
-        let ranges = self.layout.narrow();
-        ranges.iter().flatten().map(ExactSizeIterator::len).sum()
+    /// Whether there is nothing of the model's own weights but what a forward reads: an adapter is trained.
+    pub(super) fn is_frozen(&self) -> bool {
+        self.trained != self.layout && self.precision == Precision::Bf16
     }
 
     /// A copy of a worker's share of weights and moments: what an update makes of it that comes before any of it is written.
@@ -409,7 +423,25 @@ impl Workload {
         .bytes
     }
 
-    /// Bytes of so many weights as they are computed with.
+    /// Bytes of the policy's weights once they are read.
+    pub(crate) fn loaded_weights(&self) -> u64 {
+        if self.is_frozen() {
+            self.frozen_weights(&self.layout)
+        } else {
+            self.weights(self.layout.elements())
+        }
+    }
+
+    /// Bytes of weights of which there is nothing but what a forward reads.
+    fn frozen_weights(&self, layout: &Layout) -> u64 {
+        let apart = match self.precision {
+            Precision::F32 => 0,
+            Precision::Bf16 => narrow(layout),
+        };
+        (layout.elements() + apart) as u64 * FLOAT
+    }
+
+    /// Bytes of so many weights as they are computed with, and in f32.
     fn weights(&self, elements: usize) -> u64 {
         let copies = match self.precision {
             Precision::F32 => 1,
@@ -425,6 +457,12 @@ impl Workload {
         }
         self.weights(self.trained.elements())
     }
+}
+
+/// Elements that are read in f32 whatever products are made of.
+pub(super) fn narrow(layout: &Layout) -> usize {
+    let ranges = layout.narrow();
+    ranges.iter().flatten().map(ExactSizeIterator::len).sum()
 }
 
 pub(super) fn moment(name: &'static str, parts: Parts) -> Moment {

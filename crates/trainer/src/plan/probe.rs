@@ -92,8 +92,13 @@ impl Draft {
         let start = Instant::now();
         let mut models = Vec::new();
         for _ in 0..request.workers {
-            let mut model = Model::load(&self.spec.model.path, device)?;
-            model.set_precision(precision(self.spec.model.dtype));
+            let (path, precision) = (&self.spec.model.path, precision(self.spec.model.dtype));
+            let mut model = if self.spec.adapter.is_some() {
+                Model::load_frozen(path, device, precision)?
+            } else {
+                Model::load(path, device)?
+            };
+            model.set_precision(precision);
             if self.spec.model.gradient_checkpointing {
                 model.set_saving(Saving::BlockInputs);
             }
@@ -146,13 +151,10 @@ impl Draft {
         if !spec.objective.needs_reference() {
             return Ok(ReferenceAmount::default());
         }
-        let mut own = match &spec.model.reference {
-            Some(path) => Some(Model::load(path, device)?),
+        let own = match &spec.model.reference {
+            Some(path) => Some(Model::load_frozen(path, device, policy.precision())?),
             None => None,
         };
-        if let Some(own) = &mut own {
-            own.set_precision(policy.precision());
-        }
         let model = own.as_ref().unwrap_or(policy);
         Ok(ReferenceAmount::missing(spec, model, &self.lists())?)
     }

@@ -72,6 +72,35 @@ fn weights_gradients_moments_and_snapshot_are_the_layouts_elements() {
 }
 
 #[test]
+fn of_weights_that_are_never_trained_there_is_what_a_forward_reads() {
+    let folder = Folder::new(40);
+    let lora = "adapter = { kind = \"lora\", rank = 2 }\n";
+    let reference = format!("model.reference = {:?}\n", folder.path("model"));
+    let parts = |dtype: &str, lines: &str, name: &str| {
+        let (_, draft) = draft(&folder, &format!("model.dtype = \"{dtype}\"\n{lines}"));
+        let workload = draft.workload();
+        let memory = workload.memory(&workload.knobs(1, 1, Sharding::default()), PROGRAM, true);
+        moment(&memory, name)
+    };
+    let layout = Layout::new(&ModelConfig::load(&folder.path("model")).unwrap());
+    let narrow: usize = layout
+        .narrow()
+        .iter()
+        .flatten()
+        .map(ExactSizeIterator::len)
+        .sum();
+    let [plain, frozen] = [0, narrow].map(|more| 4 * (layout.elements() + more) as u64);
+    let loaded = |dtype, lines| parts(dtype, lines, "load").weights;
+    assert_eq!([loaded("f32", ""), loaded("f32", lora)], [plain; 2]);
+    assert_eq!(
+        [loaded("bf16", ""), loaded("bf16", lora)],
+        [2 * plain, frozen]
+    );
+    let of_reference = |dtype| parts(dtype, &reference, "reference pass").reference_weights;
+    assert_eq!([of_reference("f32"), of_reference("bf16")], [plain, frozen]);
+}
+
+#[test]
 fn the_largest_micro_batch_is_that_of_the_runs_own_steps() {
     let folder = Folder::new(40);
     let (spec, draft) = draft(&folder, "");
