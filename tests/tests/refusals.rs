@@ -341,7 +341,7 @@ fn a_disk_that_is_full_while_saving_is_told_and_what_was_saved_stays() {
     for word in [
         "checkpoint of step 15 could not be written",
         "No space left on device",
-        "make room there, or set checkpoint.path to another disk",
+        "make room there or see that it can be reached, or set checkpoint.path to another place",
         "exit 1",
         "step-00000010",
     ] {

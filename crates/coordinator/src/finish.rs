@@ -39,9 +39,15 @@ pub fn finish(
     directory: &mut RunDirectory,
     finished: &Finished,
 ) -> anyhow::Result<String> {
-    let checkpoint = newest(&config.checkpoint.path)
-        .context("look for checkpoints")?
-        .found;
+    let checkpoint = match newest(&config.checkpoint.path).context("look for checkpoints") {
+        Ok(checkpoints) => checkpoints.found,
+        Err(error) if *finished.outcome == Outcome::Completed => return Err(error),
+        // The store may be what the run has failed of: its own words are the ones to read.
+        Err(error) => {
+            tracing::warn!("{error:#}");
+            None
+        }
+    };
     let export = match finished.outcome {
         Outcome::Completed => {
             let checkpoint = checkpoint.as_ref();

@@ -169,7 +169,8 @@ impl Job {
             return;
         }
         let text = format!(
-            "checkpoint of step {step} could not be written: {reason}; make room there, or set checkpoint.path to another disk"
+            "checkpoint of step {step} could not be written: {reason}; make room there or see that it can be reached, or set \
+             checkpoint.path to another place"
         );
         actions.push(note("unsaved", text.clone()));
         self.unsaved += 1;
