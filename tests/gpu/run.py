@@ -59,24 +59,31 @@ def nccl():
     test("NCCL, ranks on one GPU", "collective_nccl", [*arguments, "process"], 120)
 
 
+# Weights that are never trained, of which a GPU has operands alone.
+FROZEN = {"under an adapter": {"adapter.kind": "lora", "adapter.rank": 8}, "with a reference of its own": {"model.reference": "configs/quickstart/reference"}}
+
+
 def agree():
-    """60 steps of DPO on the quickstart's letters, on the CPU and on the GPU, in f32 and bf16.
+    """60 steps of DPO on the quickstart's letters, on the CPU and on the GPU, in f32 and bf16; in bf16 also under an adapter, and with a
+    reference of its own that has the policy's first weights.
 
     A model this small is moved far by rounding alone: the CPU's own bf16 is the yardstick of the GPU's.
     """
     runs = {}
-    for backend, dtype in (("cpu", "f32"), ("cpu", "bf16"), ("cuda", "f32"), ("cuda", "bf16")):
-        output = os.path.join(SCRATCH, f"{backend}-{dtype}")
+    kinds = [(backend, dtype) for backend in ("cpu", "cuda") for dtype in ("f32", "bf16", *FROZEN)]
+    for backend, kind in kinds:
+        dtype = "bf16" if kind in FROZEN else kind
+        output = os.path.join(SCRATCH, f"{backend}-{kind.replace(' ', '-')}")
         settings = {"cluster.backend": backend, "model.dtype": dtype, "job.output": output, "train.steps": 60, "cluster.workers": 1,
-                    "reference.store": os.path.join(SCRATCH, "references")}
+                    "reference.store": os.path.join(SCRATCH, "references"), **FROZEN.get(kind, {})}
         command = [os.path.join(BIN, "coordinator"), "--config", "configs/quickstart-dpo.toml"]
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]
-        status, log = run(f"agree-{backend}-{dtype}", command, 120)
+        status, log = run(f"agree-{backend}-{kind.replace(' ', '-')}", command, 120)
         if status != 0:
             FAILED.append("agree")
-            return row(f"60 steps, {backend} {dtype}", f"FAILED ({status})", log[-300:])
-        runs[backend, dtype] = [json.loads(line) for line in open(os.path.join(output, "metrics.jsonl"))]
+            return row(f"60 steps, {backend} {kind}", f"FAILED ({status})", log[-300:])
+        runs[backend, kind] = [json.loads(line) for line in open(os.path.join(output, "metrics.jsonl"))]
     names = ("log_ratios/chosen", "log_ratios/rejected")
     exact = runs["cpu", "f32"]
 
@@ -95,6 +102,16 @@ def agree():
             FAILED.append("agree")
         row(f"60 steps against the CPU's f32, {key[1]}", "passed" if good else "FAILED",
             f"first step's log-ratios {first:g}; the {len(pairs)} means of at least 10 nats differ by {100 * worst:.2f} % at most, {100 * yardstick[key[1]]:.1f} % allowed")
+    for kind in FROZEN:
+        host, card = runs["cpu", kind], runs["cuda", kind]
+        first = max(abs(rows[0][name]) for rows in (host, card) for name in names)
+        size = max(abs(host[-1][name]) for name in names)
+        worst = max(abs(a[name] - b[name]) for a, b in zip(host, card) for name in names) / size
+        good = first == 0.0 and size >= 10 and worst <= yardstick["bf16"]
+        if not good:
+            FAILED.append("agree")
+        row(f"60 steps in bf16 {kind}", "passed" if good else "FAILED",
+            f"first step's log-ratios {first:g}; means differ from the CPU's bf16 by {100 * worst:.2f} % of {size:.0f} nats at most")
 
 
 def larger():

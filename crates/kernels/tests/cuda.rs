@@ -4,9 +4,11 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)]
 
+use std::convert::Infallible;
+
 use kernels::{
-    Activation, AttentionPlan, AttentionSegment, Device, Flat, Gradients, Precision, RotaryTable,
-    Slot, Tensor,
+    Activation, AttentionPlan, AttentionSegment, Device, Flat, Gradients, Kept, Precision,
+    RotaryTable, Slot, Tensor, UpdateRule,
 };
 
 /// Numbers in −1..1, the same for the same seed.
@@ -59,14 +61,13 @@ impl Both {
         }
     }
 
-    fn matrix(&self, rows: usize, columns: usize, seed: u32, device: &Device) -> Tensor<2> {
-        Tensor::new(values(rows * columns, seed), [rows, columns], device)
-    }
-
     fn operand(&self, rows: usize, columns: usize, seed: u32, device: &Device) -> Tensor<2> {
-        self.precision
-            .operand(&self.matrix(rows, columns, seed, device))
+        self.precision.operand(&matrix(rows, columns, seed, device))
     }
+}
+
+fn matrix(rows: usize, columns: usize, seed: u32, device: &Device) -> Tensor<2> {
+    Tensor::new(values(rows * columns, seed), [rows, columns], device)
 }
 
 fn vector(len: usize, seed: u32, device: &Device) -> Tensor<1> {
@@ -120,7 +121,7 @@ fn norms_and_sums() {
         for (rows, width) in [(3, 64), (1000, 576), (70, 2048)] {
             both.compare(&format!("norm {rows} {width}"), |device| {
                 let (x, dy) = (
-                    both.matrix(rows, width, 1, device),
+                    matrix(rows, width, 1, device),
                     both.operand(rows, width, 2, device),
                 );
                 let weight = vector(width, 3, device);
@@ -134,7 +135,7 @@ fn norms_and_sums() {
                 kernels::bias_backward(&dy, &mut sums, &whole(width));
                 let dx = kernels::rms_norm_backward(&dy, &x, &weight, &saved);
                 let sum = kernels::add(dx.clone(), &x);
-                let in_place = kernels::add(both.matrix(rows, width, 5, device), &dy);
+                let in_place = kernels::add(matrix(rows, width, 5, device), &dy);
                 vec![
                     y.into_vec(),
                     dx.into_vec(),
@@ -189,8 +190,8 @@ fn rows_and_tables() {
         let ids: Vec<u32> = (0..900u32).map(|i| i * i % 311).collect();
         let rows: Vec<usize> = ids.iter().map(|&id| id as usize).collect();
         both.compare("rows", |device| {
-            let weight = both.matrix(table, width, 1, device);
-            let dy = both.matrix(ids.len(), width, 2, device);
+            let weight = matrix(table, width, 1, device);
+            let dy = matrix(ids.len(), width, 2, device);
             let mut sums = Gradients::zeros(&[table * width], device);
             let slot = whole(table * width);
             kernels::embedding_backward(&dy, &ids, &mut sums, &slot);
@@ -326,4 +327,138 @@ fn what_a_device_holds_is_what_it_was_given() {
         Tensor::new(vec![1.0; 4], [4], &device),
     );
     assert_eq!(sums.take_host(), [vec![0.0; 4], vec![2.0, 3.0, 4.0, 5.0]]);
+}
+
+/// What a forward reads of all buckets.
+fn computed(flat: &Flat) -> Vec<Vec<f32>> {
+    [0, 1].map(|bucket| flat.computed(bucket)).to_vec()
+}
+
+fn given(values: &[f32], device: &Device) -> Tensor<1> {
+    Tensor::new(values.to_vec(), [values.len()], device)
+}
+
+fn read(buckets: &[Vec<f32>]) -> impl Iterator<Item = Result<Vec<f32>, Infallible>> {
+    buckets.iter().cloned().map(Ok)
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn operands_of_masters_that_are_elsewhere_are_those_of_the_host() {
+    let buckets = vec![values(1003, 1), values(64, 2)];
+    let narrow = [vec![4..10, 900..1003], vec![0..2, 2..5]];
+    let (host, device) = (Device::flex(), Device::cuda(0).unwrap());
+    let Ok(expected) = Flat::frozen(read(&buckets), &narrow, &host);
+    let expected = computed(&expected);
+    let mut whole = Flat::from_host(buckets.clone(), Precision::Bf16, &device);
+    let masters = whole.take_masters(&narrow);
+    let Ok(parked) = Flat::parked(read(&buckets), &narrow, &device);
+    let Ok(frozen) = Flat::frozen(read(&buckets), &narrow, &device);
+    for flat in [&whole, &parked, &frozen] {
+        assert_eq!(computed(flat), expected);
+    }
+    whole.put_masters(masters);
+    assert_eq!(whole.take_host(), buckets);
+    // Masters whose values are of bf16 are their operands, and f32 again when they are put in place.
+    let even: Vec<Vec<f32>> = buckets
+        .iter()
+        .map(|bucket| Precision::Bf16.operand(&given(bucket, &host)).into_vec())
+        .collect();
+    let Ok(mut parked) = Flat::parked(read(&even), &narrow, &device);
+    let taken = parked.take_masters(&narrow);
+    parked.put_masters(taken);
+    let slot = Slot {
+        bucket: 0,
+        offset: 30,
+        len: 12,
+    };
+    assert_eq!(parked.view(&slot, [12]).into_vec(), even[0][30..42]);
+    assert_eq!(parked.take_host(), even);
+    // New values of a part, from the device's memory and from the host's.
+    let Ok(mut moved) = Flat::parked(read(&buckets), &narrow, &device);
+    let mut new = buckets.clone();
+    for range in [100..333, 500..903] {
+        for value in &mut new[0][range] {
+            *value *= -3.0;
+        }
+    }
+    let mut bits = vec![0; 403];
+    kernels::to_bf16(&new[0][500..903], &mut bits);
+    moved.round_in_place(0, 100..333, &given(&new[0][100..333], &device));
+    moved.write_in_place(0, 500..903, &bits);
+    // One rank's part of what is read in f32: the rest is zero until the ranks have summed.
+    let part = given(&new[0][500..903], &device);
+    drop(moved.narrow_region([(0, &(500..903), &part)]).unwrap());
+    let mut parts = vec![vec![0.0; 109], vec![0.0; 5]];
+    parts[0][6..9].copy_from_slice(&new[0][900..903]);
+    for (bucket, narrow) in parts.into_iter().enumerate() {
+        let rounded = Precision::Bf16.operand(&given(&new[bucket], &host));
+        assert_eq!(
+            moved.computed(bucket),
+            [rounded.into_vec(), narrow].concat()
+        );
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn an_update_moves_masters_that_are_elsewhere_and_their_operands_and_no_others() {
+    let device = Device::cuda(0).unwrap();
+    let weights = values(1003, 1);
+    let flat = Flat::from_host(vec![weights.clone()], Precision::Bf16, &device);
+    let before = flat.operand(&whole(1003), [1003]).into_vec();
+    // A shard, and of it a stretch that begins anywhere.
+    let (shard, stretch) = (251..777, 303..771);
+    let own = stretch.start - shard.start..stretch.end - shard.start;
+    let [gradient, first, second] = [2, 3, 4].map(|seed| {
+        let all = values(shard.len(), seed).into_iter();
+        all.map(f32::abs).collect::<Vec<_>>()
+    });
+    let [masters, gradients, firsts, seconds] =
+        [&weights[shard.clone()], &gradient, &first, &second].map(|it| given(it, &device));
+    let (clip, rule) = (
+        0.5,
+        UpdateRule::AdamW {
+            keep_first: 0.9,
+            add_first: 0.1,
+            keep_second: 0.99,
+            add_second: 0.01,
+            step_size: 0.05,
+            root_correction: 1.5,
+            eps: 1e-8,
+            keep_weight: 0.999,
+        },
+    );
+    let [of_masters, of_firsts, of_seconds, of_gradient] =
+        [&masters, &firsts, &seconds, &gradients].map(|it| it.slice(own.clone()));
+    let kept = Kept {
+        masters: Some(&of_masters),
+        first: Some(&of_firsts),
+        second: &of_seconds,
+    };
+    kernels::update(&flat, 0, stretch.clone(), &of_gradient, kept, clip, &rule);
+    let moved = masters.clone().into_vec();
+    let mut operands = before;
+    for (index, value) in moved.iter().enumerate() {
+        let was = weights[shard.start + index];
+        if !own.contains(&index) {
+            assert_eq!(*value, was, "{index} is not of the stretch");
+            continue;
+        }
+        let g = gradient[index] * clip;
+        let m = 0.9 * first[index] + 0.1 * g;
+        let v = 0.99 * second[index] + 0.01 * g * g;
+        let expected = was * 0.999 - 0.05 * (m / (v.sqrt() * 1.5 + 1e-8));
+        assert!((value - expected).abs() < 1e-6, "{value} is not {expected}");
+    }
+    let rounded = Precision::Bf16.operand(&given(&moved, &Device::flex()));
+    operands[stretch.clone()].copy_from_slice(&rounded.into_vec()[own.clone()]);
+    let found = flat.operand(&whole(1003), [1003]).into_vec();
+    assert_eq!(found, operands);
+    // The model's own f32 weights stay: their masters are elsewhere.
+    assert_eq!(flat.master(&whole(1003)), weights);
+    kernels::add_to(&of_firsts, &of_gradient);
+    let squares = kernels::sum_of_squares(&device, [of_gradient]).unwrap();
+    let exact: f64 = gradient[own].iter().map(|x| f64::from(*x).powi(2)).sum();
+    assert!((squares / exact - 1.0).abs() < 1e-12, "{squares} {exact}");
 }

@@ -15,9 +15,18 @@ const BF16: &str = "model.dtype = \"bf16\"\n";
 
 #[test]
 fn t5_the_reference_is_the_model_without_its_adapter_and_of_the_same_precision() {
-    for lines in [LORA.to_owned(), BF16.into(), format!("{LORA}{BF16}")] {
+    let folder = Folder::new(20);
+    // The same weights once more, which are then only read.
+    let reference = format!("model.reference = {:?}\n", folder.path("model"));
+    for lines in [
+        LORA.to_owned(),
+        BF16.into(),
+        format!("{LORA}{BF16}"),
+        format!("{reference}{BF16}"),
+        format!("{reference}{LORA}{BF16}"),
+    ] {
         for world in [1, 3] {
-            let folder = Folder::new(20);
+            let _ = fs::remove_dir_all(folder.path("store"));
             let spec = folder.spec(&format!(
                 "{CAL_DPO}{lines}train = {{ steps = 2, batch_pairs = 20, micro_batch_tokens = 120 }}\n\
                  optimizer.learning_rate = 1e-2\nschedule.warmup_steps = 0"
