@@ -5,7 +5,7 @@ is asserted. Standard library only. All seconds go to the standard error stream,
 
 usage: tests/bench_checkpoint.py [FOLDER]     where to write, by default the system's folder for temporary files
 
-ROUNDS        rounds that are counted, by default 5; one more comes before them
+ROUNDS        rounds that are counted, by default 5; three more come before them, in which memory that saves reuse is first taken
 STEP          seconds from the begin of a save to the next update, by default 2: what is not written by then is copied. Saves
               whose update comes at once are timed beside
 PEER_PYTHON   a Python that has torch; without one the peer is left out
@@ -23,6 +23,7 @@ import tempfile
 import time
 
 ROUNDS = int(os.environ.get("ROUNDS", 5))
+WARMUP = 3
 STEP = float(os.environ.get("STEP", 2))
 PEER_PYTHON = os.environ.get("PEER_PYTHON")
 PEER = os.environ.get("PEER", "1:0 1:1 2:1").split()
@@ -161,11 +162,12 @@ def run(folder):
         shutil.rmtree(folder / "peer")
 
     turns = [(ours, 1), (ours, 2), (dd,), *((theirs, setting) for setting in (PEER if peer else []))]
-    for turn in range(ROUNDS + 1):
+    for turn in range(WARMUP + ROUNDS):
         for what, *argument in turns:
             what(*argument)
-        if turn == 0:
-            figures.clear()  # it warmed memory and page cache
+        if turn == WARMUP - 1:
+            print(json.dumps(figures), file=sys.stderr)
+            figures.clear()
         # Another order: what a disk does depends on what it did before.
         turns.append(turns.pop(0))
     for child in [*programs.values(), peer]:

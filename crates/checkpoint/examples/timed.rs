@@ -25,7 +25,8 @@ use std::{
 };
 
 use checkpoint::{
-    Checkpoint, Kind, ManifestInfo, Piece, RankFile, TensorSpec, TrainState, commit, write_rank,
+    Checkpoint, Kind, ManifestInfo, Piece, RankFile, Spares, TensorSpec, TrainState, commit,
+    write_rank,
 };
 
 /// The tensors of a JSON object of names and shapes.
@@ -45,6 +46,7 @@ struct Worker {
     state: [Vec<Arc<Vec<f32>>>; 3],
     /// The tensors of each bucket.
     buckets: Vec<Range<usize>>,
+    spares: Spares,
 }
 
 /// Values of a bucket, held until they are written.
@@ -99,6 +101,7 @@ impl Worker {
             ranges,
             state,
             buckets,
+            spares: Spares::default(),
         }
     }
 
@@ -129,6 +132,7 @@ impl Worker {
     /// Makes the state ready for an update, on so many threads; what is written last comes first.
     fn unshare(&mut self, threads: usize) {
         let left = Mutex::new(self.state.iter_mut().flatten().rev());
+        let spares = &self.spares;
         thread::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(|| {
@@ -137,7 +141,7 @@ impl Worker {
                         let Some(bucket) = next else {
                             break;
                         };
-                        Arc::make_mut(bucket);
+                        spares.unshare(bucket);
                     }
                 });
             }

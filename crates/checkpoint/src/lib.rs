@@ -87,6 +87,7 @@ mod rank_file;
 mod read;
 mod reshard;
 mod retention;
+mod spares;
 
 pub use commit::{CommitError, CommittedCheckpoint, commit, commit_in};
 pub use coverage::CoverageError;
@@ -109,4 +110,5 @@ pub use retention::{
     Condition, Fate, PIN, Planned, Retention, apply, pin, pinned, plan, plan_in, retain, retain_in,
     unpin,
 };
+pub use spares::Spares;
 pub use storage::is_remote;

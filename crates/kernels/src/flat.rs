@@ -12,7 +12,9 @@ use std::convert::Infallible;
 use std::ops::Range;
 
 use collective::DeviceRegion;
+use rayon::prelude::*;
 
+use crate::host::unshared;
 use crate::precision::{from_bf16, to_bf16};
 use crate::{Device, Precision, Tensor, Values};
 
@@ -36,6 +38,8 @@ pub struct Flat {
     operands: Vec<Tensor<1>>,
     /// What is read in f32, where the masters are not memory of the device.
     narrow: Option<Narrow>,
+    /// By bucket what [`Flat::unshare`] has copied the last time, for its memory.
+    before: Vec<Option<Tensor<1>>>,
     precision: Precision,
     device: Device,
 }
@@ -79,6 +83,7 @@ impl Flat {
             buckets: placed.collect::<Result<_, E>>()?,
             operands: Vec::new(),
             narrow: None,
+            before: Vec::new(),
             precision,
             device: device.clone(),
         };
@@ -143,6 +148,7 @@ impl Flat {
             buckets: Vec::new(),
             operands,
             narrow: Some(apart.on(device)),
+            before: Vec::new(),
             precision: Precision::Bf16,
             device: device.clone(),
         })
@@ -210,6 +216,17 @@ impl Flat {
     /// If the weights have been taken, the bucket has fewer, or the device fails.
     pub fn values(&self, bucket: usize, range: std::ops::Range<usize>) -> Values {
         Values::of(self.buckets[bucket].slice(range))
+    }
+
+    /// Copies what [`Flat::values`] has given out of a flex device and is still held, on all threads, so that the next change of the
+    /// weights need not. Copies go where those of an earlier time were, whose memory is kept for that.
+    pub fn unshare(&mut self) {
+        self.before.resize_with(self.buckets.len(), || None);
+        let buckets = std::mem::take(&mut self.buckets).into_par_iter();
+        let each = buckets.zip(&mut self.before);
+        self.buckets = each
+            .map(|(bucket, before)| unshared(bucket, before))
+            .collect();
     }
 
     /// The buckets as host memory, leaving no weights behind. On flex nothing is copied, provided that no view or value of them is

@@ -35,6 +35,12 @@ impl Host {
     }
 }
 
+impl Host {
+    fn into_tensor(self) -> Tensor<1> {
+        burn::tensor::Tensor::from_primitive::<Flex>(self.0).into()
+    }
+}
+
 impl Deref for Host {
     type Target = [f32];
 
@@ -43,6 +49,32 @@ impl Deref for Host {
             .as_slice()
             .expect("`read` keeps contiguous f32 tensors only")
     }
+}
+
+/// A flex tensor as its only holder has it: itself, or a copy, in the memory of `before` if nobody holds that any more. What was copied
+/// is `before` then.
+pub(crate) fn unshared(tensor: Tensor<1>, before: &mut Option<Tensor<1>>) -> Tensor<1> {
+    let Some(held) = Host::read(&tensor) else {
+        return tensor;
+    };
+    drop(tensor);
+    if held.0.is_unique() {
+        return held.into_tensor();
+    }
+    let mut copy = Vec::new();
+    if let Some(before) = before.take()
+        && let Some(host) = Host::read(&before)
+    {
+        drop(before);
+        if host.0.is_unique() {
+            copy = host.into_tensor().into_vec();
+        }
+    }
+    copy.clear();
+    copy.extend_from_slice(&held);
+    *before = Some(held.into_tensor());
+    let len = copy.len();
+    self::tensor(copy, [len])
 }
 
 /// A flex tensor that takes over `data`.

@@ -112,6 +112,35 @@ mod tests {
     }
 
     #[test]
+    fn weights_that_are_held_are_copied_to_where_earlier_ones_were() {
+        let buckets = vec![vec![1.0; 1000], vec![2.0; 10]];
+        let mut flat = Flat::from_host(buckets, Precision::F32, &Device::flex());
+        let address = |flat: &Flat| flat.values(0, 0..1000).as_ptr();
+        let first = address(&flat);
+        flat.unshare();
+        assert_eq!(address(&flat), first, "nobody holds them");
+        let held = flat.values(0, 10..20);
+        flat.unshare();
+        let second = address(&flat);
+        assert_ne!(second, first);
+        // As long as they are held their memory is not taken.
+        let other = flat.values(0, 0..5);
+        flat.unshare();
+        let third = address(&flat);
+        assert!(third != first && third != second);
+        drop((held, other));
+        let held = flat.values(0, 0..1000);
+        flat.unshare();
+        assert_eq!(address(&flat), second);
+        let mut taken = flat.take_host();
+        assert_eq!(taken[0].as_ptr(), second, "not copied again");
+        taken[0].fill(3.0);
+        flat.put_host(taken);
+        assert!(held.iter().all(|value| *value == 1.0));
+        assert_eq!(flat.take_host(), [vec![3.0; 1000], vec![2.0; 10]]);
+    }
+
+    #[test]
     fn weights_that_nobody_holds_are_taken_without_a_copy() {
         let bucket = vec![1.0; 1000];
         let mut flat = Flat::from_host(vec![bucket], Precision::F32, &Device::flex());

@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use checkpoint::Spares;
 use kernels::{Device, Tensor, Values};
 
 /// A moment of one bucket's shard, or its masters, or the sums of its gradient.
@@ -51,13 +52,11 @@ impl Moments {
     }
 
     /// Copies values that are held elsewhere, so that an update need not; says whether they were.
-    pub fn unshare(&mut self) -> bool {
-        let Self::Host(values) = self else {
-            return false;
-        };
-        let held = Arc::strong_count(values) > 1;
-        Arc::make_mut(values);
-        held
+    pub fn unshare(&mut self, spares: &Spares) -> bool {
+        match self {
+            Self::Host(values) => spares.unshare(values),
+            Self::Device(_) => false,
+        }
     }
 
     /// Replaces the values by as many.
@@ -160,10 +159,11 @@ mod tests {
         assert_eq!(moments.read()[7], 1.0);
         drop(held);
         let after = moments.host().as_ptr();
-        assert!(!moments.unshare());
+        let spares = Spares::default();
+        assert!(!moments.unshare(&spares));
         assert_eq!(moments.host().as_ptr(), after, "nobody holds them");
         let held = moments.values();
-        assert!(moments.unshare());
+        assert!(moments.unshare(&spares));
         assert_ne!(moments.host().as_ptr(), held.as_ptr());
         assert_eq!(held[7], 1.0);
     }

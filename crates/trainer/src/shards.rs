@@ -18,6 +18,7 @@
 
 use std::{borrow::Cow, ops::Range, time::Instant};
 
+use checkpoint::Spares;
 use collective::{Collective, CollectiveError, Op, Region, Ticket, shard_range};
 use rayon::prelude::*;
 use spec::OptimizerSection;
@@ -52,6 +53,8 @@ pub struct ShardedOptimizer {
     masters: bool,
     /// Updates applied so far: what the bias corrections count. Skipped steps are no updates.
     updates: u64,
+    /// Memory for what a checkpoint still holds when an update comes.
+    spares: Spares,
 }
 
 /// One bucket's share.
@@ -209,6 +212,7 @@ impl ShardedOptimizer {
             mirrored: place.before().map(shards).unwrap_or_default(),
             masters: keeping.masters,
             updates: 0,
+            spares: Spares::default(),
         }
     }
 
@@ -404,7 +408,8 @@ impl ShardedOptimizer {
             second.push(&mut shard.second);
         }
         let in_turn = second.into_iter().chain(first).chain(masters);
-        let held = in_turn.par_bridge().map(Moments::unshare);
+        let spares = &self.spares;
+        let held = in_turn.par_bridge().map(|moments| moments.unshare(spares));
         held.reduce(|| false, |one, other| one | other)
     }
 

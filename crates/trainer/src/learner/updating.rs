@@ -44,9 +44,8 @@ impl Learner {
             return;
         }
         // Files begin with the weights: whoever is done with the moments is done with them.
-        if !self.optimizer.has_masters() && self.model.device().is_host() {
-            let weights = self.model.take_weights();
-            self.model.put_weights(weights);
+        if !self.optimizer.has_masters() {
+            self.model.flat_mut().unshare();
         }
         self.times.checkpoint += start.elapsed().as_secs_f64();
     }
