@@ -122,6 +122,12 @@ impl Layout {
         self.buckets.iter().map(of).collect()
     }
 
+    /// Number of elements in [`Layout::narrow`].
+    pub fn narrow_elements(&self) -> usize {
+        let narrow = self.parameters.iter().filter(|it| it.shape.len() < 2);
+        narrow.map(Parameter::elements).sum()
+    }
+
     /// Zeros for every bucket.
     pub(crate) fn zeros(&self) -> Vec<Vec<f32>> {
         self.buckets

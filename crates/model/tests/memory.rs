@@ -154,12 +154,7 @@ fn check_frozen() {
     let before = LIVE.load(Relaxed);
     let (found, model) = peak(load);
     let kept = LIVE.load(Relaxed) - before;
-    let narrow: usize = layout
-        .narrow()
-        .iter()
-        .flatten()
-        .map(ExactSizeIterator::len)
-        .sum();
+    let narrow = layout.narrow_elements();
     let said = 4 * (layout.elements() + narrow);
     let small = 64 << 10;
     assert!((said..said + small).contains(&kept), "{kept} of {said}");

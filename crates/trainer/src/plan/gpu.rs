@@ -14,7 +14,7 @@ use model::{Device, Layout, ModelConfig, PackBytes, PackShape, Precision, Saving
 use serde::Serialize;
 use spec::Spec;
 
-use super::memory::{InFlight, cut, in_order, moment, narrow, packs, size};
+use super::memory::{InFlight, cut, in_order, moment, packs, size};
 use super::{Cure, Knobs, Lengths, Parts, Program, WorkerMemory, Workload};
 use crate::error::TrainError;
 use crate::shards::Sharding;
@@ -135,7 +135,7 @@ impl Workload {
         let operands = self.precision.gpu_bytes() * layout.elements();
         let apart = match self.precision {
             Precision::F32 => 0,
-            Precision::Bf16 => FLOAT * narrow(layout) as u64,
+            Precision::Bf16 => FLOAT * layout.narrow_elements() as u64,
         };
         operands as u64 + apart
     }

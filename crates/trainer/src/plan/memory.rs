@@ -436,7 +436,7 @@ impl Workload {
     fn frozen_weights(&self, layout: &Layout) -> u64 {
         let apart = match self.precision {
             Precision::F32 => 0,
-            Precision::Bf16 => narrow(layout),
+            Precision::Bf16 => layout.narrow_elements(),
         };
         (layout.elements() + apart) as u64 * FLOAT
     }
@@ -457,12 +457,6 @@ impl Workload {
         }
         self.weights(self.trained.elements())
     }
-}
-
-/// Elements that are read in f32 whatever products are made of.
-pub(super) fn narrow(layout: &Layout) -> usize {
-    let ranges = layout.narrow();
-    ranges.iter().flatten().map(ExactSizeIterator::len).sum()
 }
 
 pub(super) fn moment(name: &'static str, parts: Parts) -> Moment {

@@ -83,12 +83,7 @@ fn of_weights_that_are_never_trained_there_is_what_a_forward_reads() {
         moment(&memory, name)
     };
     let layout = Layout::new(&ModelConfig::load(&folder.path("model")).unwrap());
-    let narrow: usize = layout
-        .narrow()
-        .iter()
-        .flatten()
-        .map(ExactSizeIterator::len)
-        .sum();
+    let narrow = layout.narrow_elements();
     let [plain, frozen] = [0, narrow].map(|more| 4 * (layout.elements() + more) as u64);
     let loaded = |dtype, lines| parts(dtype, lines, "load").weights;
     assert_eq!([loaded("f32", ""), loaded("f32", lora)], [plain; 2]);
