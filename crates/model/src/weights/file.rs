@@ -1,10 +1,12 @@
-//! One safetensors file, read with plain ranged reads: header first, then a tensor's bytes in pieces, as f32.
+//! One safetensors file, read with plain ranged reads: header first, then a tensor's bytes in pieces, as f32, on all threads.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
@@ -122,23 +124,16 @@ impl WeightFile {
             size * values.len(),
             "bytes of `{tensor}`"
         );
-        let read = |source| ModelError::Read {
-            path: self.path.clone(),
-            source,
-        };
-        let mut file = &self.file;
-        file.seek(SeekFrom::Start(
-            self.data_start + info.data_offsets.0 as u64,
-        ))
-        .map_err(read)?;
-        let mut bytes = vec![0; PIECE_BYTES.min(size * values.len())];
-        for piece in values.chunks_mut(PIECE_BYTES / size) {
-            let bytes = &mut bytes[..size * piece.len()];
-            file.read_exact(bytes)
+        let start = self.data_start + info.data_offsets.0 as u64;
+        let pieces = values.par_chunks_mut(PIECE_BYTES / size).enumerate();
+        pieces.try_for_each_init(Vec::new, |bytes, (index, piece)| {
+            bytes.resize(size * piece.len(), 0);
+            self.file
+                .read_exact_at(bytes, start + (index * PIECE_BYTES) as u64)
                 .map_err(|source| self.cut(tensor, info, source))?;
             decode(bytes, piece);
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     fn info(&self, tensor: &str) -> Result<&TensorInfo, ModelError> {
