@@ -33,9 +33,7 @@ impl Host {
             primitive.to_contiguous()
         }))
     }
-}
 
-impl Host {
     fn into_tensor(self) -> Tensor<1> {
         burn::tensor::Tensor::from_primitive::<Flex>(self.0).into()
     }
