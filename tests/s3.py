@@ -155,8 +155,8 @@ def check_jobs(env, server, scratch):
     often = "checkpoint.every_steps=5"
     process = begin("killed", at("killed"), often)
     saved("killed", process, 6)
-    # The coordinator leads a session of its own; its workers end with it.
-    process.kill()
+    # The coordinator leads a group of its own, in which its workers are.
+    os.killpg(process.pid, signal.SIGKILL)
     end("killed", process, -9)
     job("killed", at("killed"), often)
     same("killed")

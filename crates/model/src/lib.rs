@@ -15,6 +15,7 @@ mod adapter;
 mod block;
 mod config;
 mod cost;
+mod digest;
 mod error;
 mod generate;
 mod layout;

@@ -13,13 +13,12 @@ use kernels::{
 };
 
 use crate::block::{Block, BlockSaved, Rows, Tables};
-use crate::layout::Parameter;
+use crate::digest::WeightsDigest;
 use crate::operations::{AdapterWeights, Norm, NormSaved, Weights};
 use crate::pack::{Pack, Predictions};
 use crate::rotary::Frequencies;
 use crate::slots::Slots;
 use crate::sums::{InputGradient, Sums};
-use crate::write::little_endian;
 use crate::{Layout, Lora, ModelConfig, ModelError, Stage, weights};
 
 /// A decoder with its weights, f32, on one device. With an adapter only that is trained. Products may be of bf16, made of the
@@ -42,42 +41,6 @@ struct Adapter {
     layout: Layout,
     weights: Flat,
     scale: f32,
-}
-
-/// [`Model::weights_digest`] on its way.
-struct WeightsDigest(blake3::Hasher);
-
-impl WeightsDigest {
-    fn new() -> Self {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(b"caldpo weights 1\0");
-        Self(hasher)
-    }
-
-    /// Takes the next parameter of the layout.
-    fn add(&mut self, parameter: &Parameter, values: &[f32]) {
-        let hasher = &mut self.0;
-        hasher.update(&(parameter.name.len() as u64).to_le_bytes());
-        hasher.update(parameter.name.as_bytes());
-        hasher.update(&(parameter.shape.len() as u64).to_le_bytes());
-        for &size in &parameter.shape {
-            hasher.update(&(size as u64).to_le_bytes());
-        }
-        if cfg!(target_endian = "little") {
-            // On all threads.
-            hasher.update_rayon(bytemuck::cast_slice(values));
-        } else {
-            let hashed = little_endian(values, |bytes| {
-                hasher.update(bytes);
-                Ok::<(), std::convert::Infallible>(())
-            });
-            hashed.expect("hashing cannot fail");
-        }
-    }
-
-    fn finish(&self) -> [u8; 32] {
-        *self.0.finalize().as_bytes()
-    }
 }
 
 /// Log-probs of a pack's completions, one entry per segment: `[chosen, rejected]`.
@@ -272,7 +235,8 @@ impl Model {
         self.weights.device()
     }
 
-    /// BLAKE3 of the model's own f32 weights in layout order with their names and shapes: equal digests compute the same function.
+    /// BLAKE3 of the model's own f32 weights, as they were read where they are frozen, in layout order with their names and shapes:
+    /// equal digests compute the same function.
     pub fn weights_digest(&self) -> [u8; 32] {
         if let Some(digest) = self.frozen {
             return digest;

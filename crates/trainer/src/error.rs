@@ -88,7 +88,7 @@ pub enum TrainError {
     /// All ranks are ready and values are still missing.
     #[error(
         "{}: {missing} of {total} reference log-probs are missing after every rank stored its part; all workers must use the \
-         same folder, build and kind of machine",
+         same build and kind of machine, and see one folder as reference.store or exchange values through reference.shared",
         store.display()
     )]
     ReferenceMissing {

@@ -72,18 +72,7 @@ impl Setup {
         let scored = held_out(spec, eval.as_ref());
         check_gpu(spec, &train.pairs, scored, peers, device)?;
         progress("load model", 0, 1)?;
-        let (path, precision) = (&spec.model.path, precision(spec.model.dtype));
-        let mut model = if spec.adapter.is_some() {
-            Model::load_frozen(path, device, precision)?
-        } else if parks_masters(spec, peers, device) {
-            Model::load_parked(path, device)?
-        } else {
-            Model::load(path, device)?
-        };
-        if spec.model.gradient_checkpointing {
-            model.set_saving(Saving::BlockInputs);
-        }
-        model.set_precision(precision);
+        let model = load_policy(spec, peers, device)?;
         check_positions(&model, spec.data.max_length);
         let digest = model_digest(&model);
         let adapter = Adapter::of(spec, model.config())?;
@@ -174,11 +163,23 @@ impl Setup {
     }
 }
 
-/// Whether f32 weights stay in the host's memory while a model that is trained itself is loaded: workers with GPUs that share them out, or keep them there,
-/// need never have room for all of them on one.
-fn parks_masters(spec: &Spec, peers: Peers, device: &Device) -> bool {
+/// Reads the weights that `spec` starts with, as one of `peers` needs them: no f32 of what an adapter is put on. Workers with GPUs that
+/// share f32 weights out, or keep them beside their GPU, need never have room for all of them on one.
+pub(crate) fn load_policy(spec: &Spec, peers: Peers, device: &Device) -> Result<Model, TrainError> {
+    let (path, precision) = (&spec.model.path, precision(spec.model.dtype));
     let apart = peers.workers > 1 || peers.sharding.offload;
-    device.is_gpu() && spec.model.dtype == Dtype::Bf16 && apart
+    let mut model = if spec.adapter.is_some() {
+        Model::load_frozen(path, device, precision)?
+    } else if apart && precision == Precision::Bf16 && device.is_gpu() {
+        Model::load_parked(path, device)?
+    } else {
+        Model::load(path, device)?
+    };
+    model.set_precision(precision);
+    if spec.model.gradient_checkpointing {
+        model.set_saving(Saving::BlockInputs);
+    }
+    Ok(model)
 }
 
 /// What config.json asks for and training does otherwise, and what is trained if that is not the model.

@@ -104,20 +104,20 @@ impl Workload {
 
     /// What a worker with a GPU takes of the host's memory. `saves`: whether a checkpoint comes before the last step.
     pub fn host_memory(&self, knobs: &Knobs, saves: bool) -> HostMemory {
-        let stored = self.layout.elements() as u64 * FLOAT;
-        let waits = self.masters_apart(knobs) && !self.stored_bf16;
+        let apart = self.masters_apart(knobs);
         let bucket = self.layout.bucket_lens().into_iter().max().unwrap_or(0) as u64;
-        let values = (1 + self.moments) * FLOAT;
-        let kept = values * knobs.shards() * self.shard(knobs);
+        let shard = FLOAT * self.shard(knobs);
+        // Where masters are not beside the moments, they stay on the GPU.
+        let kept = (u64::from(apart) + self.moments) * knobs.shards() * shard;
         HostMemory {
-            loading: if waits {
-                stored
+            loading: if apart && !self.stored_bf16 {
+                FLOAT * self.layout.elements() as u64
             } else {
                 bucket * (FLOAT + BF16)
             },
             optimizer: if self.offloads(knobs) { kept } else { 0 },
             regrouping: if knobs.workers > 1 { kept } else { 0 },
-            snapshot: if saves { values * self.shard(knobs) } else { 0 },
+            snapshot: if saves { (1 + self.moments) * shard } else { 0 },
         }
     }
 
@@ -575,6 +575,11 @@ mod tests {
         let four = host(&workload, 4, false, true);
         assert_eq!([four.loading, four.optimizer], [4 * elements, 0]);
         assert_eq!(host(&workload, 1, false, false), alone);
+        // In f32 only moments are shared out.
+        workload.precision = Precision::F32;
+        let four = host(&workload, 4, false, true);
+        assert_eq!([four.loading, four.regrouping], [bucket, 16 * shard]);
+        assert_eq!([four.optimizer, four.snapshot], [0, 12 * shard]);
     }
 
     #[test]

@@ -97,8 +97,8 @@ pub struct Parts {
     pub gradients: u64,
     /// The optimizer's moments of this worker's share of the weights.
     pub optimizer_moments: u64,
-    /// Weights and moments of this worker's share, of which an update copies what a checkpoint has not written yet: at most all,
-    /// and nothing where a step takes longer than a save.
+    /// Weights, and moments of this worker's share, of which an update copies what a checkpoint has not written yet, into memory that
+    /// is kept for the next time: at most all, and nothing where a step takes longer than a save.
     pub snapshot: u64,
     /// What a forward keeps for its backward.
     pub activations: u64,
@@ -379,9 +379,16 @@ impl Workload {
         self.trained != self.layout && self.precision == Precision::Bf16
     }
 
-    /// A copy of a worker's share of weights and moments: what an update makes of it that comes before any of it is written.
+    /// Copies of what a checkpoint is written from: what an update makes of it that comes before any of it is written. Of weights that
+    /// this worker has whole, whole buckets are copied.
     fn snapshot(&self, knobs: &Knobs) -> u64 {
-        (1 + self.moments) * self.shard(knobs) * FLOAT
+        let shard = self.shard(knobs);
+        let weights = if self.masters_apart(knobs) {
+            shard
+        } else {
+            self.trained.elements() as u64
+        };
+        (weights + self.moments * shard) * FLOAT
     }
 
     /// Elements of a worker's share; of every bucket the first workers may have one more.

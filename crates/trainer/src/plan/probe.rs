@@ -11,17 +11,17 @@ use std::time::{Duration, Instant};
 
 use checkpoint::{Kind, ManifestInfo, Piece, TensorSpec, TrainState};
 use collective::{Collective, CollectiveError, Op, Region, tcp::Rendezvous};
-use model::{Device, Model, Sampler, Saving};
+use model::{Device, Model, Sampler};
 use serde::Serialize;
 
-use super::{Draft, on_threads};
+use super::{Draft, Peers, on_threads};
 use crate::adapter::Adapter;
 use crate::batch::Batch;
 use crate::error::TrainError;
 use crate::learner::Learner;
 use crate::phases::Phases;
 use crate::reference::ReferenceAmount;
-use crate::setup::precision;
+use crate::setup::load_policy;
 use crate::shards::Sharding;
 
 /// What to probe.
@@ -92,17 +92,7 @@ impl Draft {
         let start = Instant::now();
         let mut models = Vec::new();
         for _ in 0..request.workers {
-            let (path, precision) = (&self.spec.model.path, precision(self.spec.model.dtype));
-            let mut model = if self.spec.adapter.is_some() {
-                Model::load_frozen(path, device, precision)?
-            } else {
-                Model::load(path, device)?
-            };
-            model.set_precision(precision);
-            if self.spec.model.gradient_checkpointing {
-                model.set_saving(Saving::BlockInputs);
-            }
-            models.push(model);
+            models.push(load_policy(&self.spec, Peers::NONE, device)?);
         }
         // Workers read at the same time what is read here one after another.
         let load_seconds = start.elapsed().as_secs_f64() / request.workers as f64;
