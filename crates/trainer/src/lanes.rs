@@ -179,7 +179,12 @@ mod tests {
         let mut all = pool.install(|| Lanes::new(&Device::flex()));
         assert_eq!(all.threads, 3);
         for lanes in 1..=3 {
+            let begun = std::sync::Barrier::new(lanes);
             let work = |index: usize| {
+                // Every lane takes one of the first, however late the system starts it.
+                if index < lanes {
+                    begun.wait();
+                }
                 // Early packs are the slow ones.
                 let turns = if index < 2 { 200_000 } else { 10 };
                 (0..turns).fold(index as u64, |sum, x| std::hint::black_box(sum ^ x));
