@@ -13,10 +13,19 @@
 # GPU_BIN       a folder with programs that were built elsewhere (coordinator, kernels_cuda, model_golden, collective_nccl, gpu_probe);
 #               without it cargo builds them here
 # OUT           where logs go, by default a temporary folder
+# SIMULATED     if 1: on stand-ins for CUDA's libraries (tests/gpu/simulated) instead of a GPU, the parts kernels goldens nccl agree job
+# PATIENCE      a factor on all time limits, by default 1, or 10 simulated
+# JOB_STEPS     steps of the jobs of two workers, by default 60, or 12 simulated
 #
 # Needs the NVIDIA driver, the CUDA toolkit's headers and libraries and NCCL (CUDA_PATH, LD_LIBRARY_PATH), and Python 3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [ "${SIMULATED:-0}" = 1 ]; then
+  CUDA_PATH="$(mktemp -d)"
+  tests/gpu/simulated/build.sh "$CUDA_PATH"
+  export PATIENCE="${PATIENCE:-10}" JOB_STEPS="${JOB_STEPS:-12}"
+  [ $# -gt 0 ] || set -- kernels goldens nccl agree job
+fi
 export CUDA_PATH="${CUDA_PATH:-/usr/local/cuda}"
 export LD_LIBRARY_PATH="$CUDA_PATH/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 if [ -z "${GPU_BIN:-}" ]; then

@@ -7,6 +7,9 @@ TOKENIZER = os.environ.get("TOKENIZER", "../shared/models/smollm2-135m-instruct"
 PAIRS = os.environ.get("PAIRS", "../shared/data/chat-preferences-1024.jsonl")
 SHORT = os.path.abspath(os.environ.get("SHORT", "../shared/data/instruction-preferences.jsonl"))
 PEER = os.environ.get("PEER", "../shared/tools/peer_dpo.py")
+# A simulated device (tests/gpu/simulated) needs more time for fewer steps.
+PATIENCE = float(os.environ.get("PATIENCE", "1"))
+JOB_STEPS = int(os.environ.get("JOB_STEPS", "60"))
 TOKENS = [int(tokens) for tokens in os.environ.get("TOKENS", "8192 16384").split()]
 os.makedirs(OUT, exist_ok=True)
 SCRATCH = tempfile.mkdtemp(prefix="gpu-")
@@ -25,6 +28,7 @@ def row(what, result, note=""):
 
 def run(name, command, limit, **environment):
     """Runs a program; its output goes to a file and is returned with its exit status."""
+    limit *= PATIENCE
     log = os.path.join(OUT, name + ".txt")
     with open(log, "w") as file:
         try:
@@ -130,13 +134,13 @@ def larger():
         log = open(os.path.join(OUT, f"larger-{backend}-{dtype}.txt"), "w")
         runs[backend, dtype] = (output, log, subprocess.Popen(command, stdout=log, stderr=log))
         if backend == "cuda":
-            runs[backend, dtype][2].wait(timeout=120)
+            runs[backend, dtype][2].wait(timeout=120 * PATIENCE)
 
     def finish():
         rows = {}
         for key, (output, log, process) in runs.items():
             try:
-                status = process.wait(timeout=240)
+                status = process.wait(timeout=240 * PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 status = "no end in time"
@@ -156,6 +160,17 @@ def larger():
                 f"first step's log-ratios {first:g}; the {len(means)} means of at least 5 nats differ by {100 * worst:.2f} % at most")
 
     LATER.append(finish)
+
+
+def wait_for(address, limit):
+    """Until somebody listens there."""
+    host, port = address.split(":")
+    end = time.time() + limit * PATIENCE
+    while time.time() < end:
+        try:
+            return socket.create_connection((host, int(port)), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
 
 
 def job():
@@ -180,7 +195,7 @@ def job():
     def submit(name, workers, *settings):
         output = os.path.join(SCRATCH, "job-" + name)
         command = [program, "submit", "configs/quickstart-dpo.toml", "--coordinator", f"http://{listen}", "--watch", "--set", f"job.name={name}",
-                   "--set", f"job.output={output}", "--set", "train.steps=60", "--set", f"cluster.workers={workers}", "--set", "cluster.min_workers=1",
+                   "--set", f"job.output={output}", "--set", f"train.steps={JOB_STEPS}", "--set", f"cluster.workers={workers}", "--set", "cluster.min_workers=1",
                    "--set", f"reference.store={os.path.join(SCRATCH, 'references')}"]
         for setting in settings:
             command += ["--set", setting]
@@ -197,31 +212,33 @@ def job():
         return rows(output)
 
     processes = [subprocess.Popen(service, stdout=logs[0], stderr=logs[0])]
+    wait_for(listen, 30)
     processes += [worker(name, log) for name, log in zip("ab", logs[1:])]
     try:
         alone, two, again = result("alone", 1, "cluster.max_workers=1"), result("two", 2), result("again", 2)
         keys = ("loss", "log_ratios/chosen", "log_ratios/rejected", "grad_norm")
         differ = max(abs(a[key] - b[key]) / max(abs(a[key]), 1.0) for a, b in zip(alone, two) for key in keys if key in a)
         same = all(a[key] == b[key] for a, b in zip(two, again) for key in keys if key in a)
-        good = differ <= 0.02 and same and len(two) == 60 and any(key in two[0] for key in keys)
+        good = differ <= 0.02 and same and len(two) == JOB_STEPS and any(key in two[0] for key in keys)
         if not good:
             FAILED.append("job")
-        row("job of 2 workers over NCCL, f32", "passed" if good else "FAILED", f"60 steps differ from one worker's by {100 * differ:.3f} % at most; the same bits twice: {same}")
+        row("job of 2 workers over NCCL, f32", "passed" if good else "FAILED", f"{JOB_STEPS} steps differ from one worker's by {100 * differ:.3f} % at most; the same bits twice: {same}")
         # f32 masters in shards, gradients too, and both on the host: the first steps of one worker's bf16, and the same bits twice.
         alone = result("bf16-alone", 1, "cluster.max_workers=1", "model.dtype=bf16")
         for name, *settings in (("bf16",), ("bf16-zero2", "cluster.zero=2"), ("bf16-offload", "cluster.zero=2", "cluster.offload=true")):
             two, again = (result(name + turn, 2, "model.dtype=bf16", *settings) for turn in ("", "-again"))
             differ = max(abs(a[key] - b[key]) / max(abs(a[key]), 1.0) for a, b in zip(alone[:10], two) for key in keys if key in a)
             same = all(a[key] == b[key] for a, b in zip(two, again) for key in keys if key in a)
-            good = differ <= 0.02 and same and len(two) == 60
+            good = differ <= 0.02 and same and len(two) == JOB_STEPS
             if not good:
                 FAILED.append("job")
             row(f"job of 2 workers over NCCL, {name}", "passed" if good else "FAILED", f"10 steps differ from one worker's by {100 * differ:.3f} % at most; the same bits twice: {same}")
-        output, command = submit("killed", 2, "train.steps=400")
+        total, first = JOB_STEPS * 20 // 3, JOB_STEPS * 2 // 3
+        output, command = submit("killed", 2, f"train.steps={total}")
         follow = subprocess.Popen(command, stdout=logs[0], stderr=logs[0])
         metrics = os.path.join(output, "metrics.jsonl")
-        deadline = time.time() + 60
-        while time.time() < deadline and not (os.path.exists(metrics) and len(open(metrics).readlines()) >= 40):
+        deadline = time.time() + 60 * PATIENCE
+        while time.time() < deadline and not (os.path.exists(metrics) and len(open(metrics).readlines()) >= first):
             time.sleep(0.02)
         before = len(open(metrics).readlines())
         processes[2].send_signal(signal.SIGKILL)
@@ -229,9 +246,9 @@ def job():
         while time.time() < deadline and len(open(metrics).readlines()) < before + 3:
             time.sleep(0.02)
         recovered = time.time() - killed
-        follow.wait(timeout=120)
+        follow.wait(timeout=120 * PATIENCE)
         steps = [line["step"] for line in rows(output)]
-        good = follow.returncode == 0 and steps == list(range(1, 401))
+        good = follow.returncode == 0 and steps == list(range(1, total + 1))
         if not good:
             FAILED.append("job")
         row("one of them killed (-9) over NCCL", "passed" if good else "FAILED", f"{before} steps before, three more rows {recovered:.2f} s after; {len(steps)} rows")
