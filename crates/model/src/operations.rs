@@ -68,12 +68,21 @@ impl Affine {
 
     /// As [`Affine::linear`], and `to`.
     pub fn linear_add(&self, weights: Weights<'_>, x: &Tensor<2>, to: &Tensor<2>) -> Tensor<2> {
-        if self.bias.is_some() || self.adapter.is_some() {
+        if self.bias.is_some() {
             return add(self.linear(weights, x), to);
         }
         let [_, columns] = x.dims();
         let shape = [self.weight.len / columns, columns];
-        linear_add(x, &weights.base.operand(&self.weight, shape), to)
+        let sum = linear_add(x, &weights.base.operand(&self.weight, shape), to);
+        // What an adapter adds comes after what there is without it, which keeps the bits that the reference saw.
+        match (&self.adapter, weights.adapter) {
+            (Some(low_rank), Some(adapter)) => linear_add(
+                &low_rank.narrow(adapter, x),
+                &low_rank.matrix_b(adapter),
+                &sum,
+            ),
+            _ => sum,
+        }
     }
 
     /// The gradient of what several maps read, the operand `x`, for those of their outputs; adds those of what is trained.
