@@ -142,8 +142,8 @@ impl Learner {
     }
 
     /// Has a GPU make its kernels ready; nothing else changes.
-    pub fn warm_up(&self, pairs: &[data::Pair]) {
-        warm_up(&self.model, pairs, self.resident);
+    pub fn warm_up(&mut self, pairs: &[data::Pair]) {
+        warm_up(&self.model, pairs, &mut self.gradients, self.resident);
     }
 
     /// `pairs` as this rank's work, of which at most `micro_batch_tokens` go through the model at once.

@@ -37,8 +37,9 @@ impl KernelTimes {
 }
 
 /// Takes the shortest of `pairs` forward and back, which launches every kernel that training launches, and drops what comes of
-/// it, stage by stage: there need not be room for all gradients. `updates`: whether the update runs on the device too.
-pub(crate) fn warm_up(model: &Model, pairs: &[Pair], updates: bool) {
+/// it. Nothing is allocated that a step would not allocate: gradients are added to `gradients`, which are zeros before and after,
+/// and buckets that are not there are there for one stage. `updates`: whether the update runs on the device too.
+pub(crate) fn warm_up(model: &Model, pairs: &[Pair], gradients: &mut Gradients, updates: bool) {
     let device = model.device();
     let shortest = pairs.iter().min_by_key(|pair| pair.packed_tokens());
     let Some(shortest) = shortest.filter(|_| device.is_gpu()) else {
@@ -47,35 +48,34 @@ pub(crate) fn warm_up(model: &Model, pairs: &[Pair], updates: bool) {
     let pack = Pack::new([pair_tokens(shortest)]);
     model.forward(&pack);
     let (_, saved) = model.forward_train(&pack);
-    let mut passing = Passing {
-        gradients: Gradients::absent(&model.trained().bucket_lens(), device),
-        model,
-    };
+    let mut passing = Passing { model, gradients };
     let end = model.backward_into(saved, &[[0.0; 2]], &mut passing);
     if let Some(input) = end.input {
         let add = |gradients: &mut Gradients| model.backward_input(input, gradients);
         passing.through(Stage::Embedding, add);
     }
+    gradients.zero();
     if updates {
         kernels::prepare_update(device);
     }
     device.synchronize();
 }
 
-/// Gradients of one stage at a time, which nobody needs.
+/// Gradients which nobody needs, of one stage at a time where there are none.
 struct Passing<'a> {
     model: &'a Model,
-    gradients: Gradients,
+    gradients: &'a mut Gradients,
 }
 
 impl Passing<'_> {
     fn through(&mut self, stage: Stage, add: impl FnOnce(&mut Gradients)) {
-        let buckets: Vec<usize> = self.model.trained().buckets_of(stage).collect();
-        for &bucket in &buckets {
+        let buckets = self.model.trained().buckets_of(stage);
+        let absent: Vec<usize> = buckets.filter(|&it| !self.gradients.has(it)).collect();
+        for &bucket in &absent {
             self.gradients.put_zeros(bucket);
         }
-        add(&mut self.gradients);
-        for bucket in buckets {
+        add(self.gradients);
+        for bucket in absent {
             self.gradients.drop_bucket(bucket);
         }
     }
