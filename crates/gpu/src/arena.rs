@@ -93,6 +93,12 @@ impl Arena {
             .peak()
     }
 
+    /// As [`Spans::forget_peak`].
+    pub fn forget_peak(&self) {
+        let mut spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
+        spans.forget_peak();
+    }
+
     /// Puts memory behind `size` bytes of the range from `offset`. False when the device has none left.
     fn back(&self, offset: usize, size: usize) -> Result<bool, GpuError> {
         let properties = properties(self.place);

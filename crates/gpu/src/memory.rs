@@ -73,9 +73,14 @@ impl Gpu {
         Ok((free + self.arena.idle(), total))
     }
 
-    /// The most bytes that were in use at one time so far.
+    /// The most bytes that were in use at one time since [`Gpu::forget_peak`].
     pub fn peak_bytes(&self) -> usize {
         self.arena.peak()
+    }
+
+    /// Begins to look for the most bytes in use anew.
+    pub fn forget_peak(&self) {
+        self.arena.forget_peak();
     }
 }
 

@@ -69,6 +69,11 @@ impl Spans {
         self.peak
     }
 
+    /// From now on the peak is that of what comes.
+    pub fn forget_peak(&mut self) {
+        self.peak = self.used;
+    }
+
     fn insert(&mut self, mut offset: usize, mut size: usize) {
         if let Some((&before, &len)) = self.free.range(..offset).next_back()
             && before + len == offset
@@ -106,6 +111,9 @@ mod tests {
         assert_eq!(spans.free.len(), 1);
         assert_eq!(spans.take(8192), Some(0));
         assert_eq!((spans.peak(), spans.end()), (8192, 8192));
+        spans.give(0, 4096);
+        spans.forget_peak();
+        assert_eq!(spans.peak(), 4096);
     }
 
     #[test]

@@ -47,7 +47,7 @@ impl std::fmt::Display for DeviceKernels {
         let texts = compiled + loaded;
         write!(
             formatter,
-            "{texts} texts in {seconds:.1} s: {compiled} compiled, {loaded} loaded"
+            "{texts} texts in {seconds:.1} s since this process began: {compiled} compiled, {loaded} loaded"
         )?;
         match &self.folder {
             Some(folder) => write!(formatter, "; kept in {}", folder.display()),
@@ -128,7 +128,15 @@ impl Device {
         }
     }
 
-    /// The most bytes of a GPU that were in use at one time; `None` elsewhere.
+    /// Has [`Device::peak_bytes`] tell of what comes alone.
+    pub fn forget_peak(&self) {
+        #[cfg(feature = "cuda")]
+        if let Kind::Gpu(gpu) = &self.0 {
+            gpu.forget_peak();
+        }
+    }
+
+    /// The most bytes of a GPU that were in use at one time since [`Device::forget_peak`]; `None` elsewhere.
     pub fn peak_bytes(&self) -> Option<usize> {
         match &self.0 {
             Kind::Burn(_) => None,

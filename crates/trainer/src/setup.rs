@@ -71,6 +71,8 @@ impl Setup {
         let mismatched = MismatchedPairs::of(spec, &train, eval.as_ref())?;
         let scored = held_out(spec, eval.as_ref());
         check_gpu(spec, &train.pairs, scored, peers, device)?;
+        // A worker may have done another job before.
+        device.forget_peak();
         progress("load model", 0, 1)?;
         let model = load_policy(spec, peers, device)?;
         check_positions(&model, spec.data.max_length);

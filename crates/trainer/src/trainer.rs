@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use checkpoint::TrainState;
 use collective::Collective;
 use data::{Dataset, Pair, StepPairs, Tokenizer, step_pairs};
+use model::Device;
 use objective::{BatchStatistics, PairLogps, RunningMean};
 use spec::{Schedule, Spec};
 
@@ -92,11 +93,14 @@ struct Undecided {
     shift: RunningMean,
 }
 
-/// For whoever compares it with what was planned.
-fn tell_memory() {
-    if let Some(bytes) = peak_bytes() {
-        tracing::info!(peak_memory_mib = bytes >> 20, "done");
-    }
+/// For whoever compares it with what was planned: of a GPU what its arena had in use, without what the driver and NCCL took beside it.
+fn tell_memory(device: &Device) {
+    let mib = |bytes: u64| bytes >> 20;
+    tracing::info!(
+        peak_memory_mib = peak_bytes().map(mib),
+        gpu_peak_memory_mib = device.peak_bytes().map(|bytes| mib(bytes as u64)),
+        "done"
+    );
 }
 
 /// The reference's log-probs, by pair of each list.
@@ -267,7 +271,7 @@ impl Trainer {
                 if let Err(error) = self.learner.leave() {
                     tracing::debug!("the ranks did not leave together: {error}");
                 }
-                tell_memory();
+                tell_memory(self.learner.model.device());
                 return Ok(Some(End::Finished));
             }
             Next::Stop => {
