@@ -96,11 +96,13 @@ impl Key {
 /// another version than the compiler's.
 ///
 /// # Errors
-/// One that cannot be read.
-pub(crate) fn headers_digest(folder: &Path) -> io::Result<[u8; 32]> {
+/// One that cannot be read, by name.
+pub(crate) fn headers_digest(folder: &Path) -> Result<[u8; 32], String> {
     let mut hasher = blake3::Hasher::new_derive_key("caldpo CUDA headers 1");
     for name in HEADERS {
-        let bytes = std::fs::read(folder.join(name))?;
+        let path = folder.join(name);
+        let bytes = std::fs::read(&path);
+        let bytes = bytes.map_err(|error| format!("read {}: {error}", path.display()))?;
         hasher.update(&(bytes.len() as u64).to_le_bytes());
         hasher.update(&bytes);
     }
@@ -276,7 +278,8 @@ mod tests {
     #[test]
     fn headers_of_another_version_have_another_digest_and_missing_ones_are_an_error() {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        assert!(headers_digest(folder.path()).is_err());
+        let missing = headers_digest(folder.path()).expect_err("no headers");
+        assert!(missing.contains("cuda_bf16.h: "), "{missing}");
         for name in HEADERS {
             std::fs::write(folder.path().join(name), name).expect("write");
         }

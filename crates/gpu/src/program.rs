@@ -264,8 +264,7 @@ impl Kept {
         asked
             .result()
             .map_err(|error| reason(&format!("nvrtcVersion: {error:?}")))?;
-        let headers = headers_digest(headers)
-            .map_err(|error| reason(&format!("read {}: {error}", headers.display())))?;
+        let headers = headers_digest(headers).map_err(|error| reason(&error))?;
         Ok(Self {
             cache,
             headers,
