@@ -52,7 +52,7 @@ const F32: Tolerance = Tolerance {
     packing: 1e-5,
 };
 
-/// Measured worst on the CPU: 3.7e-2 (logits), 0.15, 0.064, 6e-2, 4e-3, 3e-7; a GPU may sum packs of other sizes in another
+/// Measured worst on the CPU: 3.8e-2, 0.16, 0.089, 6.3e-2, 3e-3, 3e-7; a GPU may sum packs of other sizes in another
 /// order, and then operands round another way. Per fixture, beside torch's own bf16:
 /// [`bf16_is_as_near_to_f64_as_that_of_torch`].
 const BF16: Tolerance = Tolerance {
@@ -64,9 +64,10 @@ const BF16: Tolerance = Tolerance {
     packing: 1e-2,
 };
 
-/// On a GPU what lies between two products is bf16 too, as in torch; the host keeps f32 there. Seen on an H100: 5.0e-2.
+/// On a GPU what lies between two products is bf16 too, as in torch; the host keeps f32 there. Seen on an H100, when embeddings
+/// were read in f32: 5.0e-2, and the same on a simulated GPU (`tests/gpu/simulated`); there, with embeddings in bf16: 6.3e-2.
 const BF16_GPU: Tolerance = Tolerance {
-    hidden: 6e-2,
+    hidden: 8e-2,
     ..BF16
 };
 
@@ -78,10 +79,8 @@ fn tolerance() -> Tolerance {
     }
 }
 
-/// How much farther from f64 than torch's bf16 ours may be.
-fn beside_torch() -> f64 {
-    if device().is_gpu() { 1.5 } else { 1.25 }
-}
+/// How much farther from f64 than torch's bf16 ours may be. Measured worst: 1.0 on the CPU, 1.06 on a simulated GPU.
+const BESIDE_TORCH: f64 = 1.25;
 
 /// What computes in every test.
 fn device() -> Device {
@@ -243,7 +242,7 @@ fn bf16_is_as_near_to_f64_as_that_of_torch() {
         golden.model.set_precision(Precision::Bf16);
         let of_torch = |key: &str| torch[name][key].as_f64().unwrap();
         let worst = golden.worst_token_logp();
-        let bound = f64::min(0.15, beside_torch() * of_torch("logp"));
+        let bound = f64::min(0.15, BESIDE_TORCH * of_torch("logp"));
         assert!(worst <= bound, "{name}: a token is off by {worst}, {bound}");
         // It is bf16: f32 would be a thousand times nearer.
         assert!(worst > 1e-3, "{name}: {worst}");
@@ -259,7 +258,7 @@ fn bf16_is_as_near_to_f64_as_that_of_torch() {
             assert!(cosine >= 0.99, "{name} {}: {cosine}", parameter.name);
             widest = widest.max(cosine.min(1.0).acos());
         }
-        let bound = beside_torch() * of_torch("angle");
+        let bound = BESIDE_TORCH * of_torch("angle");
         println!(
             "{name}: token {worst:.4}, angle {widest:.4}; {}",
             torch[name]

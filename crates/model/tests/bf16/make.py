@@ -1,4 +1,4 @@
-"""Writes torch.json: how far torch's own bf16 (autocast, log-softmax in f32) is from f64 on the fixtures.
+"""Writes torch.json: how far torch's own bf16 (autocast, embeddings and head in bf16, log-softmax in f32) is from f64 on the fixtures.
 
     pip install torch transformers==5.23.0 && python make.py ../../../../../shared/fixtures/hf torch.json
 
@@ -22,6 +22,8 @@ def measure(directory: Path) -> dict:
     golden = json.loads((directory / "golden.json").read_text())
     tensors = load_file(directory / "golden.safetensors")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    # As in a model that is loaded in bf16: the rows of the embedding, and the operands of the head.
+    model.get_input_embeddings().register_forward_hook(lambda _module, _input, rows: rows.bfloat16().float())
     worst, loss = 0.0, 0.0
     for pair, expected in zip(golden["token_ids"], golden["token_logps_f64"], strict=True):
         for side, sign in [("chosen", -1), ("rejected", 1)]:
@@ -29,7 +31,7 @@ def measure(directory: Path) -> dict:
             ids = torch.tensor([prompt + completion])
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 hidden = model.base_model(ids).last_hidden_state[0, len(prompt) - 1 : -1]
-            logits = hidden.float() @ model.get_output_embeddings().weight.T
+            logits = hidden.bfloat16().float() @ model.get_output_embeddings().weight.bfloat16().float().T
             cap = getattr(model.config, "final_logit_softcapping", None)
             if cap:
                 logits = cap * torch.tanh(logits / cap)
