@@ -2,7 +2,7 @@
 // whatever else is computed, so a row's bits do not depend on the rows beside it.
 #include <algorithm>
 #include <cstring>
-#include <memory>
+#include <thread>
 #include <vector>
 
 #include "simulated_gpu.h"
@@ -112,35 +112,69 @@ static size_t bytes_of(const Layout& layout) { return (layout.stride * (layout.c
 // Results of ROWS columns of the (column-major) result at a time, WIDE rows each.
 enum { ROWS = 4, WIDE = 16 };
 
-static void multiply(Operation op, Layout a, Layout b, Layout d, uint64_t a_at, uint64_t b_at, uint64_t c_at, uint64_t d_at, float alpha, float beta) {
-    const size_t m = d.rows, n = d.columns, k = op.transposed[0] ? a.rows : a.columns;
-    const size_t wide = (m + WIDE - 1) / WIDE;
+struct Work {
+    Operation op;
+    Layout a, b, d;
+    uint64_t a_at, b_at, c_at, d_at;
+    float alpha, beta;
+    size_t m, n, k;
     // op(A) in panels of WIDE rows, a summand after the other.
-    std::vector<float> left(wide * WIDE * k, 0.f), right(ROWS * k);
-    for (size_t i = 0; i < m; i++)
-        for (size_t p = 0; p < k; p++)
-            left[(i / WIDE * k + p) * WIDE + i % WIDE] = at(a_at, a.type, op.transposed[0] ? i * a.stride + p : p * a.stride + i);
-    for (size_t j = 0; j < n; j += ROWS) {
-        const size_t columns = std::min<size_t>(ROWS, n - j);
+    std::vector<float> left;
+};
+
+static void fill_left(Work& work, size_t first, size_t last) {
+    const Layout& a = work.a;
+    for (size_t i = first; i < last; i++)
+        for (size_t p = 0; p < work.k; p++)
+            work.left[(i / WIDE * work.k + p) * WIDE + i % WIDE] =
+                at(work.a_at, a.type, work.op.transposed[0] ? i * a.stride + p : p * a.stride + i);
+}
+
+// Columns `first` to `last`.
+static void multiply(const Work& work, size_t first, size_t last) {
+    const Layout &b = work.b, &d = work.d;
+    const size_t k = work.k;
+    std::vector<float> right(ROWS * k);
+    for (size_t j = first; j < last; j += ROWS) {
+        const size_t columns = std::min<size_t>(ROWS, last - j);
         std::fill(right.begin(), right.end(), 0.f);
         for (size_t r = 0; r < columns; r++)
             for (size_t p = 0; p < k; p++)
-                right[p * ROWS + r] = at(b_at, b.type, op.transposed[1] ? p * b.stride + (j + r) : (j + r) * b.stride + p);
-        for (size_t panel = 0; panel < wide; panel++) {
+                right[p * ROWS + r] = at(work.b_at, b.type, work.op.transposed[1] ? p * b.stride + (j + r) : (j + r) * b.stride + p);
+        for (size_t row = 0; row < work.m; row += WIDE) {
             float sums[ROWS][WIDE] = {};
-            const float* x = &left[panel * k * WIDE];
+            const float* x = &work.left[row * k];
             for (size_t p = 0; p < k; p++)
                 for (int r = 0; r < ROWS; r++)
                     for (int i = 0; i < WIDE; i++) sums[r][i] += x[p * WIDE + i] * right[p * ROWS + r];
             for (size_t r = 0; r < columns; r++)
-                for (size_t i = 0; i < std::min<size_t>(WIDE, m - panel * WIDE); i++) {
-                    const size_t to = (j + r) * d.stride + panel * WIDE + i;
-                    float value = alpha * sums[r][i];
-                    if (beta != 0.f) value += beta * at(c_at, d.type, to);
-                    put(d_at, d.type, to, value);
+                for (size_t i = 0; i < std::min<size_t>(WIDE, work.m - row); i++) {
+                    const size_t to = (j + r) * d.stride + row + i;
+                    float value = work.alpha * sums[r][i];
+                    if (work.beta != 0.f) value += work.beta * at(work.c_at, d.type, to);
+                    put(work.d_at, d.type, to, value);
                 }
         }
     }
+}
+
+// On as many threads as there are where it is worth it: no result depends on their number.
+static void on_threads(const Work& work, size_t count, const std::function<void(size_t, size_t)>& part) {
+    const size_t threads = work.m * work.n * work.k < (1u << 24) ? 1 : std::max(1u, std::thread::hardware_concurrency());
+    const size_t each = (count + threads - 1) / threads;
+    std::vector<std::thread> others;
+    for (size_t first = each; first < count; first += each) others.emplace_back(part, first, std::min(count, first + each));
+    part(0, std::min(count, each));
+    for (std::thread& other : others) other.join();
+}
+
+static void run(Work& work) {
+    work.m = work.d.rows;
+    work.n = work.d.columns;
+    work.k = work.op.transposed[0] ? work.a.rows : work.a.columns;
+    work.left.assign((work.m + WIDE - 1) / WIDE * WIDE * work.k, 0.f);
+    on_threads(work, work.m, [&](size_t first, size_t last) { fill_left(work, first, last); });
+    on_threads(work, work.n, [&](size_t first, size_t last) { multiply(work, first, last); });
 }
 
 EXPORT int cublasLtMatmul(void*, Operation* op, const float* alpha, uint64_t a_at, Layout* a, uint64_t b_at, Layout* b, const float* beta, uint64_t c_at,
@@ -150,8 +184,6 @@ EXPORT int cublasLtMatmul(void*, Operation* op, const float* alpha, uint64_t a_a
     simulated_check_memory(b_at, bytes_of(*b), "a product's right operand");
     simulated_check_memory(c_at, bytes_of(*d), "what a product is added to");
     simulated_check_memory(d_at, bytes_of(*d), "a product's result");
-    enqueue(stream, [op = *op, a = *a, b = *b, d = *d, a_at, b_at, c_at, d_at, alpha = *alpha, beta = *beta] {
-        multiply(op, a, b, d, a_at, b_at, c_at, d_at, alpha, beta);
-    });
+    enqueue(stream, [work = Work{*op, *a, *b, *d, a_at, b_at, c_at, d_at, *alpha, *beta, 0, 0, 0, {}}]() mutable { run(work); });
     return SUCCESS;
 }
