@@ -604,6 +604,13 @@ static void begin() {
     abort();
 }
 
+// A stack ends at a page that nobody may touch.
+static void make_stacks() {
+    stacks = (char*)mmap(nullptr, (size_t)THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stacks == MAP_FAILED) die("no memory for the stacks of a block");
+    for (size_t t = 0; t < THREADS; t++) mprotect(stacks + t * STACK_BYTES, sysconf(_SC_PAGESIZE), PROT_NONE);
+}
+
 static void run_block(unsigned threads) {
     for (unsigned t = 0; t < threads; t++) {
         // A stack on which `simulated_switch` returns into `begin`, aligned as after a call.
@@ -661,7 +668,7 @@ EXPORT int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, 
     stream->put([=] {
         std::lock_guard<std::mutex> locked(computing);
         static std::vector<unsigned char> memory((227 << 10) + 256);
-        if (!stacks) stacks = (char*)mmap(nullptr, (size_t)THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (!stacks) make_stacks();
         std::vector<void*> pointers;
         for (uint64_t& word : *words) pointers.push_back(&word);
         simulated = function->module->simulated;

@@ -154,30 +154,33 @@ static inline void ptx_cp_async_wait_all() {
     simulated_copies[threadIdx.x].clear();
 }
 
+// The element of one of four 8x8 matrices at a row and column; rows start where lanes say.
+static inline unsigned short simulated_element(const unsigned char (*rows)[64], int matrix, int row, int column) {
+    unsigned short element;
+    memcpy(&element, simulated_shared(simulated_of<unsigned>(rows, matrix * 8 + row), 16) + column * 2, 2);
+    return element;
+}
+
+template <bool TRANSPOSED>
+static inline void simulated_load_matrices(unsigned* const (&to)[4], unsigned from) {
+    const int lane = threadIdx.x % 32, major = lane / 4, minor = lane % 4 * 2;
+    auto* rows = simulated_exchange(from);
+    for (int matrix = 0; matrix < 4; matrix++) {
+        unsigned short pair[2];
+        for (int i = 0; i < 2; i++)
+            pair[i] = TRANSPOSED ? simulated_element(rows, matrix, minor + i, major) : simulated_element(rows, matrix, major, minor + i);
+        memcpy(to[matrix], pair, 4);
+    }
+}
+
 static inline void ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(unsigned& a, unsigned& b, unsigned& c, unsigned& d,
                                                                  unsigned from) {
-    const unsigned lane = threadIdx.x % 32;
-    auto* addresses = simulated_exchange(from);
-    unsigned* to[4] = {&a, &b, &c, &d};
-    for (int matrix = 0; matrix < 4; matrix++) {
-        const unsigned char* row = simulated_shared(simulated_of<unsigned>(addresses, matrix * 8 + lane / 4), 16);
-        memcpy(to[matrix], row + lane % 4 * 4, 4);
-    }
+    simulated_load_matrices<false>({&a, &b, &c, &d}, from);
 }
 
 static inline void ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(unsigned& a, unsigned& b, unsigned& c, unsigned& d,
                                                                        unsigned from) {
-    const unsigned lane = threadIdx.x % 32;
-    auto* addresses = simulated_exchange(from);
-    unsigned* to[4] = {&a, &b, &c, &d};
-    for (int matrix = 0; matrix < 4; matrix++) {
-        unsigned short pair[2];
-        for (int i = 0; i < 2; i++) {
-            const unsigned from_lane = matrix * 8 + lane % 4 * 2 + i;
-            memcpy(&pair[i], simulated_shared(simulated_of<unsigned>(addresses, from_lane), 16) + lane / 4 * 2, 2);
-        }
-        memcpy(to[matrix], pair, 4);
-    }
+    simulated_load_matrices<true>({&a, &b, &c, &d}, from);
 }
 
 struct SimulatedFragments {
