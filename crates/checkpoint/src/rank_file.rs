@@ -410,7 +410,7 @@ pub(crate) fn safetensors_header(header: Map<String, Value>) -> Vec<u8> {
 /// of bytes is many times slower.
 pub(crate) fn encode<const SIZE: usize>(
     values: &[f32],
-    element: impl Fn(f32) -> [u8; SIZE],
+    mut element: impl FnMut(f32) -> [u8; SIZE],
     bytes: &mut Vec<u8>,
 ) {
     bytes.resize(SIZE * values.len(), 0);

@@ -87,6 +87,24 @@ fn source_of(dir: &Path, config: &Value, dtypes: [Dtype; 4]) {
     fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
 }
 
+/// A tensor's values.
+fn numbers(dtype: Dtype, data: &[u8]) -> Vec<f32> {
+    let halves = || data.as_chunks::<2>().0.iter();
+    match dtype {
+        Dtype::BF16 => halves()
+            .map(|it| bf16::from_le_bytes(*it).to_f32())
+            .collect(),
+        Dtype::F16 => halves()
+            .map(|it| f16::from_le_bytes(*it).to_f32())
+            .collect(),
+        Dtype::F32 => {
+            let words = data.as_chunks().0.iter();
+            words.map(|it| f32::from_le_bytes(*it)).collect()
+        }
+        _ => panic!("{dtype:?}"),
+    }
+}
+
 /// Types of an export's tensors in the checkpoint's order, after comparing their values with those of `step`.
 fn check_weights(dir: &Path, files: &[&str], step: u64) -> Vec<Dtype> {
     let bytes: Vec<Vec<u8>> = files
@@ -103,21 +121,18 @@ fn check_weights(dir: &Path, files: &[&str], step: u64) -> Vec<Dtype> {
         assert!(holders.next().is_none(), "{} twice", spec.name);
         assert_eq!(view.shape(), spec.shape);
         let expected = values(step, index, Kind::Weight, elements(spec));
-        let expected: Vec<u8> = match view.dtype() {
-            Dtype::BF16 => expected
-                .iter()
-                .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
-                .collect(),
-            Dtype::F16 => expected
-                .iter()
-                .flat_map(|value| f16::from_f32(*value).to_le_bytes())
-                .collect(),
-            _ => expected
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect(),
-        };
-        assert_eq!(view.data(), expected, "{}", spec.name);
+        let found = numbers(view.dtype(), view.data());
+        assert_eq!(found.len(), expected.len(), "{}", spec.name);
+        for (found, expected) in found.into_iter().zip(expected) {
+            // A neighbour: weights that had 16 bits are dithered.
+            let step = match view.dtype() {
+                Dtype::BF16 => expected.abs() / 128.0,
+                Dtype::F16 => expected.abs() / 1024.0,
+                _ => 0.0,
+            };
+            let near = found == expected || (found - expected).abs() < step;
+            assert!(near, "{}: {found} of {expected}", spec.name);
+        }
         view.dtype()
     };
     tensors().iter().enumerate().map(check).collect()
@@ -221,6 +236,63 @@ fn an_export_in_bf16_rounds_to_the_nearest_and_ties_to_even() {
     for (bytes, (given, expected)) in view.data().chunks(2).zip(cases) {
         let found = bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
         assert_eq!(found, expected, "{given}");
+    }
+}
+
+#[test]
+fn what_was_trained_of_weights_that_had_16_bits_is_kept_in_the_mean() {
+    let directory = tempfile::tempdir().unwrap();
+    let (model, out) = (directory.path().join("model"), directory.path().join("out"));
+    source(&model, &json!({ "dtype": "float32" }));
+    let len = 100_000;
+    let export_as = |source: Dtype, dtype, values: &[f32]| -> Vec<f32> {
+        let zeros = vec![0; source.bitsize() / 8 * len];
+        let shape = vec![100, 1000];
+        let view = safetensors::tensor::TensorView::new(source, shape.clone(), &zeros).unwrap();
+        let file = safetensors::serialize([("w", view)], None).unwrap();
+        fs::write(model.join("model.safetensors"), file).unwrap();
+        let path = save_values(directory.path(), &shape, values);
+        export(&path, &model, &out, dtype).unwrap();
+        let bytes = fs::read(out.join("model.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let view = file.tensor("w").unwrap();
+        numbers(view.dtype(), view.data())
+    };
+    let mean = |values: &[f32]| values.iter().map(|it| f64::from(*it)).sum::<f64>() / len as f64;
+    for (source, dtype, step) in [
+        (Dtype::BF16, ExportDtype::Bf16, 1.0 / 128.0),
+        (Dtype::F16, ExportDtype::F16, 1.0 / 1024.0),
+    ] {
+        let begun: Vec<f32> = (0..len).map(|it| 1.0 + step * (it % 50) as f32).collect();
+        let moved: Vec<f32> = begun.iter().map(|it| it + 0.2 * step).collect();
+        let dithered = export_as(source, ExportDtype::Source, &moved);
+        let seen = (mean(&dithered) - mean(&begun)) / f64::from(0.2 * step);
+        assert!(
+            (seen - 1.0).abs() < 0.03,
+            "{source:?}: {seen} of what was trained"
+        );
+        for (found, (from, to)) in dithered.iter().zip(begun.iter().zip(&moved)) {
+            let away = from + step;
+            assert!(*found == *from || *found == away, "{found} of {to}");
+        }
+        // Always the same, under the type's name too; what was not trained stays.
+        assert_eq!(export_as(source, dtype, &moved), dithered);
+        assert_eq!(export_as(source, ExportDtype::Source, &begun), begun);
+        // Weights that lay anywhere are rounded to the nearest.
+        assert_eq!(export_as(Dtype::F32, dtype, &moved), begun);
+        // The largest numbers stay numbers, and all else what it is.
+        let largest = match source {
+            Dtype::BF16 => f32::from_bits(0x7f7f_7fff),
+            _ => 65_519.0,
+        };
+        let kinds = [largest, -largest, f32::INFINITY, 0.0, -0.0, 1e-30];
+        let kinds: Vec<f32> = kinds.into_iter().cycle().take(len).collect();
+        let found = export_as(source, dtype, &kinds);
+        for (found, given) in found.iter().zip(&kinds) {
+            assert_eq!(found.is_infinite(), given.is_infinite(), "{given}");
+            assert_eq!(found.is_sign_negative(), given.is_sign_negative());
+            assert!((found / given - 1.0).abs() < 0.01 || given.abs() < 1e-20 || *found == *given);
+        }
     }
 }
 
@@ -583,6 +655,17 @@ fn an_adapter_is_merged_into_the_models_weights() {
     base(&bf16_model, Dtype::BF16);
     let summary = export(&checkpoint, &bf16_model, &out, ExportDtype::Source).unwrap();
     assert_eq!(summary.dtype, WeightDtype::Bf16);
+    let read = |dir: &Path, tensor: &str| {
+        let bytes = fs::read(dir.join("model.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        file.tensor(tensor).unwrap().data().to_vec()
+    };
+    let kept = "model.embed_tokens.weight";
+    assert_eq!(
+        read(&out, kept),
+        read(&bf16_model, kept),
+        "no adapter there"
+    );
 }
 
 #[test]

@@ -37,7 +37,7 @@ pub(crate) use norm::{
     layer_norm, layer_norm_backward, layer_norm_backward_weight, rms_norm, rms_norm_backward,
     rms_norm_backward_weight, rms_norm_operand,
 };
-pub(crate) use optimizer::{add_to, prepare_update, sum_of_squares, update};
+pub(crate) use optimizer::{add_to, prepare_update, rounded, sum_of_squares, update};
 pub(crate) use rows::{embedding, embedding_backward, gather_rows, scatter_add_rows};
 
 const DECODER: &str = include_str!("cuda/decoder.cu");

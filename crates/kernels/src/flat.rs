@@ -15,8 +15,8 @@ use collective::DeviceRegion;
 use rayon::prelude::*;
 
 use crate::host::unshared;
-use crate::precision::{from_bf16, to_bf16};
-use crate::{Device, Precision, Tensor, Values};
+use crate::rounding::from_bf16;
+use crate::{Device, Precision, Rounding, Tensor, Values};
 
 /// Where one parameter lies: `len` elements from `offset` of bucket `bucket`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,8 @@ pub struct Flat {
     buckets: Vec<Tensor<1>>,
     /// The same as operands of products, where they are not f32; made anew whenever the buckets are put in place.
     operands: Vec<Tensor<1>>,
+    /// By bucket how its masters become operands of bf16, which the values that it had first decide.
+    roundings: Vec<Rounding>,
     /// What is read in f32, where the masters are not memory of the device.
     narrow: Option<Narrow>,
     /// By bucket what [`Flat::unshare`] has copied the last time, for its memory.
@@ -78,10 +80,16 @@ impl Flat {
         precision: Precision,
         device: &Device,
     ) -> Result<Self, E> {
-        let placed = buckets.map(|bucket| Ok(placed(bucket?, device)));
+        let mut roundings = Vec::new();
+        let placed = buckets.enumerate().map(|(index, bucket)| {
+            let bucket = bucket?;
+            roundings.push(Rounding::fitting(index, &bucket));
+            Ok(placed(bucket, device))
+        });
         let mut flat = Self {
             buckets: placed.collect::<Result<_, E>>()?,
             operands: Vec::new(),
+            roundings,
             narrow: None,
             before: Vec::new(),
             precision,
@@ -134,11 +142,14 @@ impl Flat {
         mut keep: impl FnMut(Vec<f32>, &Tensor<1>),
     ) -> Result<Self, E> {
         let mut operands = Vec::with_capacity(narrow.len());
+        let mut roundings = Vec::with_capacity(narrow.len());
         let (mut apart, mut bits) = (Collected::default(), Vec::new());
-        for (bucket, narrow) in buckets.zip(narrow) {
+        for (index, (bucket, narrow)) in buckets.zip(narrow).enumerate() {
             let bucket = bucket?;
+            let rounding = Rounding::fitting(index, &bucket);
+            roundings.push(rounding);
             bits.resize(bucket.len(), 0);
-            to_bf16(&bucket, &mut bits);
+            rounding.to_bf16(&bucket, &mut bits);
             let operand = Tensor::from_bf16(&bits, device);
             apart.add(narrow, |range| bucket[range].to_vec());
             keep(bucket, &operand);
@@ -147,6 +158,7 @@ impl Flat {
         Ok(Self {
             buckets: Vec::new(),
             operands,
+            roundings,
             narrow: Some(apart.on(device)),
             before: Vec::new(),
             precision: Precision::Bf16,
@@ -183,11 +195,16 @@ impl Flat {
     fn make_operands(&mut self) {
         // First those that are there: a device need not have room for both.
         self.operands.clear();
-        let made = |bucket| self.precision.operand(bucket);
+        let masters = self.buckets.iter().zip(&self.roundings);
         self.operands = match self.precision {
             Precision::F32 => Vec::new(),
-            Precision::Bf16 => self.buckets.iter().map(made).collect(),
+            Precision::Bf16 => masters.map(|(bucket, it)| it.operand(bucket)).collect(),
         };
+    }
+
+    /// How masters of a bucket, from element `start` on, become operands of bf16.
+    pub fn rounding(&self, bucket: usize, start: usize) -> Rounding {
+        self.roundings[bucket].after(start)
     }
 
     /// The parameter at `slot` in f32 as a tensor of `shape`; on flex a view, not a copy. While the masters are elsewhere, only
@@ -276,8 +293,9 @@ impl Flat {
 
     /// Makes operands of weights that were changed where they lie.
     pub fn refresh(&mut self) {
-        for (operand, bucket) in self.operands.iter_mut().zip(&self.buckets) {
-            *operand = self.precision.operand(bucket);
+        let masters = self.buckets.iter().zip(&self.roundings);
+        for (operand, (bucket, rounding)) in self.operands.iter_mut().zip(masters) {
+            *operand = rounding.operand(bucket);
         }
     }
 
@@ -412,8 +430,9 @@ impl Flat {
     /// # Panics
     /// If they are not, or the device fails.
     pub fn round_in_place(&self, bucket: usize, range: Range<usize>, masters: &Tensor<1>) {
+        let rounding = self.rounding(bucket, range.start);
         let operand = self.operands[bucket].slice(range);
-        operand.overwrite(&Precision::Bf16.operand(masters));
+        operand.overwrite(&rounding.operand(masters));
     }
 
     /// As [`Flat::round_in_place`] for bits of bf16 of the host.

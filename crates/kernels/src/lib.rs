@@ -56,6 +56,7 @@ mod parallel;
 mod precision;
 mod residual;
 mod rotary;
+mod rounding;
 mod rows;
 mod speed;
 mod tensor;
@@ -85,13 +86,14 @@ pub use norm::{
     rms_norm_backward, rms_norm_backward_add, rms_norm_backward_weight, rms_norm_operand,
 };
 pub use optimizer::{Kept, UpdateRule, add_to, prepare_update, sum_of_squares, update};
-pub use precision::{Precision, to_bf16};
+pub use precision::Precision;
 pub use residual::add;
 pub use rotary::{RotaryTable, rotary, rotary_backward};
+pub use rounding::Rounding;
 pub use rows::{gather_rows, scatter_add_rows};
 pub use speed::product_speed;
 pub use tensor::{Device, DeviceKernels, DeviceTime, Tensor};
 pub use values::Values;
 
 /// Changes whenever the bits of a forward result may change, so that values computed by another version are not reused.
-pub const KERNEL_VERSION: u32 = 2;
+pub const KERNEL_VERSION: u32 = 3;

@@ -50,19 +50,20 @@ pub(crate) fn row_blocks_of_two(
 /// Elements that a thread turns into others at a time.
 const PIECE_ELEMENTS: usize = 1 << 16;
 
-/// Runs `work` on pieces of `from` and the pieces of `to` that belong to them.
+/// Runs `work` on pieces of `from`, with the number of a piece's first element, and the pieces of `to` that belong to them.
 pub(crate) fn of_elements<A: Sync, B: Send>(
     from: &[A],
     to: &mut [B],
-    work: impl Fn(&[A], &mut [B]) + Sync + Send,
+    work: impl Fn(usize, &[A], &mut [B]) + Sync + Send,
 ) {
     if !is_parallel() {
-        return work(from, to);
+        return work(0, from, to);
     }
     let pieces = from.par_chunks(PIECE_ELEMENTS);
     pieces
         .zip(to.par_chunks_mut(PIECE_ELEMENTS))
-        .for_each(|(from, to)| work(from, to));
+        .enumerate()
+        .for_each(|(index, (from, to))| work(index * PIECE_ELEMENTS, from, to));
 }
 
 /// Runs `work` on every item.

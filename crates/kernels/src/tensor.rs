@@ -442,7 +442,7 @@ impl Tensor<1> {
             return Array { view, shape }.into();
         }
         let mut values = vec![0.0; bits.len()];
-        crate::precision::from_bf16(bits, &mut values);
+        crate::rounding::from_bf16(bits, &mut values);
         Self::new(values, [bits.len()], device)
     }
 

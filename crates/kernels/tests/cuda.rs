@@ -338,6 +338,24 @@ fn given(values: &[f32], device: &Device) -> Tensor<1> {
     Tensor::new(values.to_vec(), [values.len()], device)
 }
 
+/// Weights that lie anywhere, and such as lie on the grid of bf16 and are dithered once they have moved.
+fn uneven_and_even(len: usize, seed: u32) -> [Vec<f32>; 2] {
+    let uneven = values(len, seed);
+    let even = Precision::Bf16.operand(&given(&uneven, &Device::flex()));
+    [uneven, even.into_vec()]
+}
+
+/// What the host makes of all elements of a bucket of `like`, as operands.
+fn rounded(like: &Flat, bucket: usize, weights: &[f32]) -> Vec<f32> {
+    let mut bits = vec![0; weights.len()];
+    let rounding = like.rounding(bucket, 0);
+    rounding.to_bf16(weights, &mut bits);
+    let widened = bits
+        .into_iter()
+        .map(|it| f32::from_bits(u32::from(it) << 16));
+    widened.collect()
+}
+
 fn read(buckets: &[Vec<f32>]) -> impl Iterator<Item = Result<Vec<f32>, Infallible>> {
     buckets.iter().cloned().map(Ok)
 }
@@ -345,20 +363,27 @@ fn read(buckets: &[Vec<f32>]) -> impl Iterator<Item = Result<Vec<f32>, Infallibl
 #[test]
 #[ignore = "needs a CUDA device"]
 fn operands_of_masters_that_are_elsewhere_are_those_of_the_host() {
-    let buckets = vec![values(1003, 1), values(64, 2)];
+    let [one, other] = uneven_and_even(1003, 1);
+    for first in [one, other] {
+        masters_elsewhere(&[first, values(64, 2)]);
+    }
+}
+
+fn masters_elsewhere(buckets: &[Vec<f32>]) {
     let narrow = [vec![4..10, 900..1003], vec![0..2, 2..5]];
     let (host, device) = (Device::flex(), Device::cuda(0).unwrap());
-    let Ok(expected) = Flat::frozen(read(&buckets), &narrow, &host);
+    let Ok(expected) = Flat::frozen(read(buckets), &narrow, &host);
     let expected = computed(&expected);
-    let mut whole = Flat::from_host(buckets.clone(), Precision::Bf16, &device);
+    let mut whole = Flat::from_host(buckets.to_vec(), Precision::Bf16, &device);
     let masters = whole.take_masters(&narrow);
-    let Ok(parked) = Flat::parked(read(&buckets), &narrow, &device);
-    let Ok(frozen) = Flat::frozen(read(&buckets), &narrow, &device);
+    let Ok(parked) = Flat::parked(read(buckets), &narrow, &device);
+    let Ok(frozen) = Flat::frozen(read(buckets), &narrow, &device);
     for flat in [&whole, &parked, &frozen] {
         assert_eq!(computed(flat), expected);
     }
     whole.put_masters(masters);
     assert_eq!(whole.take_host(), buckets);
+    whole.put_host(buckets.to_vec());
     // Masters whose values are of bf16 are their operands, and f32 again when they are put in place.
     let even: Vec<Vec<f32>> = buckets
         .iter()
@@ -375,15 +400,15 @@ fn operands_of_masters_that_are_elsewhere_are_those_of_the_host() {
     assert_eq!(parked.view(&slot, [12]).into_vec(), even[0][30..42]);
     assert_eq!(parked.take_host(), even);
     // New values of a part, from the device's memory and from the host's.
-    let Ok(mut moved) = Flat::parked(read(&buckets), &narrow, &device);
-    let mut new = buckets.clone();
+    let Ok(mut moved) = Flat::parked(read(buckets), &narrow, &device);
+    let mut new = buckets.to_vec();
     for range in [100..333, 500..903] {
         for value in &mut new[0][range] {
             *value *= -3.0;
         }
     }
     let mut bits = vec![0; 403];
-    kernels::to_bf16(&new[0][500..903], &mut bits);
+    moved.rounding(0, 500).to_bf16(&new[0][500..903], &mut bits);
     moved.round_in_place(0, 100..333, &given(&new[0][100..333], &device));
     moved.write_in_place(0, 500..903, &bits);
     // One rank's part of what is read in f32: the rest is zero until the ranks have summed.
@@ -392,19 +417,31 @@ fn operands_of_masters_that_are_elsewhere_are_those_of_the_host() {
     let mut parts = vec![vec![0.0; 109], vec![0.0; 5]];
     parts[0][6..9].copy_from_slice(&new[0][900..903]);
     for (bucket, narrow) in parts.into_iter().enumerate() {
-        let rounded = Precision::Bf16.operand(&given(&new[bucket], &host));
-        assert_eq!(
-            moved.computed(bucket),
-            [rounded.into_vec(), narrow].concat()
-        );
+        let rounded = rounded(&moved, bucket, &new[bucket]);
+        assert_eq!(moved.computed(bucket), [rounded, narrow].concat());
+    }
+    // All of them, in place.
+    whole.put_masters(new.iter().map(|bucket| given(bucket, &device)).collect());
+    whole.refresh();
+    for (bucket, new) in new.iter().enumerate() {
+        let slot = Slot {
+            bucket,
+            offset: 0,
+            len: new.len(),
+        };
+        let found = whole.operand(&slot, [new.len()]).into_vec();
+        assert_eq!(found, rounded(&whole, bucket, new));
     }
 }
 
 #[test]
 #[ignore = "needs a CUDA device"]
 fn an_update_moves_masters_that_are_elsewhere_and_their_operands_and_no_others() {
+    uneven_and_even(1003, 1).into_iter().for_each(updated);
+}
+
+fn updated(weights: Vec<f32>) {
     let device = Device::cuda(0).unwrap();
-    let weights = values(1003, 1);
     let flat = Flat::from_host(vec![weights.clone()], Precision::Bf16, &device);
     let before = flat.operand(&whole(1003), [1003]).into_vec();
     // A shard, and of it a stretch that begins anywhere.
@@ -438,7 +475,8 @@ fn an_update_moves_masters_that_are_elsewhere_and_their_operands_and_no_others()
     };
     kernels::update(&flat, 0, stretch.clone(), &of_gradient, kept, clip, &rule);
     let moved = masters.clone().into_vec();
-    let mut operands = before;
+    let (mut operands, mut all) = (before, weights.clone());
+    all[shard.clone()].copy_from_slice(&moved);
     for (index, value) in moved.iter().enumerate() {
         let was = weights[shard.start + index];
         if !own.contains(&index) {
@@ -451,8 +489,8 @@ fn an_update_moves_masters_that_are_elsewhere_and_their_operands_and_no_others()
         let expected = was * 0.999 - 0.05 * (m / (v.sqrt() * 1.5 + 1e-8));
         assert!((value - expected).abs() < 1e-6, "{value} is not {expected}");
     }
-    let rounded = Precision::Bf16.operand(&given(&moved, &Device::flex()));
-    operands[stretch.clone()].copy_from_slice(&rounded.into_vec()[own.clone()]);
+    let rounded = rounded(&flat, 0, &all);
+    operands[stretch.clone()].copy_from_slice(&rounded[stretch]);
     let found = flat.operand(&whole(1003), [1003]).into_vec();
     assert_eq!(found, operands);
     // The model's own f32 weights stay: their masters are elsewhere.

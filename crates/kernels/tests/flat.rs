@@ -6,7 +6,7 @@ mod support;
 
 use std::convert::Infallible;
 
-use kernels::{Device, Flat, Gradients, Precision, Slot, Tensor};
+use kernels::{Device, Flat, Gradients, Precision, Rounding, Slot, Tensor};
 use support::{autodiff, host, values, whole};
 
 #[test]
@@ -117,7 +117,7 @@ fn weights_whose_masters_are_elsewhere_are_operands_and_what_is_narrow_in_f32() 
     // New values, as they come from all ranks.
     let moved: Vec<f32> = weights[0].iter().map(|value| 3.0 * value).collect();
     let mut bits = vec![0; 40];
-    kernels::to_bf16(&moved, &mut bits);
+    Rounding::Nearest.to_bf16(&moved, &mut bits);
     parted.put_operands(0, &bits);
     let mut collected = vec![0.0; 28];
     parted.collect_narrow(0, &(8..35), &moved[8..35], &mut collected);
@@ -137,6 +137,81 @@ fn weights_whose_masters_are_elsewhere_are_operands_and_what_is_narrow_in_f32() 
     assert!(parted.is_whole());
     assert_eq!(host(&parted.operand(&matrix, [4, 5])), operand);
     assert_eq!(parted.take_host(), weights);
+}
+
+/// Values of bf16, and the same moved by less than half of bf16's step.
+fn even_and_moved(len: usize) -> [Vec<f32>; 2] {
+    let even = rounded(&values(len, 1));
+    let moved = even.iter().map(|value| value * (1.0 + 1.0 / 2048.0));
+    [even.clone(), moved.collect()]
+}
+
+#[test]
+fn small_moves_of_weights_on_the_grid_of_bf16_show_in_the_mean_of_their_operands() {
+    let mean = |values: &[f32]| {
+        let magnitudes = values.iter().map(|value| f64::from(value.abs()));
+        magnitudes.sum::<f64>() / values.len() as f64
+    };
+    let [even, moved] = even_and_moved(50_000);
+    let step = mean(&moved) - mean(&even);
+    assert_eq!(
+        rounded(&moved),
+        even,
+        "to the nearest there is nothing of it"
+    );
+    let mut flat = Flat::from_host(vec![even.clone()], Precision::Bf16, &Device::flex());
+    let operands = |flat: &Flat| host(&flat.operand(&whole(50_000), [50_000]));
+    assert_eq!(operands(&flat), even);
+    drop(flat.take_host());
+    flat.put_host(vec![moved.clone()]);
+    let seen = mean(&operands(&flat)) - mean(&even);
+    assert!((seen / step - 1.0).abs() < 0.05, "{seen} of {step}");
+    // Of weights that lie anywhere the nearest have it, with less noise.
+    let uneven: Vec<f32> = values(50_000, 1)
+        .iter()
+        .map(|value| value * 0.987_654_3)
+        .collect();
+    let moved: Vec<f32> = uneven
+        .iter()
+        .map(|value| value * (1.0 + 1.0 / 2048.0))
+        .collect();
+    let mut flat = Flat::from_host(vec![uneven.clone()], Precision::Bf16, &Device::flex());
+    assert_eq!(operands(&flat), rounded(&uneven));
+    drop(flat.take_host());
+    flat.put_host(vec![moved.clone()]);
+    assert_eq!(operands(&flat), rounded(&moved));
+}
+
+#[test]
+fn dithered_operands_are_the_same_however_they_are_made() {
+    let [even, moved] = even_and_moved(40);
+    let narrow = [vec![4..10, 30..40]];
+    let read = || [even.clone()].into_iter().map(Ok::<_, Infallible>);
+    let mut whole = Flat::from_host(vec![even.clone()], Precision::Bf16, &Device::flex());
+    let Ok(parked) = Flat::parked(read(), &narrow, &Device::flex());
+    let Ok(frozen) = Flat::frozen(read(), &narrow, &Device::flex());
+    drop(whole.take_host());
+    whole.put_host(vec![moved.clone()]);
+    drop(whole.take_masters(&narrow));
+    let expected = whole.computed(0)[..40].to_vec();
+    assert!(expected != even && expected != moved);
+    for mut flat in [parked, frozen] {
+        assert_eq!(flat.computed(0)[..40], even);
+        // As ranks make theirs.
+        let mut bits = [0; 40];
+        for range in [0..13, 13..40] {
+            let rounding = flat.rounding(0, range.start);
+            rounding.to_bf16(&moved[range.clone()], &mut bits[range]);
+        }
+        flat.put_operands(0, &bits);
+        assert_eq!(flat.computed(0)[..40], expected);
+    }
+    let mut whole = Flat::from_host(vec![even], Precision::F32, &Device::flex());
+    drop(whole.take_host());
+    whole.put_host(vec![moved]);
+    whole.set_precision(Precision::Bf16);
+    drop(whole.take_masters(&narrow));
+    assert_eq!(whole.computed(0)[..40], expected);
 }
 
 #[test]

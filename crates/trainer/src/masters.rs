@@ -16,7 +16,7 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use collective::{Collective, CollectiveError, Op, Region, Ticket};
-use kernels::{Tensor, to_bf16};
+use kernels::Tensor;
 use model::Model;
 
 use crate::moments::Moments;
@@ -187,7 +187,8 @@ impl<'a> Gather<'a> {
             let len = model.trained().buckets[bucket].len;
             let mut bits = self.spare.pop().unwrap_or_default();
             bits.resize(len, 0);
-            to_bf16(&shard.master.read(), &mut bits[shard.range.clone()]);
+            let rounding = model.flat().rounding(bucket, shard.range.start);
+            rounding.to_bf16(&shard.master.read(), &mut bits[shard.range.clone()]);
             Region::HostBf16(bits)
         };
         if self.in_flight.len() == GATHERS_IN_FLIGHT {
@@ -213,7 +214,8 @@ impl<'a> Gather<'a> {
                 None => {
                     let mut bits = self.spare.pop().unwrap_or_default();
                     bits.resize(shard.range.len(), 0);
-                    to_bf16(&shard.master.read(), &mut bits);
+                    let rounding = flat.rounding(bucket, shard.range.start);
+                    rounding.to_bf16(&shard.master.read(), &mut bits);
                     flat.write_in_place(bucket, shard.range.clone(), &bits);
                     self.spare.push(bits);
                 }
@@ -295,9 +297,16 @@ mod tests {
         "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 60, "rms_norm_eps": 1e-5, "hidden_act": "silu",
         "rope_theta": 10000.0, "max_position_embeddings": 64, "tie_word_embeddings": true, "use_sliding_window": false}"#;
 
-    fn model() -> Model {
+    /// Random weights, or the nearest of bf16, whose operands are dithered.
+    fn model(even: bool) -> Model {
         let config = ModelConfig::parse(CONFIG, Path::new("config.json")).expect("a config");
-        let mut model = Model::random(config, 3, &Device::flex());
+        let mut weights = model::random_weights(&config, 3);
+        if even {
+            for value in weights.iter_mut().flatten() {
+                *value = f32::from_bits(value.to_bits() & 0xffff_0000);
+            }
+        }
+        let mut model = Model::from_parts(config, weights, &Device::flex()).expect("a model");
         model.set_precision(Precision::Bf16);
         model
     }
@@ -349,8 +358,8 @@ mod tests {
     }
 
     /// A rank alone after three updates of whole weights.
-    fn alone() -> (Vec<Vec<f32>>, Vec<Vec<u32>>) {
-        let mut model = model();
+    fn alone(even: bool) -> (Vec<Vec<f32>>, Vec<Vec<u32>>) {
+        let mut model = model(even);
         let none = model.zero_gradients();
         let place = Place {
             world: 1,
@@ -375,8 +384,12 @@ mod tests {
 
     #[test]
     fn masters_in_shards_and_what_is_gathered_of_them_have_the_bits_of_whole_weights() {
-        let (weights, expected) = &alone();
-        let begun = computed(model());
+        [false, true].into_iter().for_each(shards_have_the_bits);
+    }
+
+    fn shards_have_the_bits(even: bool) {
+        let (weights, expected) = &alone(even);
+        let begun = computed(model(even));
         assert_ne!(&begun, expected, "three updates move something");
         let doors: Vec<_> = (0..3)
             .map(|_| Rendezvous::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("a port"))
@@ -390,7 +403,7 @@ mod tests {
                     let mut tcp = door
                         .connect(rank, addresses, 1, [3; 32], deadline)
                         .expect("connected");
-                    let mut model = model();
+                    let mut model = model(even);
                     let none = model.zero_gradients();
                     let place = Place {
                         world: 3,
@@ -449,7 +462,7 @@ mod tests {
 
     #[test]
     fn a_rank_alone_gives_its_masters_away_and_gets_them_back_to_the_bit() {
-        let mut model = model();
+        let mut model = model(true);
         let before = model.take_weights();
         model.put_weights(before.clone());
         let place = Place {

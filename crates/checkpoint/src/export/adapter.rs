@@ -75,6 +75,7 @@ pub fn export_adapter(checkpoint: &Path, out: &Path) -> Result<ExportSummary, Ex
         .map(|spec| Tensor {
             spec,
             dtype: WeightDtype::F32,
+            had_dtype: false,
         })
         .collect();
     let shard = Shard {

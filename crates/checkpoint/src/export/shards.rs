@@ -14,6 +14,8 @@ pub const SHARD_BYTES_MAX: u64 = 5_000_000_000;
 pub(super) struct Tensor<'a> {
     pub spec: &'a TensorSpec,
     pub dtype: WeightDtype,
+    /// Whether it had that type before the run.
+    pub had_dtype: bool,
 }
 
 /// One file of weights.
@@ -103,6 +105,7 @@ mod tests {
             .map(|spec| Tensor {
                 spec,
                 dtype: WeightDtype::Bf16,
+                had_dtype: true,
             })
             .collect();
         let shards = plan(&tensors, bytes_max);

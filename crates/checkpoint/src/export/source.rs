@@ -160,7 +160,11 @@ pub(super) fn typed<'a>(
                 })?
             }
         };
-        Ok(Tensor { spec, dtype })
+        Ok(Tensor {
+            spec,
+            dtype,
+            had_dtype: found.is_some_and(|found| found.dtype == dtype.safetensors()),
+        })
     });
     typed.collect()
 }

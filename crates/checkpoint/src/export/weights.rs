@@ -8,6 +8,7 @@ use storage::DurableFile;
 use super::{
     ExportError,
     directory::{RUN_KEY, STEP_KEY},
+    dtype::Rounding,
     shards::Tensor,
 };
 use crate::{manifest::Manifest, rank_file::safetensors_header};
@@ -33,6 +34,7 @@ pub(super) fn write(
     let mut bytes = Vec::with_capacity(4 * BLOCK);
     for tensor in tensors {
         let (name, len) = (&tensor.spec.name, tensor.elements());
+        let mut rounding = Rounding::of(tensor);
         for start in (0..len).step_by(BLOCK) {
             values.resize(BLOCK.min(len - start), 0.0);
             read(name, start, &mut values)?;
@@ -43,7 +45,7 @@ pub(super) fn write(
                     dtype: tensor.dtype.torch(),
                 });
             }
-            tensor.dtype.encode(&values, &mut bytes);
+            tensor.dtype.encode(&values, &mut rounding, &mut bytes);
             file.append(&bytes)?;
             written += bytes.len() as u64;
         }

@@ -3,9 +3,33 @@
 
 #include <cuda_bf16.h>
 
-// AdamW. `operands` gets the new weights rounded to bf16 where it is given.
+// How a weight becomes an operand of bf16: to the nearest, or by a threshold of its place (`rounding.rs`, which has the same on the
+// host).
+struct Rounding {
+  int dithered;
+  unsigned first;  // place of the first element
+
+  __device__ __nv_bfloat16 operand(float weight, long long at) const {
+    if (!dithered || weight != weight) return __float2bfloat16_rn(weight);
+    unsigned mixed = first + (unsigned)at;
+    mixed ^= mixed >> 16;
+    mixed *= 0x7feb352du;
+    mixed ^= mixed >> 15;
+    mixed *= 0x846ca68bu;
+    mixed ^= mixed >> 16;
+    return __ushort_as_bfloat16((unsigned short)((__float_as_uint(weight) + (mixed & 0xffffu)) >> 16));
+  }
+};
+
+// Operands of weights that are elsewhere.
+extern "C" __global__ void rounded(const float* weights, __nv_bfloat16* operands, long long elements, int dithered, unsigned first) {
+  long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at < elements) operands[at] = Rounding{dithered, first}.operand(weights[at], at);
+}
+
+// AdamW. `operands` gets what the new weights are as operands where it is given.
 extern "C" __global__ void adamw(float* weights, float* first, float* second, const float* gradient, __nv_bfloat16* operands,
-                                 long long elements, float clip, float keep_first, float add_first, float keep_second,
+                                 long long elements, int dithered, unsigned first_place, float clip, float keep_first, float add_first, float keep_second,
                                  float add_second, float step_size, float root_correction, float eps, float keep_weight) {
   long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (at >= elements) return;
@@ -16,11 +40,11 @@ extern "C" __global__ void adamw(float* weights, float* first, float* second, co
   first[at] = m;
   second[at] = v;
   weights[at] = w;
-  if (operands) operands[at] = __float2bfloat16_rn(w);
+  if (operands) operands[at] = Rounding{dithered, first_place}.operand(w, at);
 }
 
 extern "C" __global__ void rmsprop(float* weights, float* second, const float* gradient, __nv_bfloat16* operands,
-                                   long long elements, float clip, float keep, float add, float step_size, float eps) {
+                                   long long elements, int dithered, unsigned first_place, float clip, float keep, float add, float step_size, float eps) {
   long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (at >= elements) return;
   float g = gradient[at] * clip;
@@ -28,7 +52,7 @@ extern "C" __global__ void rmsprop(float* weights, float* second, const float* g
   float w = weights[at] - step_size * (g / (sqrtf(v) + eps));
   second[at] = v;
   weights[at] = w;
-  if (operands) operands[at] = __float2bfloat16_rn(w);
+  if (operands) operands[at] = Rounding{dithered, first_place}.operand(w, at);
 }
 
 // Sums over packs of a gradient's shard.

@@ -6,7 +6,7 @@ use gpu::{Arg, Element, Gpu, Launch, Program, View};
 
 use super::{THREADS, done, each, empty, int, launch, long};
 use crate::optimizer::{Kept, UpdateRule};
-use crate::{Device, Flat, Tensor};
+use crate::{Device, Flat, Rounding, Tensor};
 
 const SOURCE: &str = include_str!("optimizer.cu");
 /// Blocks of a sum: enough to fill a device, the same for every length.
@@ -63,6 +63,38 @@ pub(crate) fn add_to(sums: &Tensor<1>, part: &Tensor<1>) -> Option<()> {
     Some(())
 }
 
+/// `weights` as operands of bf16.
+pub(crate) fn rounded(weights: &Tensor<1>, rounding: Rounding) -> Option<Tensor<1>> {
+    let weights = weights.array()?;
+    let out = weights.like(Element::Bf16);
+    let len = weights.view.len();
+    if len > 0 {
+        let [dithered, first] = arguments(rounding);
+        launch(
+            out.view.gpu(),
+            &Program::plain(SOURCE, "rounded"),
+            each(len),
+            &[
+                Arg::View(&weights.view),
+                Arg::View(&out.view),
+                long(len),
+                dithered,
+                first,
+            ],
+        );
+    }
+    Some(out.into())
+}
+
+/// What the kernels are told of a rounding.
+fn arguments(rounding: Rounding) -> [Arg<'static>; 2] {
+    let (dithered, first) = match rounding {
+        Rounding::Nearest => (0, 0),
+        Rounding::Dithered { first } => (1, first),
+    };
+    [Arg::Int(dithered), Arg::Int(first.cast_signed())]
+}
+
 /// Moves elements `range` of a bucket.
 pub(crate) fn update(
     weights: &Flat,
@@ -73,6 +105,7 @@ pub(crate) fn update(
     clip: f32,
     rule: &UpdateRule,
 ) -> Option<()> {
+    let rounding = arguments(weights.rounding(bucket, range.start));
     let (weights, operands) = match kept.masters {
         None => weights.arrays(bucket, range)?,
         Some(masters) => {
@@ -103,6 +136,7 @@ pub(crate) fn update(
             assert_lengths(&views, len);
             let mut arguments = views.map(Arg::View).to_vec();
             arguments.extend([operands, long(len)]);
+            arguments.extend(rounding);
             arguments.extend(
                 [
                     clip,
@@ -129,6 +163,7 @@ pub(crate) fn update(
             assert_lengths(&views, len);
             let mut arguments = views.map(Arg::View).to_vec();
             arguments.extend([operands, long(len)]);
+            arguments.extend(rounding);
             arguments.extend([clip, keep, add, step_size, eps].map(Arg::Float));
             launch(
                 gpu,

@@ -140,7 +140,7 @@ impl Learner {
             let (mut values, mut bits) = (vec![0.0; len], vec![0; len]);
             read(bucket, &mut values)?;
             self.optimizer.fill_bucket(bucket, &values);
-            kernels::to_bf16(&values, &mut bits);
+            flat.rounding(bucket, 0).to_bf16(&values, &mut bits);
             flat.put_operands(bucket, &bits);
             flat.collect_narrow(bucket, &(0..len), &values, &mut narrow);
         }

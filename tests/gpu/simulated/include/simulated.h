@@ -104,6 +104,7 @@ static inline To simulated_bits(From from) {
 }
 
 static inline float __int_as_float(int bits) { return simulated_bits<float>(bits); }
+static inline unsigned __float_as_uint(float value) { return simulated_bits<unsigned>(value); }
 static inline float __uint_as_float(unsigned bits) { return simulated_bits<float>(bits); }
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
