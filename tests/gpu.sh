@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Checks and times everything on a GPU, and prints one table: the fused kernels against the host's, transformers' goldens in f32
-# and bf16, NCCL, a run on the GPU against the same run on the CPU, a job of two workers over NCCL, and pairs per second beside TRL on the same card.
+# and bf16, NCCL, a run on the GPU against the same run on the CPU, jobs of two workers over NCCL that lose one or all, and pairs per second beside TRL on the same card.
 #
 # usage: tests/gpu.sh [larger|kernels|goldens|nccl|agree|job|speed|probe ...]      all but the probe without an argument
 #
-# MODEL         a Hugging Face directory to time; by default random weights in the shape of SmolLM2-135M
+# MODEL         a Hugging Face directory to time and to train for 60 steps on the GPU and the CPU (larger); by default random weights in the shape of
+#               SmolLM2-135M
 # TOKENIZER     whose tokenizer (and shape) random models get, by default ../shared/models/smollm2-135m-instruct
 # PAIRS         preference pairs, by default ../shared/data/chat-preferences-1024.jsonl: at least 192 of them
 # SHORT         short pairs for 60 steps on the CPU too, by default ../shared/data/instruction-preferences.jsonl
@@ -23,7 +24,7 @@ cd "$(dirname "$0")/.."
 if [ "${SIMULATED:-0}" = 1 ]; then
   CUDA_PATH="$(mktemp -d)"
   tests/gpu/simulated/build.sh "$CUDA_PATH"
-  export PATIENCE="${PATIENCE:-10}" JOB_STEPS="${JOB_STEPS:-12}"
+  export PATIENCE="${PATIENCE:-10}" JOB_STEPS="${JOB_STEPS:-12}" SIMULATED_GPU_ORDER="${SIMULATED_GPU_ORDER:-1}"
   [ $# -gt 0 ] || set -- kernels goldens nccl agree job
   case " $* " in *\ larger\ *|*\ speed\ *|*\ probe\ *)
     echo "larger, speed and probe need a GPU: a simulated one takes far too long and says nothing about time; leave SIMULATED out" >&2; exit 2 ;;

@@ -119,9 +119,10 @@ def agree():
 
 
 def larger():
-    """60 steps of DPO with a model of SmolLM2's shape and random weights: bf16 on the GPU against f32 on the CPU, which takes minutes and
-    runs beside the other parts."""
-    model = random_model("smollm2-135m-agree", "--like")
+    """60 steps of DPO with MODEL, or a model of SmolLM2's shape and random weights, which moves less: bf16 on the GPU against f32 on the
+    CPU, which takes minutes and runs beside the other parts."""
+    least = 10 if "MODEL" in os.environ else 5
+    model = os.environ.get("MODEL") or random_model("smollm2-135m-agree", "--like")
     runs = {}
     for backend, dtype in (("cpu", "f32"), ("cuda", "f32"), ("cuda", "bf16")):
         output = os.path.join(SCRATCH, f"larger-{backend}-{dtype}")
@@ -146,18 +147,18 @@ def larger():
                 status = "no end in time"
             if status != 0:
                 FAILED.append("larger")
-                return row(f"60 steps of SmolLM2's shape, {' '.join(key)}", f"FAILED ({status})", open(log.name).read()[-300:])
+                return row(f"60 steps of {os.path.basename(model)}, {' '.join(key)}", f"FAILED ({status})", open(log.name).read()[-300:])
             rows[key] = [json.loads(line) for line in open(os.path.join(output, "metrics.jsonl"))]
         names = ("log_ratios/chosen", "log_ratios/rejected")
         for key in (("cuda", "f32"), ("cuda", "bf16")):
-            means = [(a[name], b[name]) for a, b in zip(rows["cpu", "f32"], rows[key]) for name in names if abs(a[name]) >= 5]
+            means = [(a[name], b[name]) for a, b in zip(rows["cpu", "f32"], rows[key]) for name in names if abs(a[name]) >= least]
             worst = max((abs(a - b) / abs(a) for a, b in means), default=1.0)
             first = max(abs(rows[key][0][name]) for name in names)
             good = first == 0.0 and means and worst <= 0.05
             if not good:
                 FAILED.append("larger")
-            row(f"60 steps of SmolLM2's shape, {key[1]}, against the CPU's f32", "passed" if good else "FAILED",
-                f"first step's log-ratios {first:g}; the {len(means)} means of at least 5 nats differ by {100 * worst:.2f} % at most")
+            row(f"60 steps of {os.path.basename(model)}, {key[1]}, against the CPU's f32", "passed" if good else "FAILED",
+                f"first step's log-ratios {first:g}; the {len(means)} means of at least {least} nats differ by {100 * worst:.2f} % at most")
 
     LATER.append(finish)
 
@@ -174,91 +175,142 @@ def wait_for(address, limit):
     raise RuntimeError(f"nobody listens on {address}")
 
 
-def job():
-    """Two workers that share the card and reduce over NCCL, against one worker alone: the same losses up to the order of sums, the same
-    bits twice, and a worker that is killed on the way.
+class Service:
+    """A coordinator and two workers, a and b, that share the card.
 
     NCCL before 2.30 refuses two ranks on one GPU of one host, so each is told a host of its own, and they talk over sockets.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        listen = "127.0.0.1:%d" % probe.getsockname()[1]
-    program = os.path.join(BIN, "coordinator")
-    folder = os.path.join(SCRATCH, "service")
-    logs = [open(os.path.join(OUT, f"job-{name}.txt"), "w") for name in ("coordinator", "a", "b")]
-    service = [program, "--cluster", "--set", f"cluster.listen={listen}", "--set", f"cluster.state={folder}"]
-    exact = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "NCCL_NVLS_ENABLE": "0", "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
 
-    def worker(name, log):
-        command = [program, "worker", "--coordinator", f"http://{listen}", "--name", name, "--backend", "cuda", "--collective", "nccl"]
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **exact, "NCCL_HOSTID": name})
+    def __init__(self):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.listen = "127.0.0.1:%d" % probe.getsockname()[1]
+        self.program = os.path.join(BIN, "coordinator")
+        self.processes = {}
+        self.start()
 
-    def submit(name, workers, *settings):
+    def start(self):
+        """Whatever does not run."""
+        state = os.path.join(SCRATCH, "service")
+        self._process("coordinator", "--cluster", "--set", f"cluster.listen={self.listen}", "--set", f"cluster.state={state}")
+        wait_for(self.listen, 30)
+        for name in "ab":
+            self._process(name, "worker", "--coordinator", f"http://{self.listen}", "--name", name, "--backend", "cuda", "--collective", "nccl")
+
+    def _process(self, name, *arguments):
+        if name in self.processes and self.processes[name].poll() is None:
+            return
+        exact = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "NCCL_NVLS_ENABLE": "0", "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
+        log = open(os.path.join(OUT, f"job-{name}.txt"), "a")
+        self.processes[name] = subprocess.Popen([self.program, *arguments], stdout=log, stderr=log, env={**os.environ, **exact, "NCCL_HOSTID": name})
+
+    def kill(self, *names):
+        for name in names or list(self.processes):
+            self.processes[name].kill()
+            self.processes[name].wait()
+
+    def submit(self, name, workers, *settings):
+        """The output folder and the command that submits this job, or goes on to follow it, to its end."""
         output = os.path.join(SCRATCH, "job-" + name)
-        command = [program, "submit", "configs/quickstart-dpo.toml", "--coordinator", f"http://{listen}", "--watch", "--set", f"job.name={name}",
-                   "--set", f"job.output={output}", "--set", f"train.steps={JOB_STEPS}", "--set", f"cluster.workers={workers}", "--set", "cluster.min_workers=1",
-                   "--set", f"reference.store={os.path.join(SCRATCH, 'references')}"]
-        for setting in settings:
+        command = [self.program, "submit", "configs/quickstart-dpo.toml", "--coordinator", f"http://{self.listen}", "--watch", "--key", name]
+        for setting in (f"job.name={name}", f"job.output={output}", f"train.steps={JOB_STEPS}", f"cluster.workers={workers}", "cluster.min_workers=1",
+                        f"reference.store={os.path.join(SCRATCH, 'references')}", *settings):
             command += ["--set", setting]
         return output, command
 
-    def rows(output):
-        return [json.loads(line) for line in open(os.path.join(output, "metrics.jsonl"))]
-
-    def result(name, workers, *settings):
-        output, command = submit(name, workers, *settings)
+    def result(self, name, workers, *settings):
+        """The rows of a whole job."""
+        output, command = self.submit(name, workers, *settings)
         status, log = run("job-" + name, command, 120)
         if status != 0:
             raise RuntimeError(f"{name}: {status}: {log[-300:]}")
         return rows(output)
 
-    processes = [subprocess.Popen(service, stdout=logs[0], stderr=logs[0])]
+    def begin(self, name, workers, first, *settings):
+        """A job that has at least `first` rows: its output folder, and how many there are."""
+        output, command = self.submit(name, workers, *settings)
+        follow = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        count = wait_for_rows(output, first)
+        follow.kill()
+        follow.wait()
+        return output, count
+
+
+def rows(output):
+    """The rows of a run so far."""
     try:
-        wait_for(listen, 30)
-        processes += [worker(name, log) for name, log in zip("ab", logs[1:])]
-        alone, two, again = result("alone", 1, "cluster.max_workers=1"), result("two", 2), result("again", 2)
-        keys = ("loss", "log_ratios/chosen", "log_ratios/rejected", "grad_norm")
-        differ = max(abs(a[key] - b[key]) / max(abs(a[key]), 1.0) for a, b in zip(alone, two) for key in keys if key in a)
-        same = all(a[key] == b[key] for a, b in zip(two, again) for key in keys if key in a)
-        good = differ <= 0.02 and same and len(two) == JOB_STEPS and any(key in two[0] for key in keys)
+        return [json.loads(line) for line in open(os.path.join(output, "metrics.jsonl"))]
+    except OSError:
+        return []
+
+
+def wait_for_rows(output, count):
+    """Until a run has so many rows; how many it has then."""
+    end = time.time() + 60 * PATIENCE
+    while len(rows(output)) < count:
+        if time.time() > end:
+            raise RuntimeError(f"{output}: {len(rows(output))} rows and no more")
+        time.sleep(0.02)
+    return len(rows(output))
+
+
+def job():
+    """Two workers that share the card and reduce over NCCL, against one worker alone: the same losses up to the order of sums, and the same
+    bits twice, also when everything is killed on the way and started again; and jobs that lose a worker to kill -9 and to SIGSTOP."""
+    keys = ("loss", "log_ratios/chosen", "log_ratios/rejected", "grad_norm")
+
+    def pairs(one, other):
+        return [(a[key], b[key]) for a, b in zip(one, other) for key in keys if key in a]
+
+    def compare(what, alone, two, again):
+        differ = max((abs(a - b) / max(abs(a), 1.0) for a, b in pairs(alone, two)), default=1.0)
+        same = len(again) == JOB_STEPS and all(a == b for a, b in pairs(two, again))
+        good = differ <= 0.02 and same and len(two) == JOB_STEPS
         if not good:
             FAILED.append("job")
-        row("job of 2 workers over NCCL, f32", "passed" if good else "FAILED", f"{JOB_STEPS} steps differ from one worker's by {100 * differ:.3f} % at most; the same bits twice: {same}")
-        # f32 masters in shards, gradients too, and both on the host: the first steps of one worker's bf16, and the same bits twice.
-        alone = result("bf16-alone", 1, "cluster.max_workers=1", "model.dtype=bf16")
-        for name, *settings in (("bf16",), ("bf16-zero2", "cluster.zero=2"), ("bf16-offload", "cluster.zero=2", "cluster.offload=true")):
-            two, again = (result(name + turn, 2, "model.dtype=bf16", *settings) for turn in ("", "-again"))
-            differ = max(abs(a[key] - b[key]) / max(abs(a[key]), 1.0) for a, b in zip(alone[:10], two) for key in keys if key in a)
-            same = all(a[key] == b[key] for a, b in zip(two, again) for key in keys if key in a)
-            good = differ <= 0.02 and same and len(two) == JOB_STEPS
+        row(what, "passed" if good else "FAILED", f"{len(alone)} steps differ from one worker's by {100 * differ:.3f} % at most; the same bits twice: {same}")
+
+    service = Service()
+    try:
+        alone, two, again = service.result("alone", 1, "cluster.max_workers=1"), service.result("two", 2), service.result("again", 2)
+        compare("job of 2 workers over NCCL, f32", alone, two, again)
+        # f32 masters in shards, gradients too, and both on the host: the first steps of one worker's bf16.
+        alone = service.result("bf16-alone", 1, "cluster.max_workers=1", "model.dtype=bf16")
+        offload = ["model.dtype=bf16", "cluster.zero=2", "cluster.offload=true"]
+        for name, settings in (("bf16", offload[:1]), ("bf16-zero2", offload[:2]), ("bf16-offload", offload)):
+            two, again = (service.result(name + turn, 2, *settings) for turn in ("", "-again"))
+            compare(f"job of 2 workers over NCCL, {name}", alone[:10], two, again)
+        for name, settings in (("bf16-zero2", offload[:2]), ("bf16-offload", offload), ("bf16-lora", [offload[0], "adapter.kind=lora", "adapter.rank=8"])):
+            whole = rows(os.path.join(SCRATCH, "job-" + name)) or service.result(name, 2, *settings)
+            settings = [*settings, f"checkpoint.every_steps={max(1, JOB_STEPS // 6)}"]
+            _, before = service.begin(name + "-restarted", 2, JOB_STEPS // 3, *settings)
+            service.kill()
+            service.start()
+            found = service.result(name + "-restarted", 2, *settings)
+            good = len(found) == JOB_STEPS and all(a == b for a, b in pairs(whole, found))
             if not good:
                 FAILED.append("job")
-            row(f"job of 2 workers over NCCL, {name}", "passed" if good else "FAILED", f"{min(10, JOB_STEPS)} steps differ from one worker's by {100 * differ:.3f} % at most; the same bits twice: {same}")
-        total, first = JOB_STEPS * 20 // 3, JOB_STEPS * 2 // 3
-        output, command = submit("killed", 2, f"train.steps={total}")
-        follow = subprocess.Popen(command, stdout=logs[0], stderr=logs[0])
-        metrics = os.path.join(output, "metrics.jsonl")
-        deadline = time.time() + 60 * PATIENCE
-        while time.time() < deadline and not (os.path.exists(metrics) and len(open(metrics).readlines()) >= first):
-            time.sleep(0.02)
-        before = len(open(metrics).readlines())
-        processes[2].send_signal(signal.SIGKILL)
-        killed = time.time()
-        while time.time() < deadline and len(open(metrics).readlines()) < before + 3:
-            time.sleep(0.02)
-        recovered = time.time() - killed
-        follow.wait(timeout=120 * PATIENCE)
-        steps = [line["step"] for line in rows(output)]
-        good = follow.returncode == 0 and steps == list(range(1, total + 1))
-        if not good:
-            FAILED.append("job")
-        row("one of them killed (-9) over NCCL", "passed" if good else "FAILED", f"{before} steps before, three more rows {recovered:.2f} s after; {len(steps)} rows")
+            row(f"all killed (-9) and started again, {name}", "passed" if good else "FAILED", f"{before} rows before; the same {len(found)} rows as without: {good}")
+        for what, number in (("killed (-9)", signal.SIGKILL), ("stopped (SIGSTOP)", signal.SIGSTOP)):
+            total, name = JOB_STEPS * 20 // 3, "lost-" + number.name
+            settings = [*offload[:2], f"train.steps={total}"]
+            output, before = service.begin(name, 2, JOB_STEPS * 2 // 3, *settings)
+            service.processes["b"].send_signal(number)
+            lost = time.time()
+            wait_for_rows(output, before + 3)
+            recovered = time.time() - lost
+            service.kill("b")
+            service.start()
+            steps = [line["step"] for line in service.result(name, 2, *settings)]
+            good = steps == list(range(1, total + 1))
+            if not good:
+                FAILED.append("job")
+            row(f"one of 2 workers {what}, bf16-zero2", "passed" if good else "FAILED", f"{before} steps before, three more rows {recovered:.2f} s after; {len(steps)} rows")
     except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
         FAILED.append("job")
         row("job of 2 workers over NCCL", "FAILED", str(error)[-300:])
     finally:
-        for process in processes:
-            process.kill()
+        service.kill()
 
 
 def random_model(name, *arguments):

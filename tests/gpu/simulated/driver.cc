@@ -2,6 +2,8 @@
 //
 // - A stream is a queue with a thread of its own, so host, computation and communication overlap as they do on a device. With
 //   SIMULATED_GPU_JITTER=N, work of a stream is now and then late by up to N microseconds: what is in order only by luck is not.
+// - Threads run one after the other from barrier to barrier. With SIMULATED_GPU_ORDER=SEED the turns of blocks, warps and lanes are drawn,
+//   and whether copies in the background happen at once or as late as they may: what needs a barrier that is not there shows.
 // - New memory and a block's dynamic shared memory are filled with NaNs: what is read before it is written shows.
 // - Copies are checked against what is allocated, and a launch that is given another device's memory ends the process.
 //
@@ -19,6 +21,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -486,6 +490,7 @@ struct Simulated {
     Position thread, block, block_size, grid_size;
     unsigned char* shared;
     unsigned shared_bytes;
+    bool copies_at_once;
     const unsigned* round;
     unsigned char (*places)[32][64];
     void (*wait_for_warp)();
@@ -553,7 +558,9 @@ static struct Warp {
 } warps[THREADS / 32];
 static char* stacks;
 static void* scheduler;
-static unsigned running, last_of_warp;
+static unsigned running;
+// Lanes take their turns in the order of their numbers with these bits turned over.
+static unsigned turned, last_turn;
 static Simulated* simulated;
 static const Function* running_function;
 static void** running_arguments;
@@ -579,9 +586,9 @@ static void go_on(void** from, unsigned thread) {
 
 // Goes on with the next lane, or, where that one waits too, with what the scheduler finds.
 static void leave(Wants what) {
-    const unsigned me = running;
+    const unsigned me = running, turn = me % 32 ^ turned, next = me / 32 * 32 + ((turn + 1) ^ turned);
     wants[me] = what;
-    if (me != last_of_warp && wants[me + 1] == NOTHING) go_on(&places_to_go_on[me], me + 1);
+    if (turn != last_turn && wants[next] == NOTHING) go_on(&places_to_go_on[me], next);
     else simulated_switch(&places_to_go_on[me], scheduler);
 }
 
@@ -593,7 +600,7 @@ static void wait_for_warp() {
     warp.arrived = 0;
     warp.round++;
     memset(&wants[first], NOTHING, 32);
-    if (first != me) go_on(&places_to_go_on[me], first);
+    if (first + turned != me) go_on(&places_to_go_on[me], first + turned);
 }
 
 static void wait_for_block() { leave(BLOCK); }
@@ -611,7 +618,22 @@ static void make_stacks() {
     for (size_t t = 0; t < THREADS; t++) mprotect(stacks + t * STACK_BYTES, sysconf(_SC_PAGESIZE), PROT_NONE);
 }
 
+// Where turns are drawn, from what.
+static std::minstd_rand* drawing() {
+    static const size_t seed = setting("SIMULATED_GPU_ORDER", 0);
+    static std::minstd_rand source(seed);
+    return seed ? &source : nullptr;
+}
+
 static void run_block(unsigned threads) {
+    std::vector<unsigned> warps_in_turn((threads + 31) / 32);
+    std::iota(warps_in_turn.begin(), warps_in_turn.end(), 0);
+    turned = 0;
+    if (auto* source = drawing()) {
+        // A warp that is not whole has no lane with another number.
+        if (threads % 32 == 0) turned = (*source)() / 7 % 32;
+        simulated->copies_at_once = (*source)() / 7 % 2;
+    }
     for (unsigned t = 0; t < threads; t++) {
         // A stack on which `simulated_switch` returns into `begin`, aligned as after a call.
         void** top = (void**)(stacks + (size_t)(t + 1) * STACK_BYTES) - 2;
@@ -620,8 +642,10 @@ static void run_block(unsigned threads) {
         wants[t] = NOTHING;
     }
     for (;;) {
-        for (unsigned first = 0; first < threads; first += 32) {
-            last_of_warp = std::min(first + 32, threads) - 1;
+        if (auto* source = drawing()) std::shuffle(warps_in_turn.begin(), warps_in_turn.end(), *source);
+        for (unsigned warp_number : warps_in_turn) {
+            const unsigned first = 32 * warp_number, last = std::min(first + 32, threads) - 1;
+            last_turn = last - first;
             Warp& warp = warps[first / 32];
             simulated->places = warp.places;
             simulated->round = &warp.round;
@@ -629,9 +653,10 @@ static void run_block(unsigned threads) {
             // Until all lanes wait for the block or have ended.
             for (;;) {
                 unsigned counts[4] = {}, next = THREADS;
-                for (unsigned t = first; t <= last_of_warp; t++) {
+                for (unsigned turn = 0; turn <= last_turn; turn++) {
+                    const unsigned t = first + (turn ^ turned);
                     counts[wants[t]]++;
-                    if (wants[t] == NOTHING) next = std::min(next, t);
+                    if (wants[t] == NOTHING && next == THREADS) next = t;
                 }
                 if (counts[NOTHING]) {
                     go_on(&scheduler, next);
@@ -673,16 +698,18 @@ EXPORT int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, 
         for (uint64_t& word : *words) pointers.push_back(&word);
         simulated = function->module->simulated;
         unsigned char* aligned = memory.data() + (256 - (uint64_t)memory.data() % 256);
-        *simulated = {{}, {}, {threads, 1, 1}, {grid_x, grid_y, grid_z}, aligned, shared, nullptr, nullptr, wait_for_warp, wait_for_block};
+        *simulated = {{}, {}, {threads, 1, 1}, {grid_x, grid_y, grid_z}, aligned, shared, false, nullptr, nullptr, wait_for_warp, wait_for_block};
         running_function = function;
         running_arguments = pointers.data();
-        for (unsigned z = 0; z < grid_z; z++)
-            for (unsigned y = 0; y < grid_y; y++)
-                for (unsigned x = 0; x < grid_x; x++) {
-                    simulated->block = {x, y, z};
-                    memset(aligned, 0xff, shared);
-                    run_block(threads);
-                }
+        const uint64_t blocks = (uint64_t)grid_x * grid_y * grid_z;
+        const uint64_t begin = drawing() ? (*drawing())() % blocks : 0;
+        const bool backwards = drawing() && (*drawing())() / 7 % 2;
+        for (uint64_t i = 0; i < blocks; i++) {
+            const uint64_t block = (begin + (backwards ? blocks - i : i)) % blocks;
+            simulated->block = {unsigned(block % grid_x), unsigned(block / grid_x % grid_y), unsigned(block / grid_x / grid_y)};
+            memset(aligned, 0xff, shared);
+            run_block(threads);
+        }
     });
     return SUCCESS;
 }

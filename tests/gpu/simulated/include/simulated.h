@@ -37,6 +37,7 @@ struct Simulated {
     uint3 thread, block, block_size, grid_size;
     unsigned char* shared;        // the block's dynamic shared memory
     unsigned shared_bytes;
+    bool copies_at_once;
     const unsigned* round;        // how often its warp has waited for all of it
     unsigned char (*places)[32][64];  // two for each lane of the warp, used in turns
     void (*wait_for_warp)();
@@ -132,26 +133,30 @@ static inline unsigned char* simulated_shared(unsigned address, unsigned bytes) 
     return simulated.shared + (address - SIMULATED_SHARED);
 }
 
-// Copies in the background happen as late as they may: what is read before they are waited for is not there yet.
+// Copies in the background happen as late as they may, so that what is read before they are waited for is not there yet, or at once, so
+// that what is still to be read at their place is gone.
 struct SimulatedCopy {
     unsigned char* to;
     const unsigned char* from;
     int bytes, real;
+
+    void make() const {
+        memcpy(to, from, real);
+        memset(to + real, 0, bytes - real);
+    }
 };
 static std::vector<SimulatedCopy> simulated_copies[1024];
 
 static inline void simulated_copy(unsigned to, const void* from, int bytes, int real) {
     if (reinterpret_cast<size_t>(from) % bytes) simulated_fault("a copy from an address that is not aligned");
-    simulated_copies[threadIdx.x].push_back(
-        {simulated_shared(to, bytes), static_cast<const unsigned char*>(from), bytes, real});
+    const SimulatedCopy copy{simulated_shared(to, bytes), static_cast<const unsigned char*>(from), bytes, real};
+    if (simulated.copies_at_once) copy.make();
+    else simulated_copies[threadIdx.x].push_back(copy);
 }
 static inline void ptx_cp_async_cg_shared_global(unsigned to, const void* from, int real) { simulated_copy(to, from, 16, real); }
 static inline void ptx_cp_async_ca_shared_global(unsigned to, const void* from, int real) { simulated_copy(to, from, 4, real); }
 static inline void ptx_cp_async_wait_all() {
-    for (const SimulatedCopy& copy : simulated_copies[threadIdx.x]) {
-        memcpy(copy.to, copy.from, copy.real);
-        memset(copy.to + copy.real, 0, copy.bytes - copy.real);
-    }
+    for (const SimulatedCopy& copy : simulated_copies[threadIdx.x]) copy.make();
     simulated_copies[threadIdx.x].clear();
 }
 
