@@ -91,6 +91,30 @@ fn bf16_trains_like_f32_and_is_not_f32() {
 }
 
 #[test]
+fn updates_that_are_small_beside_bf16s_grid_are_seen_where_weights_began_on_it() {
+    let folder = Folder::even(20);
+    // A step moves a weight by 2e-6, and bf16 counts in steps of 1e-4 and more where most weights lie.
+    let ratios = |more: &str, world| -> Vec<f64> {
+        let spec = folder.spec(&format!(
+            "{CAL_DPO}{more}optimizer.learning_rate = 2e-6\nschedule.warmup_steps = 0\n\
+             train = {{ steps = 10, batch_pairs = 20, micro_batch_tokens = 96 }}"
+        ));
+        let reports = run(&spec, world, &Script::default()).reports.into_iter();
+        reports
+            .map(|it| it.rewards.log_ratios_chosen - it.rewards.log_ratios_rejected)
+            .collect()
+    };
+    let exact = ratios("", 1);
+    for world in [1, 3] {
+        let rounded = ratios(BF16, world);
+        assert_eq!(rounded[0], 0.0);
+        for (rounded, exact) in rounded[4..].iter().zip(&exact[4..]) {
+            assert!((rounded / exact - 1.0).abs() < 0.2, "{rounded} of {exact}");
+        }
+    }
+}
+
+#[test]
 fn an_adapter_of_peft_is_trained_on_and_scored_with() {
     let folder = Folder::new(12);
     let model = folder.path("model");

@@ -504,7 +504,10 @@ impl Oracle {
 
     /// In bf16 several ranks have their masters in shards, and one has them in its model.
     fn of(dtype: &str, gradients: bool) -> Self {
-        let folder = Folder::new(21);
+        let folder = match dtype {
+            "bf16" => Folder::even(21),
+            _ => Folder::new(21),
+        };
         Self {
             spec: training(&folder, dtype),
             sharding: Sharding {

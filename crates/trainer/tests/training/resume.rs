@@ -25,6 +25,9 @@ fn t3_holds_in_bf16_for_adapters_and_for_objectives_that_read_the_whole_batch() 
     equals_the_uninterrupted_run(&folder, &bf16, 1);
     // Masters in shards.
     equals_the_uninterrupted_run(&folder, &bf16, 3);
+    let even = Folder::even(11);
+    equals_the_uninterrupted_run(&even, &bf16, 1);
+    equals_the_uninterrupted_run(&even, &bf16, 3);
     let lora = format!("{SPEC}\nadapter = {{ kind = \"lora\", rank = 2 }}");
     equals_the_uninterrupted_run(&folder, &lora, 2);
     // A running mean that a checkpoint has to carry.

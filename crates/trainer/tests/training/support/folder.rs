@@ -28,6 +28,17 @@ impl Folder {
         Self::with(pairs, true)
     }
 
+    /// The same with weights that bf16 has, whose operands are dithered once they have moved.
+    pub fn even(pairs: usize) -> Self {
+        let folder = Self::new(pairs);
+        folder.change_weights(|_, values| {
+            for value in values {
+                *value = f32::from_bits(value.to_bits() & 0xffff_0000);
+            }
+        });
+        folder
+    }
+
     fn with(pairs: usize, tied: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let folder = Self { dir };
