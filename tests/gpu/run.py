@@ -121,14 +121,14 @@ def agree():
 def larger():
     """60 steps of DPO with MODEL, or a model of SmolLM2's shape and random weights, which moves less: bf16 on the GPU against f32 on the
     CPU, which takes minutes and runs beside the other parts."""
-    least = 10 if "MODEL" in os.environ else 5
+    least, rate = (10, 3e-5) if "MODEL" in os.environ else (5, 1e-4)
     model = os.environ.get("MODEL") or random_model("smollm2-135m-agree", "--like")
     runs = {}
     for backend, dtype in (("cpu", "f32"), ("cuda", "f32"), ("cuda", "bf16")):
         output = os.path.join(SCRATCH, f"larger-{backend}-{dtype}")
         settings = {"cluster.backend": backend, "model.dtype": dtype, "job.output": output, "cluster.workers": 1, "model.path": model, "data.train": json.dumps([SHORT]),
                     "data.eval": "[]", "evaluate.every_steps": 60, "checkpoint.every_steps": 0, "data.max_length": 192, "objective.beta": 0.1, "train.steps": 60,
-                    "train.batch_pairs": 8, "optimizer.learning_rate": 1e-4, "reference.store": os.path.join(SCRATCH, "references-larger")}
+                    "train.batch_pairs": 8, "optimizer.learning_rate": rate, "reference.store": os.path.join(SCRATCH, "references-larger")}
         command = [os.path.join(BIN, "coordinator"), "--config", "configs/quickstart-dpo.toml"]
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]

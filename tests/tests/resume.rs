@@ -332,6 +332,24 @@ fn t3_sigterm_saves_and_the_same_command_goes_on_to_the_same_bits() {
     stopped("TERM", 143);
 }
 
+/// As supervisors and schedulers stop a job, and `pkill`.
+#[test]
+fn sigterm_to_the_coordinator_and_its_workers_at_once_loses_no_step() {
+    let run = Run::new(SMALL).set("checkpoint.every_steps=0");
+    let mut coordinator = run.start();
+    coordinator.wait_until("rows of metrics", || rows(&run).len() >= 6);
+    signal(&format!("-{}", coordinator.id()), "TERM");
+    let status = coordinator.wait();
+    assert_eq!(status.code(), Some(143), "{}", coordinator.said());
+    let before = rows(&run);
+    assert!((6..STEPS).contains(&before.len()), "{}", before.len());
+    assert_eq!(run.checkpoints(), [before.len()], "{}", coordinator.said());
+    run.complete();
+    // Which step was under way when a worker left is another time another one, and so is the world that computes it.
+    assert_eq!(rows(&run)[..before.len()], before, "earlier rows stay");
+    assert_eq!(rows(&run).len(), STEPS);
+}
+
 #[test]
 fn t3_a_lost_worker_ends_the_job_with_its_rank_and_the_same_command_goes_on_to_the_same_bits() {
     for which in [0, 1] {

@@ -20,7 +20,7 @@ use wire::{Pass, Token};
 use crate::agent::{Ending, Options, serve};
 use crate::backend::{Backend, device};
 use crate::log::{self, LogFormat};
-use crate::presence::{EXIT_DRAINED, Presence};
+use crate::presence::{CTRL_C, EXIT_DRAINED, Presence, SIGTERM};
 use crate::session::{Door, EXIT_TEMPORARY, SessionError};
 use crate::transport::{Choice, Transport};
 use crate::watched::Watched;
@@ -333,8 +333,10 @@ fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Presence, Runtime)> {
     let presence = Presence::default();
     if arguments.child {
         follow_parent(&runtime)?;
+        // Supervisors and schedulers send it to all processes of a job at once.
+        presence.follow_signals(&runtime, &[SIGTERM])?;
     } else {
-        presence.follow_signals(&runtime)?;
+        presence.follow_signals(&runtime, &[SIGTERM, CTRL_C])?;
     }
     if let Some(address) = &arguments.health {
         presence.serve_health(address, &runtime)?;

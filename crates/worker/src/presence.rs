@@ -14,6 +14,11 @@ use tonic_health::server::HealthReporter;
 
 use crate::session::Voice;
 
+/// What a supervisor ends a process with.
+pub(crate) const SIGTERM: (SignalKind, &str) = (SignalKind::terminate(), "SIGTERM");
+/// What a terminal sends to all that was started in it.
+pub(crate) const CTRL_C: (SignalKind, &str) = (SignalKind::interrupt(), "Ctrl-C");
+
 /// Exit code of a worker that was told to leave.
 pub(crate) const EXIT_DRAINED: u8 = 143;
 
@@ -53,14 +58,15 @@ impl Presence {
         self.state().leaving.is_some()
     }
 
-    /// The first SIGTERM or Ctrl-C asks the coordinator to let this worker go, so that its job forms a generation without it, or saves
+    /// The first of these signals asks the coordinator to let this worker go, so that its job forms a generation without it, or saves
     /// first; without a session, or the second time, the process leaves at once.
-    pub(crate) fn follow_signals(&self, runtime: &Runtime) -> anyhow::Result<()> {
+    pub(crate) fn follow_signals(
+        &self,
+        runtime: &Runtime,
+        kinds: &[(SignalKind, &'static str)],
+    ) -> anyhow::Result<()> {
         let entered = runtime.enter();
-        for (kind, name) in [
-            (SignalKind::terminate(), "SIGTERM"),
-            (SignalKind::interrupt(), "Ctrl-C"),
-        ] {
+        for &(kind, name) in kinds {
             let mut signals = signal(kind).context("listen for signals")?;
             let presence = self.clone();
             runtime.spawn(async move {
