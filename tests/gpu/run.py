@@ -237,11 +237,17 @@ class Service:
 
 
 def rows(output):
-    """The rows of a run so far."""
+    """The whole rows of a run so far."""
     try:
-        return [json.loads(line) for line in open(os.path.join(output, "metrics.jsonl"))]
+        return [json.loads(line) for line in open(os.path.join(output, "metrics.jsonl")) if line.endswith("\n")]
     except OSError:
         return []
+
+
+def exported(output):
+    """The exported weights of a run, and of an adapter's also the adapter."""
+    files = [os.path.join(output, *name) for name in (("export", "model.safetensors"), ("adapter", "adapter_model.safetensors"))]
+    return [open(file, "rb").read() for file in files if os.path.exists(file)]
 
 
 def wait_for_rows(output, count):
@@ -281,16 +287,19 @@ def job():
             two, again = (service.result(name + turn, 2, *settings) for turn in ("", "-again"))
             compare(f"job of 2 workers over NCCL, {name}", alone[:10], two, again)
         for name, settings in (("bf16-zero2", offload[:2]), ("bf16-offload", offload), ("bf16-lora", [offload[0], "adapter.kind=lora", "adapter.rank=8"])):
-            whole = rows(os.path.join(SCRATCH, "job-" + name)) or service.result(name, 2, *settings)
+            first = os.path.join(SCRATCH, "job-" + name)
+            whole = rows(first) or service.result(name, 2, *settings)
             settings = [*settings, f"checkpoint.every_steps={max(1, JOB_STEPS // 6)}"]
-            _, before = service.begin(name + "-restarted", 2, JOB_STEPS // 3, *settings)
+            output, _ = service.begin(name + "-restarted", 2, JOB_STEPS // 3, *settings)
             service.kill()
+            before = len(rows(output))
             service.start()
             found = service.result(name + "-restarted", 2, *settings)
-            good = len(found) == JOB_STEPS and all(a == b for a, b in pairs(whole, found))
+            same = pairs(whole, found) and all(a == b for a, b in pairs(whole, found)) and exported(first) and exported(first) == exported(output)
+            good = before < len(found) == JOB_STEPS and bool(same)
             if not good:
                 FAILED.append("job")
-            row(f"all killed (-9) and started again, {name}", "passed" if good else "FAILED", f"{before} rows before; the same {len(found)} rows as without: {good}")
+            row(f"all killed (-9) and started again, {name}", "passed" if good else "FAILED", f"{before} rows before, {len(found)} in the end; the same rows and exported bits as without: {bool(same)}")
         for what, number in (("killed (-9)", signal.SIGKILL), ("stopped (SIGSTOP)", signal.SIGSTOP)):
             total, name = JOB_STEPS * 20 // 3, "lost-" + number.name
             settings = [*offload[:2], f"train.steps={total}"]

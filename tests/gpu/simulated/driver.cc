@@ -631,8 +631,8 @@ static void run_block(unsigned threads) {
     turned = 0;
     if (auto* source = drawing()) {
         // A warp that is not whole has no lane with another number.
-        if (threads % 32 == 0) turned = (*source)() / 7 % 32;
-        simulated->copies_at_once = (*source)() / 7 % 2;
+        if (threads % 32 == 0) turned = (*source)() % 32;
+        simulated->copies_at_once = (*source)() % 2;
     }
     for (unsigned t = 0; t < threads; t++) {
         // A stack on which `simulated_switch` returns into `begin`, aligned as after a call.
@@ -703,7 +703,7 @@ EXPORT int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, 
         running_arguments = pointers.data();
         const uint64_t blocks = (uint64_t)grid_x * grid_y * grid_z;
         const uint64_t begin = drawing() ? (*drawing())() % blocks : 0;
-        const bool backwards = drawing() && (*drawing())() / 7 % 2;
+        const bool backwards = drawing() && (*drawing())() % 2;
         for (uint64_t i = 0; i < blocks; i++) {
             const uint64_t block = (begin + (backwards ? blocks - i : i)) % blocks;
             simulated->block = {unsigned(block % grid_x), unsigned(block / grid_x % grid_y), unsigned(block / grid_x / grid_y)};

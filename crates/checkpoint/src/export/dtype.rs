@@ -129,7 +129,8 @@ impl Rounding {
     }
 }
 
-/// 16 random bits for every element of a tensor, always the same: BLAKE3's output for its name.
+/// 16 random bits for every element of a tensor, always the same: BLAKE3's output for its name. (Those of operands in training follow
+/// from places in its buckets, which an export does not know, and a GPU has to compute them.)
 pub(super) struct Thresholds {
     stream: blake3::OutputReader,
     bytes: Vec<u8>,
@@ -151,7 +152,7 @@ impl Thresholds {
         self.stream.fill(&mut self.bytes);
         let (pairs, _) = self.bytes.as_chunks::<2>();
         let mut pairs = pairs.iter();
-        move || pairs.next().map_or(0, |pair| u16::from_le_bytes(*pair))
+        move || u16::from_le_bytes(*pairs.next().expect("a threshold for every element"))
     }
 }
 

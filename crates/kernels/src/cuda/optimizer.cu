@@ -22,15 +22,17 @@ struct Rounding {
 };
 
 // Operands of weights that are elsewhere.
-extern "C" __global__ void rounded(const float* weights, __nv_bfloat16* operands, long long elements, int dithered, unsigned first) {
+extern "C" __global__ void rounded(const float* weights, __nv_bfloat16* operands, long long elements, int dithered,
+                                   unsigned first_place) {
   long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-  if (at < elements) operands[at] = Rounding{dithered, first}.operand(weights[at], at);
+  if (at < elements) operands[at] = Rounding{dithered, first_place}.operand(weights[at], at);
 }
 
 // AdamW. `operands` gets what the new weights are as operands where it is given.
 extern "C" __global__ void adamw(float* weights, float* first, float* second, const float* gradient, __nv_bfloat16* operands,
-                                 long long elements, int dithered, unsigned first_place, float clip, float keep_first, float add_first, float keep_second,
-                                 float add_second, float step_size, float root_correction, float eps, float keep_weight) {
+                                 long long elements, int dithered, unsigned first_place, float clip, float keep_first,
+                                 float add_first, float keep_second, float add_second, float step_size,
+                                 float root_correction, float eps, float keep_weight) {
   long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (at >= elements) return;
   float g = gradient[at] * clip;
@@ -44,7 +46,8 @@ extern "C" __global__ void adamw(float* weights, float* first, float* second, co
 }
 
 extern "C" __global__ void rmsprop(float* weights, float* second, const float* gradient, __nv_bfloat16* operands,
-                                   long long elements, int dithered, unsigned first_place, float clip, float keep, float add, float step_size, float eps) {
+                                   long long elements, int dithered, unsigned first_place, float clip, float keep,
+                                   float add, float step_size, float eps) {
   long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (at >= elements) return;
   float g = gradient[at] * clip;
