@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use collective::{Collective, CollectiveError, Op, Region, Ticket};
 use kernels::{Device, TileSums};
-use model::{Gradients, InputGradient, Model, Stage, Sums};
+use model::{Gradients, InputGradient, Layout, Model, Stage, Sums};
 
 use crate::moments::Moments;
 use crate::shards::{Shard, ShardedOptimizer, Whose, norm, sum_of_squares};
@@ -26,6 +26,32 @@ use crate::shared_sums::early_stages;
 
 /// Buckets that are on their way at once.
 pub(crate) const REDUCTIONS_IN_FLIGHT: usize = 4;
+
+/// Most elements of buckets that lie on a GPU at once, beside the sums of its shards: those of a stage while the backward adds to
+/// them, and as many as may be on their way that came before it, of the pack before it too. The embedding's are there all along
+/// where it is the head as well.
+pub(crate) fn most_elements_on_a_gpu(layout: &Layout) -> usize {
+    let is_tied = layout.buckets_of(Stage::Head).next().is_none();
+    let stays = |stage| is_tied && stage == Stage::Embedding;
+    let mut stages: Vec<Stage> = layout.buckets.iter().rev().map(|it| it.stage).collect();
+    stages.dedup();
+    let passing = stages.iter().filter(|&&stage| !stays(stage));
+    let lens: Vec<Vec<usize>> = passing
+        .map(|&stage| layout.buckets_of(stage).map(|at| layout.buckets[at].len))
+        .map(Iterator::collect)
+        .collect();
+    let at_once = (lens.len()..2 * lens.len()).map(|at| {
+        let before = (0..at)
+            .rev()
+            .flat_map(|at| lens[at % lens.len()].iter().rev());
+        let travelling: usize = before.take(REDUCTIONS_IN_FLIGHT).sum();
+        lens[at % lens.len()].iter().sum::<usize>() + travelling
+    });
+    let kept = layout.buckets.iter().filter(|it| stays(it.stage));
+    let kept: usize = kept.map(|it| it.len).sum();
+    // A bucket is there once.
+    (kept + at_once.max().unwrap_or(0)).min(layout.elements())
+}
 
 /// A gradient's sums over ranks, of the shards that a rank keeps.
 #[derive(Debug)]

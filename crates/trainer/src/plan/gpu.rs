@@ -318,6 +318,8 @@ impl WorkerMemory {
 mod tests {
     use std::path::Path;
 
+    use model::Stage;
+
     use super::*;
 
     const GIB: f64 = (1u64 << 30) as f64;
@@ -469,13 +471,13 @@ mod tests {
         let whole = parts(8, mirrored);
         assert_eq!(whole.gradients, 4 * elements);
         let shards = parts(8, sharded);
-        // The table of tokens, the head, and buckets on their way: a stage's, and four more.
-        let buckets = 4 * 2 * 128_256 * 4096;
-        let sums = 2 * 4 * elements / 8;
-        assert!(
-            (sums + buckets..sums + 2 * buckets).contains(&shards.gradients),
-            "{shards:?}"
-        );
+        // The last block while four buckets are on their way: the norm's, the head's, and of the pack before the table of tokens and
+        // the first block's last one.
+        let sums = 2 * workload.shard(&workload.gpu_knobs(8, sharded)) as usize;
+        let block = block(&workload.layout);
+        let last = block.last().expect("a bucket");
+        let travelling = 4096 + 2 * 128_256 * 4096 + last + block.iter().sum::<usize>();
+        assert_eq!(shards.gradients, 4 * (sums + travelling) as u64);
         assert_eq!(
             [shards.weights, shards.masters],
             [whole.weights, whole.masters]
@@ -508,6 +510,27 @@ mod tests {
             offered("cluster.zero") && offered("cluster.offload"),
             "{cures:?}"
         );
+    }
+
+    /// Elements of a block's buckets.
+    fn block(layout: &Layout) -> Vec<usize> {
+        let buckets = layout.buckets_of(Stage::Block(0));
+        buckets.map(|at| layout.buckets[at].len).collect()
+    }
+
+    #[test]
+    fn beside_a_table_that_is_the_head_as_well_blocks_come_and_go() {
+        let workload = workload(smollm2(), [1000, 600]);
+        let sharding = Sharding {
+            gradients: true,
+            ..Sharding::default()
+        };
+        let knobs = workload.gpu_knobs(8, sharding);
+        let [block] = block(&workload.layout)[..] else {
+            panic!("a small block has one bucket");
+        };
+        let elements = workload.shard(&knobs) as usize + 49_152 * 576 + 5 * block;
+        assert_eq!(workload.gradients(&knobs), 4 * elements as u64);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::{Lengths, Program, Workload};
 use crate::lanes::{lanes, pack_tokens};
 use crate::masters::GATHERS_IN_FLIGHT;
-use crate::shard_sums::REDUCTIONS_IN_FLIGHT;
+use crate::shard_sums::{REDUCTIONS_IN_FLIGHT, most_elements_on_a_gpu};
 
 /// Settings that memory depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -347,17 +347,21 @@ impl Workload {
         if !knobs.shards_gradients() {
             return self.trained.elements() as u64 * FLOAT;
         }
-        let mut lens = self.trained.bucket_lens();
-        lens.sort_unstable_by(|a, b| b.cmp(a));
-        // Those of a stage while the backward adds to them, and those before them.
-        let stage = self.trained.buckets.iter().map(|bucket| {
-            let others = self.trained.buckets_of(bucket.stage);
-            others.map(|other| self.trained.buckets[other].len).sum()
-        });
-        let largest: usize = stage.max().unwrap_or(0);
-        let travelling: usize = lens.iter().take(REDUCTIONS_IN_FLIGHT).sum();
-        let whole = self.trained.elements().min(largest + travelling) as u64;
-        (knobs.shards() * self.shard(knobs) + whole) * FLOAT
+        let whole = if knobs.gpu {
+            most_elements_on_a_gpu(&self.trained)
+        } else {
+            let mut lens = self.trained.bucket_lens();
+            lens.sort_unstable_by(|a, b| b.cmp(a));
+            // Those of a stage while the backward adds to them, and those before them, whose memory is used again for any bucket.
+            let stage = self.trained.buckets.iter().map(|bucket| {
+                let others = self.trained.buckets_of(bucket.stage);
+                others.map(|other| self.trained.buckets[other].len).sum()
+            });
+            let largest: usize = stage.max().unwrap_or(0);
+            let travelling: usize = lens.iter().take(REDUCTIONS_IN_FLIGHT).sum();
+            self.trained.elements().min(largest + travelling)
+        };
+        (knobs.shards() * self.shard(knobs) + whole as u64) * FLOAT
     }
 
     /// Whether the f32 weights are apart from what is computed with: workers share them out, or keep them beside their GPU.
