@@ -44,7 +44,12 @@ pub struct DeviceFacts {
     pub driver: i32,
     /// Bytes of memory.
     pub memory: usize,
+    /// Most bytes of shared memory that a block can have.
+    pub shared: usize,
 }
+
+/// The oldest compute capability whose instructions kernels use (Ampere: bf16 on tensor cores, copies in the background).
+const OLDEST_CAPABILITY: u32 = 80;
 
 static OPEN: Mutex<BTreeMap<usize, &'static Gpu>> = Mutex::new(BTreeMap::new());
 
@@ -97,6 +102,13 @@ impl Gpu {
         }
         let headers = headers()?;
         let device = driver::device::get(ordinal as i32).map_err(GpuError::of("cuDeviceGet"))?;
+        let facts = DeviceFacts::of(device)?;
+        if facts.capability < OLDEST_CAPABILITY {
+            return Err(GpuError::TooOld {
+                name: facts.name,
+                capability: facts.capability,
+            });
+        }
         // SAFETY: `device` is the driver's; the primary context is kept for good and shared with burn's backend.
         let context = unsafe {
             let context = driver::primary_ctx::retain(device)
@@ -106,7 +118,6 @@ impl Gpu {
         };
         let stream = driver::stream::create(driver::stream::StreamKind::NonBlocking)
             .map_err(GpuError::of("cuStreamCreate"))?;
-        let facts = DeviceFacts::of(device)?;
         Ok(Self {
             ordinal,
             device,
@@ -189,7 +200,7 @@ impl DeviceFacts {
     fn of(device: sys::CUdevice) -> Result<Self, GpuError> {
         use sys::CUdevice_attribute as Attribute;
         // SAFETY: `device` is the driver's, and the functions only read.
-        let (major, minor, memory, driver_version) = unsafe {
+        let (major, minor, shared, memory, driver_version) = unsafe {
             let attribute = |attribute| {
                 driver::device::get_attribute(device, attribute)
                     .map_err(GpuError::of("cuDeviceGetAttribute"))
@@ -201,6 +212,7 @@ impl DeviceFacts {
             (
                 attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
                 attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
                 driver::device::total_mem(device).map_err(GpuError::of("cuDeviceTotalMem"))?,
                 version,
             )
@@ -210,6 +222,7 @@ impl DeviceFacts {
             capability: (major * 10 + minor).unsigned_abs(),
             driver: driver_version,
             memory,
+            shared: usize::try_from(shared).unwrap_or(0),
         })
     }
 }

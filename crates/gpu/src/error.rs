@@ -37,6 +37,18 @@ pub enum GpuError {
         /// How many the driver shows.
         count: usize,
     },
+    /// A device without the instructions that kernels use.
+    #[error(
+        "{name} has compute capability {}.{}, and the kernels need 8.0 (Ampere) or later",
+        capability / 10,
+        capability % 10
+    )]
+    TooOld {
+        /// What it is called.
+        name: String,
+        /// Its compute capability: 75 is 7.5.
+        capability: u32,
+    },
     /// A kernel does not compile.
     #[error("NVRTC refuses {entry}: {log}")]
     Compile {

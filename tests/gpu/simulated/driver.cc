@@ -7,7 +7,8 @@
 // - New memory and a block's dynamic shared memory are filled with NaNs: what is read before it is written shows.
 // - Copies are checked against what is allocated, and a launch that is given another device's memory ends the process.
 //
-// SIMULATED_GPUS (1) and SIMULATED_GPU_MEMORY (bytes, 8 GiB) say what there is; CUDA_VISIBLE_DEVICES chooses as always.
+// SIMULATED_GPUS (1), SIMULATED_GPU_MEMORY (bytes, 8 GiB) and SIMULATED_GPU_CAPABILITY (90: 9.0) say what there is;
+// CUDA_VISIBLE_DEVICES chooses as always.
 #include <sys/mman.h>
 #include <dlfcn.h>
 #include <elf.h>
@@ -135,10 +136,24 @@ EXPORT int cuDeviceGetPCIBusId(char* text, int length, int device) {
     return SUCCESS;
 }
 
+static int capability() { return (int)setting("SIMULATED_GPU_CAPABILITY", 90); }
+
+// Most shared memory of a block, by compute capability (CUDA programming guide, technical specifications).
+static int most_shared_bytes() {
+    switch (capability()) {
+    case 75: return 64 << 10;
+    case 80: case 87: return 163 << 10;
+    case 86: case 89: case 120: case 121: return 99 << 10;
+    case 90: case 100: case 103: case 110: return 227 << 10;
+    }
+    die("compute capability %d is not simulated", capability());
+}
+
 EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
     switch (attribute) {
-    case 75: *value = 9; return SUCCESS;  // Compute capability 9.0.
-    case 76: *value = 0; return SUCCESS;
+    case 75: *value = capability() / 10; return SUCCESS;
+    case 76: *value = capability() % 10; return SUCCESS;
+    case 97: *value = most_shared_bytes(); return SUCCESS;
     }
     die("device attribute %d is not simulated", attribute);
 }
@@ -541,8 +556,7 @@ EXPORT int cuModuleGetFunction(Function** function, Module* module, const char* 
 
 EXPORT int cuFuncSetAttribute(Function* function, int attribute, int value) {
     if (attribute != 8) die("function attribute %d is not simulated", attribute);
-    // What compute capability 9.0 has.
-    if (value > 227 << 10) return INVALID_VALUE;
+    if (value > most_shared_bytes()) return INVALID_VALUE;
     function->shared_max = value;
     return SUCCESS;
 }

@@ -1,4 +1,4 @@
-// Attention over packs with shared prompts, forward and backward, for compute capability 9.0; compiled at run time.
+// Attention over packs with shared prompts, forward and backward, for compute capability 8.0 and later; compiled at run time.
 //
 // Rows of all tensors are row-major: queries, outputs and their gradients [rows, heads * HD], keys, values and their
 // gradients [rows, kv_heads * HD], statistics [heads, rows]. Query head h uses key head h / (heads / kv_heads).
@@ -7,7 +7,9 @@
 //   HD      columns of a head, a multiple of 4 up to 256; the kernels of bf16 are there for multiples of 16 alone
 //   WINDOW  1 if a query sees only the last `window` positions, its own included (1 <= window <= 2^30), else 0
 //   CAP     1 if scores s become cap * tanh(s / cap), else 0
-// The scale must be positive. Tile sizes can be set too; the launches below are for the defaults.
+//   ROOM    which tiles: 0 for blocks with 99 KiB of shared memory (compute capabilities 8.6, 8.9 and 12), 1 with 163 KiB
+//           (8.0), 2 with 227 KiB (9.0 and 10)
+// The scale must be positive.
 //
 // Every kernel gives the same bits on every run: no sum's order depends on timing.
 //
@@ -29,10 +31,13 @@
 //
 // with PITCH = 2 * HD + 16 bytes, 32 threads a warp, and
 //
-//   HD         QUERY_ROWS  FORWARD_WARPS, _KEYS  QUERY_WARPS, _KEYS  KEY_ROWS  KEY_WARPS, _QUERIES  SPLITS
-//   16..=64    128         4, 64                 8, 64               128       4, 32                1
-//   80..=128   128         4, 64                 4, 32               64        4, 64                1
-//   144..=256  128         8, 32                 8, 32               128       8, 32                2
+//   HD         ROOM  QUERY_ROWS  FORWARD_WARPS, _KEYS  QUERY_WARPS, _KEYS  KEY_ROWS  KEY_WARPS, _QUERIES  SPLITS
+//   16..=64    any   128         4, 64                 8, 64               128       4, 32                1
+//   80..=128   1, 2  128         4, 64                 4, 32               64        4, 64                1
+//              0     128         4, 32                 4, 16               64        4, 32                1
+//   144..=256  2     128         8, 32                 8, 32               128       8, 32                2
+//              1     64          4, 32                 4, 32               64        4, 32                2
+//              0     64          4, 16                 4, 16               32        2, 16                2
 //
 // DELTA_LANES is HD / 8 rounded up to a power of two, at least 2. Query tiles have at most QUERY_ROWS rows, key tiles
 // KEY_ROWS; empty ones are not listed.
@@ -43,40 +48,43 @@
 #ifndef CAP
 #define CAP 0
 #endif
-#ifndef QUERY_ROWS
+#ifndef ROOM
+#define ROOM 2
+#endif
+
+#if HD <= 64
 #define QUERY_ROWS 128
+#define FORWARD_WARPS 4
+#define FORWARD_KEYS 64
+#define QUERY_WARPS 8
+#define QUERY_KEYS 64
+#define KEY_ROWS 128
+#define KEY_WARPS 4
+#define KEY_QUERIES 32
+#elif HD <= 128
+#define QUERY_ROWS 128
+#define FORWARD_WARPS 4
+#define FORWARD_KEYS (ROOM ? 64 : 32)
+#define QUERY_WARPS 4
+#define QUERY_KEYS (ROOM ? 32 : 16)
+#define KEY_ROWS 64
+#define KEY_WARPS 4
+#define KEY_QUERIES (ROOM ? 64 : 32)
+#else
+#define QUERY_ROWS (ROOM == 2 ? 128 : 64)
+#define FORWARD_WARPS (QUERY_ROWS / 16)
+#define FORWARD_KEYS (ROOM ? 32 : 16)
+#define QUERY_WARPS (QUERY_ROWS / 16)
+#define QUERY_KEYS (ROOM ? 32 : 16)
+#define KEY_ROWS (32 << ROOM)
+#define KEY_WARPS (KEY_ROWS / 16)
+#define KEY_QUERIES (ROOM ? 32 : 16)
 #endif
-#ifndef FORWARD_WARPS
-#define FORWARD_WARPS (HD <= 128 ? 4 : 8)
-#endif
-#ifndef FORWARD_KEYS
-#define FORWARD_KEYS (HD <= 128 ? 64 : 32)
-#endif
+
 // Blocks that shall fit on a multiprocessor at once; bounds the registers.
-#ifndef FORWARD_BLOCKS
 #define FORWARD_BLOCKS (HD <= 64 ? 3 : HD <= 128 ? 2 : 1)
-#endif
-#ifndef QUERY_WARPS
-#define QUERY_WARPS (HD > 64 && HD <= 128 ? 4 : 8)
-#endif
-#ifndef QUERY_KEYS
-#define QUERY_KEYS (HD <= 64 ? 64 : 32)
-#endif
-#ifndef QUERY_BLOCKS
 #define QUERY_BLOCKS (HD <= 128 ? 2 : 1)
-#endif
-#ifndef KEY_ROWS
-#define KEY_ROWS (HD > 64 && HD <= 128 ? 64 : 128)
-#endif
-#ifndef KEY_WARPS
-#define KEY_WARPS (HD <= 128 ? 4 : 8)
-#endif
-#ifndef KEY_QUERIES
-#define KEY_QUERIES (HD > 64 && HD <= 128 ? 64 : 32)
-#endif
-#ifndef KEY_BLOCKS
 #define KEY_BLOCKS (HD <= 128 ? 2 : 1)
-#endif
 
 static_assert(HD % 4 == 0 && HD >= 4 && HD <= 256, "HD");
 

@@ -11,12 +11,14 @@ use crate::tensor::Array;
 use crate::{AttentionPlan, AttentionSaved, AttentionSegment, Tensor};
 
 const SOURCE: &str = include_str!("attention.cu");
-const MACROS: &[&str] = &["HD", "WINDOW", "CAP"];
+const MACROS: &[&str] = &["HD", "WINDOW", "CAP", "ROOM"];
 /// Most columns of a head.
 const HEAD_DIM_MAX: usize = 256;
 
 /// The tiles of `attention.cu` for a head of so many columns.
 struct Tiles {
+    /// Which row of the table there: the more, the more shared memory.
+    room: i32,
     query_rows: usize,
     key_rows: usize,
     forward: Block,
@@ -33,17 +35,28 @@ struct Block {
 }
 
 impl Tiles {
-    fn of(head_dim: usize) -> Self {
-        let (pitch, query_rows) = (2 * head_dim + 16, 128);
+    /// The largest whose blocks have `shared` bytes of shared memory each at most; the smallest if none have.
+    fn of(head_dim: usize, shared: usize) -> Self {
+        let [small, larger @ ..] = [0, 1, 2].map(|room| Self::with_room(head_dim, room));
+        let fitting = larger.into_iter().rev().find(|it| it.shared() <= shared);
+        fitting.unwrap_or(small)
+    }
+
+    fn with_room(head_dim: usize, room: i32) -> Self {
         // Warps of the three kernels, and what their tiles hold.
-        let ([forward, query, key], forward_keys, query_keys, key_rows, key_queries) =
-            match head_dim {
-                ..=64 => ([4, 8, 4], 64, 64, 128, 32),
-                65..=128 => ([4, 4, 4], 64, 32, 64, 64),
-                _ => ([8, 8, 8], 32, 32, 128, 32),
+        let ([forward, query, key], query_rows, forward_keys, query_keys, key_rows, key_queries) =
+            match (head_dim, room) {
+                (..=64, _) => ([4, 8, 4], 128, 64, 64, 128, 32),
+                (65..=128, 1..) => ([4, 4, 4], 128, 64, 32, 64, 64),
+                (65..=128, _) => ([4, 4, 4], 128, 32, 16, 64, 32),
+                (_, 2..) => ([8, 8, 8], 128, 32, 32, 128, 32),
+                (_, 1) => ([4, 4, 4], 64, 32, 32, 64, 32),
+                _ => ([4, 4, 2], 64, 16, 16, 32, 16),
             };
+        let pitch = 2 * head_dim + 16;
         let block = |warps, shared| Block { warps, shared };
         Self {
+            room,
             query_rows,
             key_rows,
             forward: block(forward, (query_rows + 4 * forward_keys) * pitch),
@@ -55,6 +68,16 @@ impl Tiles {
             splits: if head_dim <= 128 { 1 } else { 2 },
             delta_lanes: (head_dim / 8).next_power_of_two().max(2),
         }
+    }
+
+    /// Bytes of shared memory of the block with most.
+    fn shared(&self) -> usize {
+        let blocks = [&self.forward, &self.query, &self.key];
+        blocks
+            .map(|block| block.shared)
+            .into_iter()
+            .max()
+            .unwrap_or(0)
     }
 }
 
@@ -187,7 +210,8 @@ impl<'a> Call<'a> {
         if !fits || plan.window == Some(0) {
             return None;
         }
-        let (gpu, tiles) = (q.view.gpu(), Tiles::of(plan.head_dim));
+        let gpu = q.view.gpu();
+        let tiles = Tiles::of(plan.head_dim, gpu.facts().shared);
         Some(Self {
             gpu,
             plan,
@@ -211,7 +235,7 @@ impl<'a> Call<'a> {
                 self.plan.head_dim as i32,
                 i32::from(self.plan.window.is_some()),
                 i32::from(self.plan.soft_cap.is_some()),
-                0,
+                self.tiles.room,
             ],
         }
     }
