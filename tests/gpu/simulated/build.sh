@@ -17,7 +17,7 @@ build() { # NAME SOURCE [OPTIONS...]
 }
 build libcuda.so.1 driver.cc -ldl
 ln -sf libcuda.so.1 "$into/lib64/libcuda.so"
-build libnvrtc.so compiler.cc
+build libnvrtc.so compiler.cc -DNVIDIA_COMPILER="\"$PWD/nvidia_compiler.py\""
 build libcublasLt.so products.cc -L"$into/lib64" -l:libcuda.so.1
 build libnvidia-ml.so.1 management.cc
 build libnccl.so.2 nccl.cc -L"$into/lib64" -l:libcuda.so.1

@@ -1,4 +1,7 @@
 // libnvrtc.so on a machine without CUDA: kernels are compiled for the CPU by g++, as shared objects that driver.cc loads.
+//
+// With SIMULATED_GPU_NVRTC=FOLDER, of NVIDIA's wheels nvidia-cuda-nvrtc and nvidia-cuda-runtime, whose lib/ and include/ lie there,
+// NVIDIA's compiler has to take them too, for the device that is simulated (nvidia_compiler.py): what it refuses is refused, in its words.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -118,13 +121,21 @@ EXPORT int nvrtcCompileProgram(Program* program, int count, const char** options
             return 5;
         }
     }
+    std::string log = path + "/log", asked = "true";
+    if (const char* real = getenv("SIMULATED_GPU_NVRTC")) {
+        std::ofstream(path + "/kernels.cu") << program->source;
+        asked = "env -u LD_LIBRARY_PATH python3 " + quoted(NVIDIA_COMPILER) + " " + quoted(real) + " " + path + "/kernels.cu";
+        for (int i = 0; i < count; i++)
+            if (strncmp(options[i], "--include-path=", 15)) asked += " " + quoted(options[i]);
+    }
+    int status = system((asked + " > " + log + " 2>&1").c_str());
     command += " -include simulated.h";
     std::string text = for_the_cpu(program->source);
     size_t split = text.find("\n//ENTRIES\n");
     // First the kernels that these macros leave, by the preprocessor's word.
     std::ofstream(path + "/kernels.cc") << text.substr(0, split);
-    std::string plain = path + "/plain.cc", log = path + "/log";
-    int status = system((command + " -E -P " + path + "/kernels.cc -o " + plain + " 2> " + log).c_str());
+    std::string plain = path + "/plain.cc";
+    if (!status) status = system((command + " -E -P " + path + "/kernels.cc -o " + plain + " 2> " + log).c_str());
     if (!status) {
         std::string expanded = read(plain);
         std::ofstream file(path + "/kernels.cc", std::ios::app);
