@@ -78,6 +78,9 @@ pub fn has_left_a_thread() -> bool {
     HAS_LEFT_A_THREAD.load(Ordering::Relaxed)
 }
 
+/// How often a rank that connects looks whether it still should.
+const CONNECT_POLL: Duration = Duration::from_millis(50);
+
 /// A connected rank.
 pub struct Nccl {
     started: u64,
@@ -98,6 +101,18 @@ impl Nccl {
         member: Member,
         id: UniqueId,
         deadline: Instant,
+    ) -> Result<Self, CollectiveError> {
+        Self::connect_while(library, device, member, id, deadline, &|| Ok(()))
+    }
+
+    /// [`Nccl::connect`], given up as soon as `stands` fails.
+    fn connect_while(
+        library: Library,
+        device: &Device,
+        member: Member,
+        id: UniqueId,
+        deadline: Instant,
+        stands: &dyn Fn() -> Result<(), CollectiveError>,
     ) -> Result<Self, CollectiveError> {
         let local = |what: &str, cause: String| CollectiveError::Local {
             what: what.into(),
@@ -125,12 +140,19 @@ impl Nccl {
             jobs: Some(jobs),
             engine: Some(engine),
         };
+        // NCCL does not notice a rank that stays away.
+        while Instant::now() < deadline && !nccl.state.settles(Life::Connected, CONNECT_POLL) {
+            if let Err(failure) = stands() {
+                nccl.state.fail(failure);
+            }
+        }
         nccl.state.wait_for(Life::Connected, deadline)?;
         Ok(nccl)
     }
 
     /// [`Nccl::connect`] for the ranks of `door`, a collective of the same generation over which rank 0 tells the others its id.
-    /// The door is not needed afterwards; kept in a [`Pair`], it takes the regions of the host.
+    /// The door is not needed afterwards; kept in a [`Pair`], it takes the regions of the host. While NCCL connects, an end of the
+    /// door ends that too.
     ///
     /// # Errors
     /// As `connect`; the door's.
@@ -161,7 +183,8 @@ impl Nccl {
             what: "take rank 0's NCCL id".into(),
             cause: error.to_string(),
         })?;
-        Self::connect(library, device, member, id, deadline)
+        let stands = || door.check();
+        Self::connect_while(library, device, member, id, deadline, &stands)
     }
 
     /// The event behind a started operation on the stream, for work that is to follow it on the device without the host waiting:

@@ -460,6 +460,39 @@ fn the_id_travels_over_a_door_of_tcp() {
 }
 
 #[test]
+fn an_end_of_the_door_ends_a_connection_that_waits_for_a_rank() {
+    let listeners = [(); 2].map(|()| Rendezvous::bind([127, 0, 0, 1].into()).unwrap());
+    let addresses: Vec<String> = listeners.iter().map(Rendezvous::address).collect();
+    let [first, second] = listeners;
+    std::thread::scope(|scope| {
+        let addresses = &addresses;
+        let waiting = scope.spawn(move || {
+            let door = first.connect(0, addresses, GENERATION, [5; 32], soon());
+            let mut door = door.unwrap();
+            let aborter = door.aborter();
+            let ending = scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(300));
+                aborter.abort(GENERATION, "the coordinator says so");
+            });
+            let late = Instant::now() + Duration::from_mins(5);
+            let error = Nccl::connect_over(&mut door, library(), &device(0), late).err();
+            ending.join().unwrap();
+            error.unwrap()
+        });
+        // It takes the id, and never connects.
+        let mut door = second
+            .connect(1, addresses, GENERATION, [5; 32], soon())
+            .unwrap();
+        let empty = Region::HostBytes(Vec::new());
+        door.run(Op::Broadcast { root: 0 }, empty, soon()).unwrap();
+        let start = Instant::now();
+        let error = waiting.join().unwrap();
+        assert!(start.elapsed() < Duration::from_secs(5), "{error}");
+        assert!(matches!(error, CollectiveError::Aborted { .. }), "{error}");
+    });
+}
+
+#[test]
 fn versions_that_do_not_work_are_refused_with_a_cure() {
     for (code, expected) in [
         (

@@ -14,7 +14,7 @@ use trainer::plan::Peers;
 use trainer::{GateClosed, Membership, Past, Reformation, Sharding};
 
 use crate::gate::{REPEAT, closed};
-use crate::session::Session;
+use crate::session::{Session, Voice};
 use crate::transport::Transport;
 use crate::watched::Watched;
 
@@ -63,7 +63,7 @@ impl Entrance<'_> {
                 // The coordinator believed an old message: it hears what is true.
                 continue;
             }
-            match self.connect(&form) {
+            match self.connect(voice, &form) {
                 Ok(collective) => {
                     voice.enter(form.generation, &collective.aborter());
                     return Ok((form, collective));
@@ -76,7 +76,11 @@ impl Entrance<'_> {
         }
     }
 
-    fn connect(&self, form: &Formed) -> Result<Box<dyn Collective>, CollectiveError> {
+    fn connect(
+        &self,
+        voice: &Voice,
+        form: &Formed,
+    ) -> Result<Box<dyn Collective>, CollectiveError> {
         let (rank, generation) = (form.rank as usize, form.generation.0);
         if form.addresses.len() == 1 {
             return Ok(Box::new(single(generation)));
@@ -86,6 +90,8 @@ impl Entrance<'_> {
         let tcp = self
             .rendezvous
             .connect(rank, addresses, generation, secret, deadline)?;
+        // What follows may wait for peers too, and the rendezvous has nothing left to end.
+        voice.enter(form.generation, &tcp.aborter());
         self.transport.connect(tcp, deadline)
     }
 
@@ -191,7 +197,13 @@ fn hear_form(
                 });
             }
             Some((_, CoordinatorMessage::Welcome { .. } | CoordinatorMessage::Abort { .. }))
-            | None => say()?,
+            | None => {
+                if voice.is_spare() && found.is_none() {
+                    let reason = "a spare is to load first".into();
+                    return Err(GateClosed { reason });
+                }
+                say()?;
+            }
             Some(_) => {}
         }
     }

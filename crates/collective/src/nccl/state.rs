@@ -203,6 +203,17 @@ impl State {
         })
     }
 
+    /// Whether `life` is reached, or something has failed, within `patience`.
+    pub(super) fn settles(&self, life: Life, patience: Duration) -> bool {
+        let shared = self.lock();
+        let is_open = |shared: &mut Shared| shared.life != life && shared.failure.is_none();
+        let (mut shared, _) = self
+            .changed
+            .wait_timeout_while(shared, patience, is_open)
+            .unwrap_or_else(PoisonError::into_inner);
+        !is_open(&mut shared)
+    }
+
     /// `look` until it finds something; what it says it awaits is in the error if the deadline passes.
     fn wait_until<T>(
         &self,
