@@ -164,6 +164,27 @@ fn m4_a_worker_that_slept_past_the_limit_is_left_behind_and_comes_back() {
     assert!(events(&run, "rewind").is_empty(), "a step was lost");
 }
 
+/// Put out while it loads, it comes back as one that has nothing, and loads before it is taken in.
+#[test]
+fn m4_so_does_one_that_slept_before_it_had_loaded() {
+    let run = run();
+    let mut running = run.start();
+    running.wait_until("a generation", || {
+        std::thread::sleep(Duration::from_millis(1));
+        !events(&run, "form").is_empty()
+    });
+    let sleeper = *running.workers().first().expect("a worker");
+    signal(&sleeper.to_string(), "STOP");
+    wait_for_world(&run, &mut running, 1, 0);
+    let before = generation(&run);
+    signal(&sleeper.to_string(), "CONT");
+    wait_for_world(&run, &mut running, 2, before);
+    assert!(running.workers().contains(&sleeper));
+    let status = running.wait();
+    assert!(status.success(), "{status}: {}", running.said());
+    assert_eq!(run.metrics().len() as u64, STEPS);
+}
+
 #[test]
 fn m4_with_all_workers_killed_at_once_the_run_goes_back_to_its_last_checkpoint() {
     let whole = without_faults();

@@ -85,6 +85,12 @@ impl Arena {
         spans.end() - spans.used()
     }
 
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
+        spans.used()
+    }
+
     /// The most bytes in use at one time.
     pub fn peak(&self) -> usize {
         self.spans

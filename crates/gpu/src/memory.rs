@@ -73,6 +73,11 @@ impl Gpu {
         Ok((free + self.arena.idle(), total))
     }
 
+    /// Bytes in use.
+    pub fn used_bytes(&self) -> usize {
+        self.arena.used()
+    }
+
     /// The most bytes that were in use at one time since [`Gpu::forget_peak`].
     pub fn peak_bytes(&self) -> usize {
         self.arena.peak()

@@ -192,12 +192,12 @@ impl Plan {
         })
     }
 
-    /// Whether the algorithm takes this shape.
+    /// Whether the algorithm takes this shape with the workspace that there is: partial sums of more rows need more of it.
     fn serves(&self, handle: sys::cublasLtHandle_t) -> bool {
-        let mut found = std::mem::MaybeUninit::uninit();
-        // SAFETY: all descriptors live, and what is found is only asked whether it was.
+        let mut found = std::mem::MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed();
+        // SAFETY: all descriptors live, and zeros are a result.
         unsafe {
-            sys::cublasLtMatmulAlgoCheck(
+            let answer = sys::cublasLtMatmulAlgoCheck(
                 handle,
                 self.operation,
                 self.rhs,
@@ -206,9 +206,8 @@ impl Plan {
                 self.out,
                 &raw const self.algorithm,
                 found.as_mut_ptr(),
-            )
-            .result()
-            .is_ok()
+            );
+            answer.result().is_ok() && found.assume_init().workspaceSize <= WORKSPACE_BYTES
         }
     }
 

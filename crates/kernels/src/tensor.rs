@@ -160,6 +160,24 @@ impl Device {
         }
     }
 
+    /// Bytes of a GPU that this process uses; none elsewhere.
+    pub fn used_bytes(&self) -> u64 {
+        match &self.0 {
+            Kind::Burn(_) => 0,
+            #[cfg(feature = "cuda")]
+            Kind::Gpu(gpu) => gpu.used_bytes() as u64,
+        }
+    }
+
+    /// Whether the device still does what it is asked for. A GPU whose driver has reported a fault never does again in this process.
+    pub fn answers(&self) -> bool {
+        match &self.0 {
+            Kind::Burn(_) => true,
+            #[cfg(feature = "cuda")]
+            Kind::Gpu(gpu) => gpu.synchronize().is_ok(),
+        }
+    }
+
     /// What a GPU does in `work`, by kernel and product, the longest first; nothing elsewhere. Every launch is timed, which
     /// makes `work` slower.
     ///

@@ -437,12 +437,14 @@ fn masters_elsewhere(buckets: &[Vec<f32>]) {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn an_update_moves_masters_that_are_elsewhere_and_their_operands_and_no_others() {
-    uneven_and_even(1003, 1).into_iter().for_each(updated);
+    for weights in uneven_and_even(1003, 1) {
+        updated(&weights);
+    }
 }
 
-fn updated(weights: Vec<f32>) {
+fn updated(weights: &[f32]) {
     let device = Device::cuda(0).unwrap();
-    let flat = Flat::from_host(vec![weights.clone()], Precision::Bf16, &device);
+    let flat = Flat::from_host(vec![weights.to_vec()], Precision::Bf16, &device);
     let before = flat.operand(&whole(1003), [1003]).into_vec();
     // A shard, and of it a stretch that begins anywhere.
     let (shard, stretch) = (251..777, 303..771);
@@ -475,7 +477,7 @@ fn updated(weights: Vec<f32>) {
     };
     kernels::update(&flat, 0, stretch.clone(), &of_gradient, kept, clip, &rule);
     let moved = masters.clone().into_vec();
-    let (mut operands, mut all) = (before, weights.clone());
+    let (mut operands, mut all) = (before, weights.to_vec());
     all[shard.clone()].copy_from_slice(&moved);
     for (index, value) in moved.iter().enumerate() {
         let was = weights[shard.start + index];

@@ -70,7 +70,7 @@ impl Setup {
         } = Tokens::load(spec, Kept::Always, progress)?;
         let mismatched = MismatchedPairs::of(spec, &train, eval.as_ref())?;
         let scored = held_out(spec, eval.as_ref());
-        check_gpu(spec, &train.pairs, scored, peers, device)?;
+        check_gpu(spec, &train.pairs, scored, peers, device, 0)?;
         // A worker may have done another job before.
         device.forget_peak();
         progress("load model", 0, 1)?;
@@ -92,6 +92,16 @@ impl Setup {
             adapter,
             notes,
         })
+    }
+
+    /// Whether what it becomes as one of `peers` has room where it was loaded, which was perhaps as one of others.
+    ///
+    /// # Errors
+    /// A GPU without it.
+    pub fn check_room(&self, peers: Peers) -> Result<(), TrainError> {
+        let (train, device) = (&self.train.pairs, &self.device);
+        let loaded = device.used_bytes();
+        check_gpu(&self.spec, train, self.held_out(), peers, device, loaded)
     }
 
     /// What this run is made of.

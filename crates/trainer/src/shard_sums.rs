@@ -214,7 +214,9 @@ impl<'a> Streamed<'a> {
                 self.land();
             }
             if self.failure.is_some() {
-                return;
+                // The backward goes on to its end: its gradient must not pile up meanwhile.
+                self.gradients.drop_bucket(bucket);
+                continue;
             }
             let region = if self.resident {
                 Region::Device(self.gradients.region(bucket).expect("a gradient on a GPU"))
@@ -236,18 +238,20 @@ impl<'a> Streamed<'a> {
         let Some((bucket, ticket)) = self.in_flight.pop_front() else {
             return;
         };
-        if self.failure.is_some() {
-            return;
-        }
-        let range = self.shards[bucket].range.clone();
-        let region = match self.collective.wait(ticket, Instant::now() + self.patience) {
-            Ok(region) => region,
-            Err(error) => {
-                self.failure = Some(error);
-                return;
-            }
+        let landed = match &self.failure {
+            None => self.collective.wait(ticket, Instant::now() + self.patience),
+            Some(failure) => Err(failure.clone()),
         };
-        self.add(Whose::Own, bucket, range, region);
+        match landed {
+            Ok(region) => {
+                let range = self.shards[bucket].range.clone();
+                self.add(Whose::Own, bucket, range, region);
+            }
+            Err(error) => {
+                self.gradients.drop_bucket(bucket);
+                self.failure = Some(error);
+            }
+        }
     }
 
     /// Adds `range` of a bucket that has come to the sums of that shard.

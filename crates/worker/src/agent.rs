@@ -27,6 +27,8 @@ use crate::watched::Watched;
 /// Version that all members of a job must share.
 pub(crate) const BUILD: &str = env!("CARGO_PKG_VERSION");
 
+/// As many workers as a job may have and more.
+const MANY: usize = 1 << 12;
 /// How much later than an error the GPU's own word about it may come.
 #[cfg(feature = "cuda")]
 const FAULT_PATIENCE: Duration = Duration::from_secs(1);
@@ -99,6 +101,8 @@ enum AgentError {
     Closed(#[from] GateClosed),
     #[error("the training thread panicked: {0}")]
     Panicked(String),
+    #[error("the GPU does not answer any more: {0}")]
+    Device(String),
     #[error(
         "checkpoint.path: {folder} on {worker} is not the coordinator's folder ({reason}); all workers and the coordinator must \
          see one folder under this path, such as a network file system: set job.output or checkpoint.path to one"
@@ -193,9 +197,14 @@ fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError>
                 thread: "training",
                 source,
             })?;
-        training
-            .join()
-            .unwrap_or_else(|panic| Err(AgentError::Panicked(words(&*panic))))
+        training.join().unwrap_or_else(|panic| {
+            let words = words(&*panic);
+            Err(if options.device.answers() {
+                AgentError::Panicked(words)
+            } else {
+                AgentError::Device(words)
+            })
+        })
     })
 }
 
@@ -226,25 +235,31 @@ fn train(
     spec: &Spec,
     entrance: &Entrance<'_>,
 ) -> Result<(), AgentError> {
-    let mut loaded = None;
-    if session.voice().is_spare() {
-        // It loads before it is admitted, so that the others need not wait for that.
-        session.voice().await_next(Awaits::Form);
-        let held = Vec::new();
-        session.voice().say(WorkerMessage::Held { held })?;
-        // It may become one of two or more.
-        loaded = Some(load(options, session, spec, entrance.peers(2), None)?);
-    }
+    let mut loaded: Option<Setup> = None;
     let mut place: Option<(Formed, Membership)> = None;
     loop {
         let (form, membership) = if let Some(place) = place.take() {
             place
         } else {
-            let found = loaded.as_ref();
-            let found = found.map(|it: &Setup| to_protocol(it.facts(), 0));
-            let (form, collective) = entrance.enter(session, &[], found.as_ref())?;
-            let membership = entrance.membership(session, &form, collective);
-            (form, membership)
+            if session.voice().is_spare() && loaded.is_none() {
+                // It loads before it is admitted, so that the others need not wait for that.
+                session.voice().await_next(Awaits::Form);
+                let held = Vec::new();
+                session.voice().say(WorkerMessage::Held { held })?;
+                // It may become one of any number: what has no room among many has none at all, and `prepare` sees how many.
+                let peers = entrance.peers(MANY);
+                loaded = Some(load(options, session, spec, peers, None)?);
+            }
+            let found = loaded.as_ref().map(|it| to_protocol(it.facts(), 0));
+            match entrance.enter(session, &[], found.as_ref()) {
+                Ok((form, collective)) => {
+                    let membership = entrance.membership(session, &form, collective);
+                    (form, membership)
+                }
+                // It was put out before it had loaded, and is a spare since.
+                Err(_) if session.voice().is_spare() && loaded.is_none() => continue,
+                Err(error) => return Err(error.into()),
+            }
         };
         let (generation, rank) = (form.generation, form.rank);
         let trainer = prepare(
@@ -323,10 +338,11 @@ fn prepare(
 ) -> Result<(Trainer, WorkerMessage), AgentError> {
     let voice = session.voice();
     let generation = Some(form.generation);
+    let peers = entrance.peers(form.addresses.len());
     let setup = if let Some(setup) = loaded {
+        setup.check_room(peers)?;
         setup
     } else {
-        let peers = entrance.peers(form.addresses.len());
         load(options, session, spec, peers, generation)?
     };
     if form.rank == 0 {
@@ -337,7 +353,6 @@ fn prepare(
         setup.keep_source(&entrance.checkpoints)?;
     }
     if options.device == Device::flex() {
-        let peers = entrance.peers(form.addresses.len());
         memory::check(&setup, peers.workers, form.neighbors(), peers.sharding)?;
     }
     let facts = setup.facts();
@@ -390,7 +405,9 @@ impl AgentError {
     fn cause(&self) -> Cause {
         match self {
             Self::Job(_) | Self::OtherDisk { .. } | Self::Memory(_) => Cause::Config,
-            Self::Session(_) | Self::Collective(_) | Self::Closed(_) => Cause::Temporary,
+            Self::Session(_) | Self::Collective(_) | Self::Closed(_) | Self::Device(_) => {
+                Cause::Temporary
+            }
             Self::Panicked(_) => Cause::Fatal,
             Self::Train(error) => match error.cause() {
                 trainer::Cause::Config => Cause::Config,

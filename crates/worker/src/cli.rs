@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -62,9 +62,9 @@ struct Serve {
     /// Leave with the end of the first job instead of waiting for the next.
     #[arg(long)]
     once: bool,
-    /// Address of this machine on which the other workers reach this one.
-    #[arg(long, value_name = "IP", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
-    listen: IpAddr,
+    /// Address of this machine on which the other workers reach this one; by default the one from which it reaches the coordinator.
+    #[arg(long, value_name = "IP")]
+    listen: Option<IpAddr>,
     /// What gradients are reduced over between workers.
     #[arg(long, value_enum, default_value_t)]
     collective: Choice,
@@ -253,6 +253,10 @@ fn serve_jobs(arguments: &Serve) -> ExitCode {
         if presence.is_leaving() {
             return ExitCode::from(EXIT_DRAINED);
         }
+        if !options.device.answers() {
+            tracing::error!("this process ends: its GPU answers only a new one");
+            return ExitCode::from(EXIT_TEMPORARY);
+        }
         let next = Next::of(&ending);
         match next {
             Next::Leave => return ExitCode::from(EXIT_DRAINED),
@@ -312,11 +316,11 @@ impl Next {
 }
 
 fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Presence, Runtime)> {
-    anyhow::ensure!(
-        !arguments.listen.is_unspecified(),
-        "--listen {}: name the address of this machine at which the other workers reach it",
-        arguments.listen
-    );
+    if let Some(listen) = arguments.listen.filter(IpAddr::is_unspecified) {
+        anyhow::bail!(
+            "--listen {listen}: name the address of this machine at which the other workers reach it"
+        );
+    }
     let name = arguments.name.clone().unwrap_or_else(default_name);
     anyhow::ensure!(
         protocol::is_name(&name),
@@ -347,24 +351,49 @@ fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Presence, Runtime)> {
     if let Some(device) = device.gpu() {
         crate::watch::start(device, &presence, &gpu);
     }
+    let url = arguments.coordinator.clone();
+    let url = url.context("--coordinator is missing")?;
+    let listen = arguments.listen.unwrap_or_else(|| own_address(&url));
     let options = Options {
         door: Door {
-            url: arguments
-                .coordinator
-                .clone()
-                .context("--coordinator is missing")?,
+            url,
             pass: Pass::new(token.as_ref()),
             once: arguments.once,
         },
         device_text: Compute::describe(&device),
         transport: Transport::open(arguments.collective, &device)?,
         device,
-        listen: arguments.listen,
+        listen,
         name,
         patience: CONNECT_PATIENCE,
         gpu,
     };
     Ok((options, presence, runtime))
+}
+
+/// The address from which this machine reaches the coordinator at `url`, and at which others that do can be expected to reach it.
+fn own_address(url: &str) -> IpAddr {
+    let found = tonic::codegen::http::Uri::try_from(url)
+        .ok()
+        .and_then(|uri| {
+            let host = uri.host()?.trim_matches(['[', ']']);
+            let remote = (host, uri.port_u16().unwrap_or(80))
+                .to_socket_addrs()
+                .ok()?
+                .next()?;
+            let any: IpAddr = match remote {
+                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            // Of a datagram socket this only asks for the route.
+            let socket = UdpSocket::bind((any, 0)).ok()?;
+            socket.connect(remote).ok()?;
+            Some(socket.local_addr().ok()?.ip())
+        });
+    found.unwrap_or_else(|| {
+        tracing::warn!("no way to {url} yet: this worker serves its peers on loopback; name its address with --listen");
+        Ipv4Addr::LOCALHOST.into()
+    })
 }
 
 /// The host's name and the process id, with other characters than names have left out.
@@ -432,9 +461,8 @@ fn run_score(arguments: &Score) -> anyhow::Result<()> {
         data: data_config(&arguments.data, arguments.max_length)?,
         micro_batch_tokens: arguments.micro_batch_tokens,
     };
-    let file = File::create(&arguments.out)
-        .with_context(|| format!("create {}", arguments.out.display()))?;
-    let mut out = BufWriter::new(file);
+    // What is there stays until there is something to put in its place.
+    let mut out = None;
     let pairs = trainer::score(&request, &device, &mut |scored| -> anyhow::Result<()> {
         let mut line = Map::new();
         line.insert("index".into(), scored.index.into());
@@ -447,10 +475,20 @@ fn run_score(arguments: &Score) -> anyhow::Result<()> {
             line.insert("chosen_ids".into(), json!(scored.pair.chosen));
             line.insert("rejected_ids".into(), json!(scored.pair.rejected));
         }
+        let out = match &mut out {
+            Some(out) => out,
+            none => {
+                let file = File::create(&arguments.out)
+                    .with_context(|| format!("create {}", arguments.out.display()))?;
+                none.insert(BufWriter::new(file))
+            }
+        };
         writeln!(out, "{}", Value::Object(line)).context("write a line")
     })?;
-    out.flush()
-        .with_context(|| format!("write {}", arguments.out.display()))?;
+    if let Some(mut out) = out {
+        out.flush()
+            .with_context(|| format!("write {}", arguments.out.display()))?;
+    }
     eprintln!("{pairs} pairs scored, {}", arguments.out.display());
     Ok(())
 }

@@ -373,10 +373,15 @@ async fn connect(
     patience: Duration,
 ) -> Result<Streaming<proto::ToWorker>, SessionError> {
     let url = door.url.as_str();
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|error| SessionError::Url {
+    let refused = |reason: String| SessionError::Url {
         url: url.into(),
-        reason: error.to_string(),
-    })?;
+        reason,
+    };
+    let endpoint =
+        Endpoint::from_shared(url.to_owned()).map_err(|error| refused(error.to_string()))?;
+    if endpoint.uri().scheme_str() != Some("http") {
+        return Err(refused("it has to begin with http://".into()));
+    }
     let endpoint = endpoint
         .connect_timeout(Duration::from_secs(5))
         .http2_keep_alive_interval(KEEPALIVE)

@@ -261,7 +261,7 @@ impl Peers {
 }
 
 /// Says what the job of `spec` on these pairs, as one of `peers`, needs of the GPU `device`, before anything is allocated there;
-/// elsewhere nothing.
+/// elsewhere nothing. `loaded` bytes of it are there already.
 ///
 /// # Errors
 /// A GPU that has no room for it.
@@ -271,20 +271,30 @@ pub(crate) fn check(
     held_out: &[Pair],
     peers: Peers,
     device: &Device,
+    loaded: u64,
 ) -> Result<(), TrainError> {
     let Some([free, total]) = device.available_and_total() else {
         return Ok(());
     };
     let config = ModelConfig::load(&spec.model.path)?;
     let workload = Workload::new(spec, config, train, held_out)?;
-    judge(&workload, peers, free, total).map_err(|refusal| TrainError::Gpu(Box::new(refusal)))
+    judge(&workload, peers, free + loaded, total)
+        .map_err(|refusal| TrainError::Gpu(Box::new(refusal)))
+}
+
+fn workers(workers: usize) -> String {
+    match workers {
+        1 => "alone".into(),
+        many => format!("as one of {many} workers"),
+    }
 }
 
 fn judge(workload: &Workload, peers: Peers, free: u64, total: u64) -> Result<(), GpuRefusal> {
     let knobs = workload.gpu_knobs(peers.workers, peers.sharding);
     let memory = workload.gpu_memory(&knobs);
     tracing::info!(
-        "GPU memory: {memory}; {} of {} are free",
+        "GPU memory, {}: {memory}; {} of {} are free",
+        workers(peers.workers),
         size(free),
         size(total)
     );
