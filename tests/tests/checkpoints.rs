@@ -116,12 +116,7 @@ fn an_export_by_hand_is_the_runs_own_and_has_what_transformers_reads() {
     let output = checkpoint(
         "export",
         &run.path("checkpoints"),
-        &[
-            "--model",
-            "configs/quickstart/reference",
-            "--out",
-            &out.display().to_string(),
-        ],
+        &["--out", &out.display().to_string()],
     );
     assert!(output.status.success(), "{}", text(&output));
     let weights = fs::read(out.join("model.safetensors")).expect("weights");

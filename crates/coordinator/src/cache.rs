@@ -3,12 +3,10 @@
 use std::{
     env,
     fmt::Write as _,
-    io::{self, Write as _},
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
-use anyhow::Context;
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 use refcache::{
@@ -21,6 +19,7 @@ use crate::{
     numbers::grouped,
     run::{EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY, EXIT_USAGE},
     timestamp::rfc3339,
+    ui,
 };
 
 const BAR: &str = "{spinner:.green} {bytes}/{total_bytes} [{bar:32.cyan/dim}] {bytes_per_sec}";
@@ -122,13 +121,8 @@ pub fn run(cache: &Cache) -> anyhow::Result<u8> {
     for complaint in &answer.complaints {
         eprintln!("error: {complaint}");
     }
-    match writeln!(io::stdout().lock(), "{}", answer.text.trim_end()) {
-        // A reader that has seen enough is no error.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(error).context("write to standard output")
-        }
-        _ => Ok(answer.code),
-    }
+    ui::print(&answer.text)?;
+    Ok(answer.code)
 }
 
 /// Why a command is not one to carry out, if it is not.

@@ -15,6 +15,7 @@ use coordinator::config::{self, Config, ServiceConfig, Sources};
 use coordinator::init;
 use coordinator::log::{self, LogFormat};
 use coordinator::run::{EXIT_USAGE, Show, run};
+use coordinator::ui;
 
 /// Aligns a language model to preferences: starts workers on this machine, runs one job to its end, and exits; or, with
 /// --cluster, serves job after job to workers that join from anywhere.
@@ -235,10 +236,9 @@ fn main() -> ExitCode {
                     data: Some(data),
                     eval,
                 } => initialize(&file, &model, &data, eval.as_deref()).map(|()| 0),
-                _ => load(sources).map(|config| {
-                    print!("{}", config.to_toml());
-                    0
-                }),
+                _ => load(sources)
+                    .and_then(|config| ui::print(&config.to_toml()))
+                    .map(|()| 0),
             })
         }
         Some(Command::Data { sources, json }) => {
@@ -303,10 +303,8 @@ fn main() -> ExitCode {
                 json,
                 out,
             };
-            report(compare(&comparison).map(|text| {
-                println!("{text}");
-                0
-            }))
+            let compared = compare(&comparison).and_then(|text| ui::print(&text));
+            report(compared.map(|()| 0))
         }
         None if program.cluster => {
             log::start_service(program.log);
@@ -427,15 +425,25 @@ fn initialize(file: &Path, model: &Path, data: &Path, eval: Option<&Path>) -> an
         longest: train.longest,
         completion_tokens: train.scored_tokens as f64 / completions.max(1) as f64,
     };
-    let name = file
+    let stem = file
         .file_stem()
         .map_or("run".into(), |stem| stem.to_string_lossy());
+    let plain = |c: char| {
+        if protocol::is_name(&format!("a{c}")) {
+            c
+        } else {
+            '-'
+        }
+    };
+    let name = stem.trim_start_matches('.').chars().map(plain);
+    let name = name.collect::<String>();
     let text = init::configuration(&name, &files, &found).map_err(unusable)?;
     init::write(file, &text).map_err(unusable)?;
-    println!("{text}");
+    ui::print(&text)?;
     eprintln!(
-        "written to {0}; train with: coordinator {0}",
-        file.display()
+        "written to {}; train with: coordinator {}",
+        file.display(),
+        quoted(&file.display().to_string())
     );
     Ok(())
 }
@@ -499,13 +507,16 @@ fn sentence(error: &anyhow::Error) -> String {
 
 /// What was typed, to be typed again.
 fn command_line() -> String {
-    let quote = |word: String| {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,".contains(c);
-        if word.chars().all(plain) {
-            word
-        } else {
-            format!("'{}'", word.replace('\'', r"'\''"))
-        }
-    };
-    std::env::args().map(quote).collect::<Vec<_>>().join(" ")
+    let words = std::env::args().map(|word| quoted(&word));
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// A word as a shell reads it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,".contains(c);
+    if word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
 }

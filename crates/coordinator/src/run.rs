@@ -23,7 +23,7 @@ use crate::launcher::{Launch, launch};
 use crate::metrics;
 use crate::only;
 use crate::server::{self, Doors, Route};
-use crate::ui::{Banner, Console};
+use crate::ui::{self, Banner, Console};
 
 /// Clients that wait for their answer; whoever comes later waits to ask.
 pub(crate) const ASKS_MAX: usize = 256;
@@ -74,7 +74,7 @@ pub fn run(config: &Config, show: &Show) -> anyhow::Result<u8> {
         let summary = attempt.summary_path();
         tracing::info!(outcome = %driven.outcome, summary = %summary.display(), "ended");
     } else {
-        println!("{report}");
+        ui::print(&report)?;
     }
     Ok(exit_code(&driven.outcome, signalled))
 }

@@ -1,6 +1,10 @@
 //! What a person at the terminal sees: before (a banner), while it runs (a bar, or plain lines), and after (a table).
 //!
-//! Everything is text made from values; only [`Console`] writes.
+//! Everything is text made from values; only [`Console`] writes, and [`print`] to standard output.
+
+use std::io::{ErrorKind, Write};
+
+use anyhow::Context;
 
 mod banner;
 mod console;
@@ -9,6 +13,17 @@ mod report;
 pub use banner::Banner;
 pub use console::Console;
 pub use report::Report;
+
+/// Writes `text` and the end of a line to standard output. A reader that has gone is no error.
+///
+/// # Errors
+/// What else keeps it from being written.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    match writeln!(std::io::stdout().lock(), "{}", text.trim_end()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("write to standard output"),
+    }
+}
 
 /// Columns that text is wrapped to.
 const WIDTH: usize = 100;

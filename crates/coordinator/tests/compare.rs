@@ -310,12 +310,15 @@ fn a_reference_store_beside_the_runs_is_passed_over() {
     let run = runs.add("one", CAL_DPO, 4, (2.0, -4.0));
     let store = runs.path("reference-store");
     fs::create_dir_all(store.join("0f".repeat(32))).unwrap();
-    let text = runs.compare(&[store.clone(), run]);
-    check(&text, &["│ one"], &["reference-store"]);
+    let tokens = runs.path("data-cache");
+    fs::create_dir_all(&tokens).unwrap();
+    fs::write(tokens.join(format!("{}.pairs", "a1".repeat(32))), "tokens").unwrap();
+    let text = runs.compare(&[store.clone(), tokens, run]);
+    check(&text, &["│ one"], &["reference-store", "data-cache"]);
     let error = runs.try_compare(&[store], false).unwrap_err();
     check(
         &error.to_string(),
-        &["reference-store is a reference store, not a run"],
+        &["reference-store is a store of reference values or tokens, not a run"],
         &[],
     );
     assert!(error.downcast_ref::<CompareError>().unwrap().is_usage());

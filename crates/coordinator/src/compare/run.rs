@@ -95,9 +95,9 @@ impl Run {
         let mut runs = Vec::new();
         for path in directories {
             // They often lie among the runs, where `runs/*` names them too.
-            if is_reference_store(path) {
+            if is_store(path) {
                 stores.push(format!(
-                    "{} is a reference store, not a run directory",
+                    "{} is a store of reference values or tokens, not a run directory",
                     path.display()
                 ));
                 continue;
@@ -220,12 +220,13 @@ impl Measured {
     }
 }
 
-/// Whether `path` holds nothing but folders named by digests.
-fn is_reference_store(path: &Path) -> bool {
+/// Whether `path` holds nothing but what is named by digests, as reference values and tokens are.
+fn is_store(path: &Path) -> bool {
     let is_digest = |entry: fs::DirEntry| {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+        let digest = name.split('.').next().unwrap_or_default();
+        digest.len() == 64 && digest.bytes().all(|byte| byte.is_ascii_hexdigit())
     };
     let mut entries = fs::read_dir(path)
         .into_iter()

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
-use checkpoint::{Checkpoint, ExportDtype, ExportSummary};
+use anyhow::{Context, Result, ensure};
+use checkpoint::{Checkpoint, ExportDtype, ExportSummary, SOURCE};
 
 use crate::{print::print, progress::Progress, target::resolve};
 
@@ -12,8 +12,9 @@ use crate::{print::print, progress::Progress, target::resolve};
 pub struct ExportArgs {
     /// A checkpoint, or a directory of checkpoints.
     dir: PathBuf,
-    /// The model directory that the run began with: config, tokenizer and generation files come from there.
-    #[arg(long, required_unless_present = "adapter")]
+    /// The model directory that the run began with: config, tokenizer and generation files come from there. By default what the run
+    /// has kept of it beside its checkpoints.
+    #[arg(long)]
     model: Option<PathBuf>,
     /// Write the adapter by itself, in PEFT's format.
     #[arg(long, conflicts_with_all = ["model", "dtype", "max_shard_size"])]
@@ -41,9 +42,16 @@ pub fn export(args: &ExportArgs) -> Result<u8> {
 }
 
 fn write(args: &ExportArgs, checkpoint: &Path) -> Result<ExportSummary> {
-    let Some(model) = &args.model else {
+    if args.adapter {
         return Ok(checkpoint::export_adapter(checkpoint, &args.out)?);
-    };
+    }
+    let kept = checkpoint.with_file_name(SOURCE);
+    let model = args.model.as_ref().unwrap_or(&kept);
+    ensure!(
+        args.model.is_some() || kept.is_dir(),
+        "{} is not there, which a run keeps of its model: name that by --model",
+        kept.display()
+    );
     let manifest = Checkpoint::open(checkpoint)?.manifest().clone();
     let elements = manifest
         .tensors
