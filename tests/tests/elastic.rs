@@ -143,6 +143,16 @@ fn m4_killed_workers_are_left_behind_at_once_and_replaced() {
     assert!(took.iter().all(|it| *it <= 3000), "{took:?} ms");
 }
 
+/// Wakes a stopped worker, whose process trains again, and waits for the end of the run.
+fn wake(run: &Run, mut running: Running, sleeper: u32) {
+    let before = generation(run);
+    signal(&sleeper.to_string(), "CONT");
+    wait_for_world(run, &mut running, 2, before);
+    assert!(running.workers().contains(&sleeper));
+    let status = running.wait();
+    assert!(status.success(), "{status}: {}", running.said());
+}
+
 #[test]
 fn m4_a_worker_that_slept_past_the_limit_is_left_behind_and_comes_back() {
     let whole = without_faults();
@@ -153,13 +163,7 @@ fn m4_a_worker_that_slept_past_the_limit_is_left_behind_and_comes_back() {
     let before = generation(&run);
     signal(&sleeper.to_string(), "STOP");
     wait_for_world(&run, &mut running, 1, before);
-    let before = generation(&run);
-    signal(&sleeper.to_string(), "CONT");
-    // The same process, with what it holds.
-    wait_for_world(&run, &mut running, 2, before);
-    assert!(running.workers().contains(&sleeper));
-    let status = running.wait();
-    assert!(status.success(), "{status}: {}", running.said());
+    wake(&run, running, sleeper);
     audit(&run, &whole);
     assert!(events(&run, "rewind").is_empty(), "a step was lost");
 }
@@ -176,12 +180,7 @@ fn m4_so_does_one_that_slept_before_it_had_loaded() {
     let sleeper = *running.workers().first().expect("a worker");
     signal(&sleeper.to_string(), "STOP");
     wait_for_world(&run, &mut running, 1, 0);
-    let before = generation(&run);
-    signal(&sleeper.to_string(), "CONT");
-    wait_for_world(&run, &mut running, 2, before);
-    assert!(running.workers().contains(&sleeper));
-    let status = running.wait();
-    assert!(status.success(), "{status}: {}", running.said());
+    wake(&run, running, sleeper);
     assert_eq!(run.metrics().len() as u64, STEPS);
 }
 
