@@ -55,6 +55,8 @@ pub struct Job {
     skipped: u64,
     /// Checkpoints in a row that could not be written.
     unsaved: u32,
+    /// When the last step may be saved again, after that failed.
+    save_again_ms: Option<u64>,
     /// By incarnation, which is the order of their ranks.
     members: Roster,
     phase: Phase,
@@ -129,6 +131,7 @@ impl Job {
             facts: recovery.facts.clone(),
             skipped: recovery.skipped,
             unsaved: 0,
+            save_again_ms: None,
             members: Roster::default(),
             table: Table::default(),
             phase: Phase::Gathering {

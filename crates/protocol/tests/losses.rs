@@ -5,10 +5,10 @@
 mod support;
 
 use protocol::{
-    Action, Awaits, Cause, Event, Generation, Incarnation, JobPolicy, Outcome, Recovery, Step,
-    Waiting, WorkerMessage,
+    Action, Awaits, Cause, CoordinatorMessage, Event, FromWorker, Generation, Incarnation, JobId,
+    JobPolicy, Outcome, Record, Recovery, Step, Waiting, WorkerMessage,
 };
-use support::{Play, aborted, cut, journaled, notes, outcome, policy, stopped};
+use support::{Play, aborted, cut, journaled, notes, outcome, policy, stopped, told};
 
 fn lose(play: &mut Play, incarnation: u64) -> Vec<Action> {
     play.event(Event::Disconnected {
@@ -313,31 +313,104 @@ fn so_many_failed_checkpoints_in_a_row_end_the_job_and_one_that_holds_begins_the
     failed(&refused(&mut play, 6), Cause::Fatal, &parts);
 }
 
-#[test]
-fn a_failed_last_checkpoint_ends_the_job() {
+/// Both ways in which a checkpoint fails: a part could not be written, or the manifest.
+fn failures(step: u64) -> [Event; 2] {
+    let step = Step(step);
     let reason = "disk full".to_string();
-    let actions = draining().say(
-        1,
-        WorkerMessage::SaveFailed {
-            step: Step(1),
-            asked: Generation(0),
-            reason,
-        },
-    );
-    failed(
-        &actions,
-        Cause::Fatal,
-        &["checkpoint of step 1", "rank 0", "disk full"],
-    );
-    let failure = Event::CheckpointFailed {
-        step: Step(1),
-        reason: "torn".into(),
+    let (asked, generation) = (Generation(0), Generation(0));
+    let message = WorkerMessage::SaveFailed {
+        step,
+        asked,
+        reason: reason.clone(),
     };
-    failed(
-        &draining().event(failure),
-        Cause::Fatal,
-        &["checkpoint of step 1", "torn"],
+    let said = Event::Message(FromWorker {
+        job: JobId("run".into()),
+        incarnation: Incarnation(1),
+        generation,
+        message,
+    });
+    [said, Event::CheckpointFailed { step, reason }]
+}
+
+/// The event in the generation that holds now.
+fn now(play: &Play, mut event: Event) -> Event {
+    if let Event::Message(message) = &mut event {
+        message.generation = play.job.generation();
+    }
+    event
+}
+
+/// Both members leave the generation with the state of step 1, and the pause before the next try passes.
+fn tries_again(play: &mut Play) {
+    let generation = play.job.generation().0;
+    for member in 1..=2 {
+        let held = vec![cut(generation, member as u32 - 1, 2, 1, true)];
+        assert_eq!(journaled(&play.held(member, generation, held)), []);
+    }
+    let early = play.pass(7_999, &[1, 2]);
+    assert_eq!((journaled(&early), outcome(&early)), (vec![], None));
+    let again = play.pass(1, &[1, 2]);
+    assert_eq!(
+        journaled(&again),
+        [support::generation(generation + 1, &[1, 2])]
     );
+    let go = play.ready_all(1);
+    let saves = |(_, message): &(u64, CoordinatorMessage)| {
+        matches!(
+            message,
+            CoordinatorMessage::Go {
+                save: true,
+                last: true,
+                ..
+            }
+        )
+    };
+    assert_eq!(told(&go).iter().filter(|it| saves(it)).count(), 2);
+}
+
+#[test]
+fn a_last_checkpoint_that_failed_is_tried_again_after_a_pause_and_then_the_job_completes() {
+    for failure in failures(1) {
+        let mut play = draining();
+        play.save(2, 1);
+        let failure = now(&play, failure);
+        let actions = play.event(failure);
+        let why = notes(&actions, "unsaved").concat();
+        assert!(why.contains("checkpoint of step 1"), "{why}");
+        assert!(why.contains("disk full"), "{why}");
+        assert_eq!((aborted(&actions), outcome(&actions)), (vec![1, 2], None));
+        tries_again(&mut play);
+        let durable = play.checkpoint(1);
+        assert_eq!(journaled(&durable), [Record::Checkpoint { step: Step(1) }]);
+        assert_eq!(outcome(&play.finish_all()), Some(Outcome::Completed));
+    }
+}
+
+#[test]
+fn a_last_checkpoint_is_tried_so_often_and_not_without_members_that_hold_its_state() {
+    for failure in failures(1) {
+        let mut play = draining();
+        for _ in 1..=2 {
+            let failure = now(&play, failure.clone());
+            assert_eq!(outcome(&play.event(failure)), None);
+            tries_again(&mut play);
+        }
+        let parts = [
+            "3 checkpoints in a row",
+            "checkpoint of step 1",
+            "disk full",
+        ];
+        let failure = now(&play, failure);
+        failed(&play.event(failure), Cause::Fatal, &parts);
+    }
+    let mut play = draining();
+    play.save(1, 1);
+    play.save(2, 1);
+    lose(&mut play, 1);
+    lose(&mut play, 2);
+    let [_, failure] = failures(1);
+    let parts = ["checkpoint of step 1", "disk full"];
+    failed(&play.event(failure), Cause::Fatal, &parts);
 }
 
 #[test]

@@ -32,6 +32,8 @@ pub(super) enum Deadline {
     Step,
     /// The last checkpoint is visible.
     Save,
+    /// The last checkpoint, which failed, may be tried again.
+    SaveAgain,
     /// All members have left.
     Finish,
     /// A step is committed.
@@ -188,6 +190,8 @@ impl Job {
                 let abort_ms = self.elastic().abort_timeout_ms;
                 if self.members.values().any(|it| it.held.is_none()) {
                     (since_ms + abort_ms, Deadline::Abort)
+                } else if let Some(again_ms) = self.save_again_ms {
+                    (again_ms, Deadline::SaveAgain)
                 } else if self.awaits_publication() {
                     (since_ms + policy.save_timeout_ms, Deadline::Save)
                 } else {
@@ -236,6 +240,7 @@ impl Job {
             Deadline::Hang(incarnation) => return self.hung(now_ms, incarnation, actions),
             Deadline::Answer(incarnation) => return self.is_stuck(incarnation, actions),
             Deadline::Abort => return self.leave_behind(now_ms, actions),
+            Deadline::SaveAgain => return self.reform(now_ms, actions),
             Deadline::Grace => {
                 if let Phase::Gathering { grace_over, .. } = &mut self.phase {
                     *grace_over = true;

@@ -151,13 +151,17 @@ impl Job {
 
     /// Whether all that a job still waits for is the disk, so that it needs its members no more.
     pub(super) fn members_may_go(&self) -> bool {
+        let Phase::Draining { step: last, .. } = self.phase else {
+            return false;
+        };
         let publishing = |step: Step| self.saves.get(&step).is_some_and(|it| it.publishing);
-        matches!(self.phase, Phase::Draining { .. })
-            && self.evaluating.is_none()
+        self.evaluating.is_none()
+            && (self.newest.step >= last || publishing(last))
             && self.awaited_saves().all(publishing)
     }
 
-    /// A checkpoint will not become visible. The older one still serves, unless this was the last.
+    /// A checkpoint will not become visible. The older one still serves; the last one is tried again after a pause, as long as
+    /// members hold its state.
     pub(super) fn save_failed(
         &mut self,
         now_ms: u64,
@@ -169,8 +173,8 @@ impl Job {
             return;
         }
         let text = format!(
-            "checkpoint of step {step} could not be written: {reason}; make room there or see that it can be reached, or set \
-             checkpoint.path to another place"
+            "checkpoint of step {step} could not be written: {reason}; make room there or see that it can be reached, or \
+             move the folder elsewhere and set checkpoint.path to that"
         );
         actions.push(note("unsaved", text.clone()));
         self.unsaved += 1;
@@ -183,7 +187,11 @@ impl Job {
         }
         match &self.phase {
             Phase::Draining { step: last, .. } if *last == step => {
-                self.fail(Cause::Fatal, text, None, actions);
+                if self.members.is_empty() {
+                    return self.fail(Cause::Fatal, text, None, actions);
+                }
+                self.save_again_ms = Some(now_ms + self.elastic().abort_timeout_ms);
+                self.regroup(now_ms, text, actions);
             }
             _ => {
                 self.finish_when_drained(now_ms, actions);

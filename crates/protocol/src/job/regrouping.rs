@@ -298,6 +298,10 @@ impl Job {
         if self.members.values().any(|it| it.held.is_none()) {
             return;
         }
+        if self.save_again_ms.is_some_and(|at_ms| now_ms < at_ms) {
+            return;
+        }
+        self.save_again_ms = None;
         self.judge(actions);
         let next = self.next_members();
         if next.len() < self.wanted() {
