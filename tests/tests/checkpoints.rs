@@ -53,6 +53,73 @@ fn c2_a_flipped_byte_is_named_and_the_next_start_steps_back_to_what_holds() {
     assert!(run.exported() == whole.exported(), "the exports differ");
 }
 
+#[test]
+fn a_folder_of_checkpoints_is_one_runs_alone() {
+    let first = Run::new(SMALL).set("train.steps=2");
+    let checkpoints = first.folder().join("kept");
+    let path = format!("checkpoint.path={}", checkpoints.display());
+    let first = first.set(&path);
+    first.complete();
+    let last = checkpoints.join("step-00000002/manifest.json");
+    let manifest = fs::read(&last).expect("a checkpoint");
+
+    let second = Run::new(SMALL).set("job.seed=5").set(&path);
+    let refuse = |says: &[&str]| {
+        let output = second.output();
+        let said = text(&output);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        for part in says {
+            assert!(said.contains(part), "no `{part}` in: {said}");
+        }
+        let now = fs::read(&last).expect("the checkpoint");
+        assert!(now == manifest, "the other run's checkpoint changed");
+    };
+    let begun = first.folder().join("run").display().to_string();
+    refuse(&["checkpoint.path", "belongs to another run", &begun]);
+    // As an earlier version would have left it.
+    fs::remove_file(checkpoints.join("owner.json")).expect("the claim");
+    refuse(&["checkpoint.path", "holds step 2 of another run"]);
+    // Its own run still finds all in order.
+    first.complete();
+}
+
+#[test]
+fn checkpoints_that_are_not_where_they_were_are_asked_for_and_nothing_is_rewound() {
+    let whole = Run::new(SMALL);
+    whole.complete();
+
+    let run = Run::new(SMALL);
+    let mut coordinator = run.start();
+    coordinator.wait_until("two checkpoints", || run.checkpoints().len() >= 2);
+    coordinator.kill_everything();
+    let journal = fs::read(run.path("journal.log")).expect("a journal");
+    let moved = run.folder().join("moved");
+    fs::rename(run.path("checkpoints"), &moved).expect("move");
+    let output = run.output();
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    for part in [
+        "knows a checkpoint of step",
+        "checkpoint.path",
+        "there is none",
+        "job.output",
+    ] {
+        assert!(said.contains(part), "no `{part}` in: {said}");
+    }
+    assert!(
+        !run.path("checkpoints").exists(),
+        "an empty folder in its place"
+    );
+    let now = fs::read(run.path("journal.log")).expect("a journal");
+    assert!(now == journal, "the journal changed");
+
+    // The place that it was moved to is as good.
+    let run = run.set(&format!("checkpoint.path={}", moved.display()));
+    run.complete();
+    assert_same_rows("metrics.jsonl", &run.training(), &whole.training());
+    assert!(run.exported() == whole.exported(), "the exports differ");
+}
+
 /// Flips one bit in the middle of a rank's file and returns the file's name.
 fn flip(checkpoint: &Path) -> String {
     let file = fs::read_dir(checkpoint)

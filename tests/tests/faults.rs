@@ -68,6 +68,37 @@ fn a_clock_of_the_day_that_jumps_forth_and_back_costs_nothing() {
 }
 
 #[test]
+fn a_disk_that_is_full_at_the_end_costs_time_and_nothing_else() {
+    let only_last = || {
+        run()
+            .set("train.steps=12")
+            .set("checkpoint.every_steps=1000")
+    };
+    let plain = only_last();
+    plain.complete();
+
+    let run = only_last();
+    let faults = Faults::new(run.folder(), "/checkpoints/step-");
+    let run = with(run, &faults);
+    let mut running = run.start();
+    faults.fill_disk(true);
+    running.wait_until("a failed save", || {
+        kinds(&run).iter().any(|it| it == "unsaved")
+    });
+    faults.fill_disk(false);
+    let status = running.wait();
+    assert!(status.success(), "{status}: {}", running.said());
+    assert_eq!(run.checkpoints(), [12]);
+    assert_same_rows("metrics.jsonl", &run.training(), &plain.training());
+    assert!(run.exported() == plain.exported(), "the exports differ");
+    assert!(
+        !kinds(&run).iter().any(|it| it == "lost"),
+        "{:?}",
+        kinds(&run)
+    );
+}
+
+#[test]
 fn a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else() {
     let plain = run();
     plain.complete();

@@ -315,7 +315,9 @@ fn a_port_in_use_is_refused_with_the_key() {
 /// The disk is a file system of its own in a mount namespace of its own, too small for a third checkpoint.
 #[test]
 fn a_disk_that_is_full_while_saving_is_told_and_what_was_saved_stays() {
-    let run = Run::new(SMALL).set("checkpoint.keep_last=9");
+    let run = Run::new(SMALL)
+        .set("checkpoint.keep_last=9")
+        .set("cluster.heartbeat_timeout_seconds=2");
     fs::create_dir(run.path("")).expect("a run directory");
     let command = run.command();
     let words = std::iter::once(command.get_program()).chain(command.get_args());
@@ -341,7 +343,7 @@ fn a_disk_that_is_full_while_saving_is_told_and_what_was_saved_stays() {
     for word in [
         "checkpoint of step 15 could not be written",
         "No space left on device",
-        "make room there or see that it can be reached, or set checkpoint.path to another place",
+        "make room there or see that it can be reached, or move the folder elsewhere and set checkpoint.path to that",
         "exit 1",
         "step-00000010",
     ] {
@@ -350,6 +352,24 @@ fn a_disk_that_is_full_while_saving_is_told_and_what_was_saved_stays() {
     // A step whose save failed has no manifest, so that nothing half-written is taken for a checkpoint.
     let last = said.rsplit("step-00000024").next().expect("the listing");
     assert!(!last.contains("manifest.json"), "{said}");
+}
+
+#[test]
+fn a_run_that_a_misspelled_path_ended_leaves_its_directory_to_the_one_that_mends_it() {
+    let run = Run::new(SMALL).set("train.steps=1");
+    let output = run
+        .command()
+        .args(["--set", "data.train=[\"pears.jsonl\"]"])
+        .output()
+        .expect("the coordinator starts");
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(USAGE), "{said}");
+    assert!(said.contains("pears.jsonl"), "{said}");
+    let said = text(&run.complete());
+    assert!(said.contains("had not committed a step"), "{said}");
+    assert!(said.contains("data.train"), "{said}");
+    // What it did then stands.
+    run.complete();
 }
 
 #[test]

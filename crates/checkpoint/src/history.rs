@@ -23,7 +23,8 @@ pub struct Newest {
 /// a manifest are saves that were not completed and do not count; neither does a `dir` that is not there.
 ///
 /// # Errors
-/// Only if `dir` cannot be listed; a checkpoint that cannot be read is refused, with the reason.
+/// `dir` cannot be listed, or a file cannot be read: an older checkpoint must not be taken for the newest because a store was
+/// out of reach for a moment. One whose bytes are not what was written is refused, with the reason.
 pub fn newest(dir: &Path) -> Result<Newest, FileError> {
     newest_watched(dir, &|_| ())
 }
@@ -47,6 +48,10 @@ fn look(dir: &Folder, watch: Watch<'_>) -> Result<Newest, FileError> {
                 break;
             }
             Err(CheckpointError::Incomplete { .. }) => {}
+            // One that is being removed is not the newest either.
+            Err(CheckpointError::File(error)) if !storage::was_replaced(&error) => {
+                return Err(error);
+            }
             Err(error) => newest.refused.push((folder.path(), error.to_string())),
         }
     }

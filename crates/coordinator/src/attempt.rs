@@ -5,11 +5,16 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
-use checkpoint::newest;
-use protocol::{Job, JobId, JobSpec, Outcome, Recovery, Step, recover, recover_living};
+use checkpoint::{Newest, newest};
+use protocol::{
+    Cause, Job, JobId, JobSpec, Outcome, Record, Recovery, RecoveryError, Step, recover,
+    recover_living, saved,
+};
+use storage::FileError;
 use tokio::sync::mpsc;
 use wire::proto;
 
+use crate::claim::{self, ClaimError, Owner};
 use crate::config::Config;
 use crate::driver::{Checkpoints, Driven, Driver, Input};
 use crate::feed::Feed;
@@ -17,7 +22,8 @@ use crate::finish::{Finished, finish};
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::observer::Observer;
-use crate::run_directory::{Opened, RunDirectory};
+use crate::random;
+use crate::run_directory::{Opened, RunDirectory, RunDirectoryError};
 use crate::summary::ReferenceCounts;
 use crate::ui::Console;
 
@@ -31,20 +37,87 @@ const PROBE: &str = ".probe-";
 pub struct Attempt<'a> {
     config: &'a Config,
     directory: RunDirectory,
+    owner: Owner,
     recovery: Recovery,
     resume: Option<PathBuf>,
 }
 
+/// Why an attempt does not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum AttemptError {
+    /// The run directory cannot be used.
+    #[error(transparent)]
+    Directory(#[from] RunDirectoryError),
+    /// `checkpoint.path` is another run's, or cannot be claimed.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
+    /// `checkpoint.path` cannot be read.
+    #[error("look for checkpoints in checkpoint.path: {source}")]
+    Checkpoints {
+        /// Whether it is an object store, which may answer the next time.
+        remote: bool,
+        /// What the store answered.
+        #[source]
+        source: FileError,
+    },
+    /// The journal knows a checkpoint where there is none that holds.
+    #[error(
+        "the journal of {output} knows a checkpoint of step {step}, but in checkpoint.path {folder} {found}: mount or restore that \
+         folder, or name the place that it was moved to; to begin at step 0 instead, choose another job.output"
+    )]
+    Gone {
+        /// The run directory.
+        output: PathBuf,
+        /// The newest checkpoint that the journal knows.
+        step: Step,
+        /// Where it should be.
+        folder: PathBuf,
+        /// What is there.
+        found: &'static str,
+    },
+    /// The journal and the newest checkpoint contradict each other.
+    #[error("{source}; the journal is that of {output}, the checkpoint lies in {folder}")]
+    Recovery {
+        /// The run directory.
+        output: PathBuf,
+        /// `checkpoint.path`.
+        folder: PathBuf,
+        /// How.
+        #[source]
+        source: RecoveryError,
+    },
+}
+
+impl AttemptError {
+    /// What becomes of the job: [`Cause::Config`] where another configuration is the cure, [`Cause::Temporary`] where another
+    /// attempt may be.
+    pub fn cause(&self) -> Cause {
+        match self {
+            Self::Directory(error) if error.is_usage() => Cause::Config,
+            Self::Claim(ClaimError::Taken { .. } | ClaimError::Foreign { .. })
+            | Self::Gone { .. }
+            | Self::Recovery {
+                source: RecoveryError::CheckpointAhead { .. },
+                ..
+            } => Cause::Config,
+            Self::Checkpoints { remote: true, .. } => Cause::Temporary,
+            _ => Cause::Fatal,
+        }
+    }
+}
+
 impl<'a> Attempt<'a> {
-    /// Opens the run directory and looks for what to go on from: the newest checkpoint, or also what its workers may be `holding`.
+    /// Opens the run directory, claims the folder of its checkpoints, and looks for what to go on from: the newest checkpoint, or
+    /// also what its workers may be `holding`.
     ///
     /// # Errors
-    /// A directory that is another run's or held by another coordinator; damage.
-    pub fn open(config: &'a Config, holding: bool) -> anyhow::Result<Self> {
+    /// Directories that are another run's or held by another coordinator; damage; checkpoints that are gone.
+    pub fn open(config: &'a Config, holding: bool) -> Result<Self, AttemptError> {
         let Opened {
             directory,
             records,
             torn_bytes,
+            replaced,
         } = RunDirectory::open(&config.job.output, &config.identity, &config.to_toml())?;
         if torn_bytes > 0 {
             tracing::warn!(
@@ -52,17 +125,42 @@ impl<'a> Attempt<'a> {
                 "the journal's last record was torn and is cut off"
             );
         }
-        let checkpoints = newest(&config.checkpoint.path).context("look for checkpoints")?;
+        for difference in replaced {
+            tracing::warn!(
+                "{} held a run that had not committed a step, and begins anew: {difference}",
+                config.job.output.display()
+            );
+        }
+        let owner = Owner {
+            run: directory.id().to_owned(),
+            output: config.job.output.clone(),
+        };
+        let folder = &config.checkpoint.path;
+        claim::check(folder, &owner)?;
+        let checkpoints = newest(folder).map_err(|source| AttemptError::Checkpoints {
+            remote: storage::is_remote(folder),
+            source,
+        })?;
         for (path, reason) in &checkpoints.refused {
             tracing::warn!("{} cannot be used: {reason}", path.display());
         }
+        claim::check_newest(folder, &config.run_digest(), &checkpoints)?;
         let newest = checkpoints.found.as_ref().map(|it| Step(it.0));
         let recover = if holding { recover_living } else { recover };
+        let recovery = recover(&records, newest).map_err(|source| AttemptError::Recovery {
+            output: config.job.output.clone(),
+            folder: folder.clone(),
+            source,
+        })?;
+        if !recovery.completed {
+            check_present(config, &records, &checkpoints, holding)?;
+        }
         Ok(Self {
-            recovery: recover(&records, newest)?,
+            recovery,
             resume: checkpoints.found.map(|(_, path)| path),
             config,
             directory,
+            owner,
         })
     }
 
@@ -110,9 +208,8 @@ impl<'a> Attempt<'a> {
         queue: &mut mpsc::Receiver<Input>,
     ) -> anyhow::Result<Driven> {
         let config = self.config;
+        claim::claim(&config.checkpoint.path, &self.owner).map_err(AttemptError::from)?;
         let probe = Probe::leave(&config.checkpoint.path)?;
-        let mut secret = [0; 32];
-        getrandom::fill(&mut secret).context("read random bytes")?;
         let spec = JobSpec {
             id: JobId(config.job.name.clone()),
             policy: config.policy(),
@@ -120,7 +217,7 @@ impl<'a> Attempt<'a> {
             config_toml: config.training_toml(),
             checkpoint_dir: config.checkpoint.path.display().to_string(),
             probe: probe.name.clone(),
-            secret,
+            secret: random::bytes()?,
             fence: self.directory.take_over()?,
             recovery: self.recovery.clone(),
             resume: self.resume.as_ref().map(|path| path.display().to_string()),
@@ -159,7 +256,13 @@ impl<'a> Attempt<'a> {
             references: driven.references,
             same_command,
         };
-        finish(self.config, &mut self.directory, &finished)
+        let report = finish(self.config, &mut self.directory, &finished)?;
+        if driven.committed == Step(0)
+            && let Err(error) = claim::release(&self.config.checkpoint.path, &self.owner)
+        {
+            tracing::warn!("nothing was saved, and the claim on checkpoint.path stays: {error}");
+        }
+        Ok(report)
     }
 
     /// The job as it is at its end, for watchers.
@@ -190,6 +293,31 @@ impl<'a> Attempt<'a> {
     }
 }
 
+/// Refuses to rewind to the beginning because checkpoints are not where they were. Workers that may be `holding` the state are
+/// asked first where a folder is there and what it holds is damaged.
+fn check_present(
+    config: &Config,
+    records: &[Record],
+    checkpoints: &Newest,
+    holding: bool,
+) -> Result<(), AttemptError> {
+    let step = saved(records);
+    if step == Step(0) || checkpoints.found.is_some() {
+        return Ok(());
+    }
+    let found = match checkpoints.refused.is_empty() {
+        true => "there is none",
+        false if holding => return Ok(()),
+        false => "none holds, as the warnings above say",
+    };
+    Err(AttemptError::Gone {
+        output: config.job.output.clone(),
+        step,
+        folder: config.checkpoint.path.clone(),
+        found,
+    })
+}
+
 /// A file in the checkpoint folder that workers must see there; taken away when dropped.
 struct Probe {
     /// Empty where there is none.
@@ -215,9 +343,7 @@ impl Probe {
                 storage::remove_file(&entry.path())?;
             }
         }
-        let mut number = [0; 8];
-        getrandom::fill(&mut number).context("read random bytes")?;
-        let name = format!("{PROBE}{:016x}", u64::from_le_bytes(number));
+        let name = format!("{PROBE}{}", random::hexadecimal::<8>()?);
         let path = folder.join(&name);
         storage::atomic_write(&path, b"workers look for this file\n")?;
         let path = Some(path);

@@ -15,6 +15,7 @@
 
 mod attempt;
 pub mod cache;
+mod claim;
 pub mod client;
 pub mod cluster;
 pub mod compare;
@@ -37,6 +38,7 @@ mod phases;
 #[cfg(feature = "local")]
 pub mod plan;
 pub mod plots;
+mod random;
 mod rows;
 pub mod run;
 pub mod run_directory;

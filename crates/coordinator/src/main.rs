@@ -14,7 +14,7 @@ use coordinator::config::{self, Config, ServiceConfig, Sources};
 #[cfg(feature = "local")]
 use coordinator::init;
 use coordinator::log::{self, LogFormat};
-use coordinator::run::{EXIT_USAGE, Show, run};
+use coordinator::run::{AttemptError, EXIT_USAGE, Show, exit_code_of, run};
 use coordinator::ui;
 
 /// Aligns a language model to preferences: starts workers on this machine, runs one job to its end, and exits; or, with
@@ -482,13 +482,13 @@ fn report(result: anyhow::Result<u8>) -> ExitCode {
             if let Some(refused) = error.downcast_ref::<Refused>() {
                 return ExitCode::from(refused.exit_code());
             }
+            if let Some(refused) = error.downcast_ref::<AttemptError>() {
+                return ExitCode::from(exit_code_of(refused.cause()));
+            }
             let usage = error.is::<Unusable>()
                 || error
                     .downcast_ref::<CompareError>()
-                    .is_some_and(CompareError::is_usage)
-                || error
-                    .downcast_ref::<coordinator::run_directory::RunDirectoryError>()
-                    .is_some_and(coordinator::run_directory::RunDirectoryError::is_usage);
+                    .is_some_and(CompareError::is_usage);
             ExitCode::from(if usage { EXIT_USAGE } else { 1 })
         }
     }

@@ -191,6 +191,7 @@ impl JobMetrics {
             Record::Rewind { .. } => state.counts.rewinds += 1,
             Record::Facts { facts } => state.steps_planned = facts.steps_total,
             Record::Opened
+            | Record::Anew
             | Record::Generation { .. }
             | Record::Commit(_)
             | Record::Evaluation { .. }

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use wire::proto::job_event::Event as Kind;
 use wire::{Guard, Token};
 
+pub use crate::attempt::AttemptError;
 use crate::attempt::{Attempt, INPUTS_MAX};
 use crate::config::{Config, SecuritySection};
 use crate::driver::{Driven, Input};
@@ -227,10 +228,15 @@ fn exit_code(outcome: &Outcome, signalled: Option<u8>) -> u8 {
     match outcome {
         Outcome::Completed => EXIT_DONE,
         Outcome::Interrupted { .. } => signalled.map_or(EXIT_CANCELLED, |signal| 128 + signal),
-        Outcome::Failed { cause, .. } => match cause {
-            Cause::Config => EXIT_USAGE,
-            Cause::Temporary => EXIT_TEMPORARY,
-            Cause::Fatal => EXIT_FAILED,
-        },
+        Outcome::Failed { cause, .. } => exit_code_of(*cause),
+    }
+}
+
+/// The exit code of a job that failed for this cause.
+pub fn exit_code_of(cause: Cause) -> u8 {
+    match cause {
+        Cause::Config => EXIT_USAGE,
+        Cause::Temporary => EXIT_TEMPORARY,
+        Cause::Fatal => EXIT_FAILED,
     }
 }

@@ -36,7 +36,7 @@ use protocol::{
 use serde_json::{Value, json};
 use storage::{LineFile, Lock, atomic_write, create_directory};
 
-use crate::{monitor::Warning, plots::Drawing, summary::Summary, timestamp::rfc3339};
+use crate::{monitor::Warning, plots::Drawing, random, summary::Summary, timestamp::rfc3339};
 use journal::{Journal, OpenedJournal};
 use projection::Projection;
 use run_file::RunFile;
@@ -53,6 +53,18 @@ const OWN_FILES: [&str; 7] = [
     "samples.jsonl",
     "events.jsonl",
     "summary.json",
+];
+
+/// What a start that committed no step leaves of itself, and the run that takes its place begins without.
+const REPLACED_FILES: [&str; 7] = [
+    "metrics.jsonl",
+    "eval.jsonl",
+    "samples.jsonl",
+    "events.jsonl",
+    "data-report.txt",
+    "summary.json",
+    // Its id leads to a description that is not this run's.
+    "trackers.json",
 ];
 
 /// A run's directory, held by this process alone.
@@ -79,13 +91,17 @@ pub struct Opened {
     pub records: Vec<Record>,
     /// Bytes of a torn last record that were cut off the journal.
     pub torn_bytes: u64,
+    /// In which this run differs from the one whose place it took, because that had not committed a step.
+    pub replaced: Vec<Difference>,
 }
 
 impl RunDirectory {
-    /// Creates the directory, or opens the one that the same run left; `config.toml` becomes `config_toml`.
+    /// Creates the directory, or opens the one that the same run left; `config.toml` becomes `config_toml`. A run that had not
+    /// committed a step, such as one that a misspelled path ended, gives its place to another one.
     ///
     /// # Errors
-    /// Nothing is changed in a directory that another run or coordinator owns, except for the lock file.
+    /// Nothing is changed in a directory that another run or coordinator owns, except for the lock file and a torn end of the
+    /// journal.
     pub fn open(
         path: &Path,
         identity: &Value,
@@ -93,14 +109,29 @@ impl RunDirectory {
     ) -> Result<Opened, RunDirectoryError> {
         create_directory(path)?;
         let lock = Lock::acquire(&path.join(".lock"))?;
-        let run = enter(path, identity)?;
-        atomic_write(&path.join("config.toml"), config_toml.as_bytes())?;
+        let mut run = enter(path, identity)?;
+        let replaced = run.differences(identity);
         let journal_path = path.join("journal.log");
         let OpenedJournal {
-            journal,
-            records,
+            mut journal,
+            mut records,
             torn_bytes,
         } = Journal::open(&journal_path)?;
+        if !replaced.is_empty() {
+            if records.iter().any(|it| matches!(it, Record::Commit(_))) {
+                let (path, differences) = (path.to_owned(), replaced);
+                return Err(RunDirectoryError::AnotherRun { path, differences });
+            }
+            // A crash on the way leaves the former description and a journal that begins anew: either run may go on.
+            journal.append(Record::Anew)?;
+            records.push(Record::Anew);
+            for name in REPLACED_FILES {
+                storage::remove_file(&path.join(name))?;
+            }
+            run = RunFile::new(identity, run.id().to_owned());
+            run.write(&path.join("run.json"))?;
+        }
+        atomic_write(&path.join("config.toml"), config_toml.as_bytes())?;
         let commits = surviving(&records).map_err(|source| RunDirectoryError::Contradiction {
             path: journal_path,
             source,
@@ -124,7 +155,13 @@ impl RunDirectory {
             directory,
             records,
             torn_bytes,
+            replaced,
         })
+    }
+
+    /// What tells this run from all others, also from one of the same configuration in another directory.
+    pub fn id(&self) -> &str {
+        self.run.id()
     }
 
     /// Takes the run over from any coordinator before, durably: the fence of all that is written and said from here on.
@@ -319,22 +356,29 @@ impl RunDirectory {
     }
 }
 
-/// Reads or writes `run.json`; refuses a directory that is not this run's.
+/// Reads or writes `run.json`; refuses a directory that is no run's.
 fn enter(path: &Path, identity: &Value) -> Result<RunFile, RunDirectoryError> {
     let run_path = path.join("run.json");
-    if let Some(run) = RunFile::read(&run_path)? {
-        let differences = run.differences(identity);
-        if !differences.is_empty() {
-            let path = path.to_owned();
-            return Err(RunDirectoryError::AnotherRun { path, differences });
+    let draw = || {
+        random::hexadecimal::<16>().map_err(|source| RunDirectoryError::Read {
+            path: "random bytes".into(),
+            source,
+        })
+    };
+    match RunFile::read(&run_path)? {
+        Some(run) if run.id().is_empty() => {
+            let run = run.with_id(draw()?);
+            run.write(&run_path)?;
+            return Ok(run);
         }
-        return Ok(run);
+        Some(run) => return Ok(run),
+        None => {}
     }
     if let Some(found) = OWN_FILES.into_iter().find(|name| path.join(name).exists()) {
         let path = path.to_owned();
         return Err(RunDirectoryError::NotARun { path, found });
     }
-    let run = RunFile::new(identity);
+    let run = RunFile::new(identity, draw()?);
     // First of all files, so that a crash during the first start does not leave something that looks foreign.
     run.write(&run_path)?;
     Ok(run)

@@ -204,6 +204,64 @@ fn two_coordinators_cannot_hold_one_directory() {
 }
 
 #[test]
+fn a_run_that_committed_no_step_gives_its_place_to_another_and_one_that_did_never_again() {
+    let folder = run(0);
+    let path = folder.path();
+    let mut opened = open(path).unwrap();
+    let id = opened.directory.id().to_owned();
+    assert_eq!(id.len(), 32);
+    let facts = RunFacts::default();
+    opened.directory.agree(&facts).unwrap();
+    opened.directory.journal(&Record::Facts { facts }).unwrap();
+    let note = Note {
+        kind: "done",
+        text: "failed: no such file".into(),
+    };
+    opened.directory.event(UNIX_EPOCH, &note).unwrap();
+    fs::write(path.join("trackers.json"), "{}").unwrap();
+    drop(opened);
+
+    let other = json!({"job": {"seed": 7}, "objective": {"kind": "cal_dpo", "beta": 0.2}, "data": {"train": ["b"]}});
+    let open_other = || RunDirectory::open(path, &other, "# other\n");
+    let mut opened = open_other().unwrap();
+    assert_eq!(opened.replaced.len(), 2, "{:?}", opened.replaced);
+    assert_eq!(opened.records.last(), Some(&Record::Anew));
+    assert_eq!(opened.directory.id(), id, "its claims stay its own");
+    assert!(opened.directory.evaluations().is_empty() && opened.directory.samples().is_empty());
+    assert_eq!(read(&folder, "events.jsonl"), "");
+    assert!(!path.join("trackers.json").exists());
+    assert_eq!(read(&folder, "config.toml"), "# other\n");
+    let run: Value = serde_json::from_str(&read(&folder, "run.json")).unwrap();
+    assert_eq!((&run["identity"], &run["facts"]), (&other, &Value::Null));
+
+    commit(&mut opened.directory, 1);
+    drop(opened);
+    check_refused(open(path), &["objective.beta is 0.2 there, 0.1 here"]);
+    // Nor when the step was rewound: there may be checkpoints and plots of it.
+    let mut opened = open_other().unwrap();
+    assert_eq!(opened.replaced, []);
+    let rewind = Record::Rewind {
+        to: Step(0),
+        reason: "why".into(),
+    };
+    opened.directory.journal(&rewind).unwrap();
+    drop(opened);
+    check_refused(open(path), &["data.train"]);
+}
+
+#[test]
+fn a_run_without_an_id_is_given_one_that_stays() {
+    let folder = run(1);
+    let path = folder.path().join("run.json");
+    let mut run: Value = serde_json::from_str(&read(&folder, "run.json")).unwrap();
+    run.as_object_mut().unwrap().remove("id").unwrap();
+    fs::write(&path, run.to_string()).unwrap();
+    let id = open(folder.path()).unwrap().directory.id().to_owned();
+    assert_eq!(id.len(), 32);
+    assert_eq!(open(folder.path()).unwrap().directory.id(), id);
+}
+
+#[test]
 fn another_run_is_refused_with_the_keys_that_differ() {
     let folder = run(1);
     let other = json!({"job": {"seed": 8}, "objective": {"kind": "cal_dpo", "beta": 0.05}, "data": {"train": ["a"]}, "train": {"steps": 3}});

@@ -54,7 +54,7 @@ pub use phases::Phases;
 pub use policy::{Elastic, JobPolicy, PolicyError};
 pub use record::{
     CommitRecord, Entry, Outcome, Record, Recovery, RecoveryError, early_stop, fenced, recover,
-    recover_living, surviving,
+    recover_living, saved, surviving,
 };
 pub use report::{EvaluationRow, MetricsRow, Sample, Statistics, StepReport};
 pub use scheduler::{

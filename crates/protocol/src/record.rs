@@ -26,6 +26,9 @@ pub struct Entry<R = Record> {
 pub enum Record {
     /// A coordinator opened the journal, and from here on no other's records are accepted. Its first, before it says anything.
     Opened,
+    /// The run is another one from here on: what was agreed on and evaluated before does not count. Only where no step was ever
+    /// committed. Fences and generations go on, since somebody may still speak in an old one.
+    Anew,
     /// A generation was formed.
     Generation {
         /// Its number, never used again.
@@ -159,7 +162,7 @@ pub enum RecoveryError {
     },
     /// A checkpoint knows a commit that the journal does not (invariant M2).
     #[error(
-        "a checkpoint holds step {checkpoint}, but the journal ends at step {committed}: it is not this run's journal"
+        "a checkpoint holds step {checkpoint}, but the journal ends at step {committed}: it is not this run's journal; restore the journal, or choose another checkpoint.path"
     )]
     CheckpointAhead {
         /// The checkpoint's step.
@@ -183,7 +186,7 @@ pub enum RecoveryError {
     /// Evaluations and checkpoints are of committed steps, and a run is complete with its last commit.
     #[error("the journal {what} step {step} when step {committed} is its last commit")]
     Misplaced {
-        /// What it does with the step: `evaluates`, `saves`, `ends with`.
+        /// What it does with the step: `evaluates`, `saves`, `ends with`, `begins anew at`.
         what: &'static str,
         /// Which.
         step: Step,
@@ -309,7 +312,10 @@ fn follow(commits: &mut Vec<CommitRecord>, record: &Record) -> Result<(), Recove
             }
         }
         Record::Generation { generation, .. } => in_range("generation", generation.0)?,
-        Record::Opened | Record::Facts { .. } => {}
+        Record::Anew if committed > Step(0) => {
+            return Err(misplaced("begins anew at", Step(0), committed));
+        }
+        Record::Opened | Record::Anew | Record::Facts { .. } => {}
     }
     Ok(())
 }
@@ -353,6 +359,10 @@ fn evaluated(records: &[Record], last: Step) -> (Vec<EvaluationRow>, Option<Earl
                     decided.clone_from(stop);
                 }
             }
+            Record::Anew => {
+                rows.clear();
+                decided = None;
+            }
             Record::Rewind { to, .. } => {
                 rows.retain(|row| row.step <= to.0);
                 decided.take_if(|stop| stop.step > to.0);
@@ -361,6 +371,15 @@ fn evaluated(records: &[Record], last: Step) -> (Vec<EvaluationRow>, Option<Earl
         }
     }
     (rows, decided)
+}
+
+/// The newest checkpoint that the journal knows of and no rewind has passed over; step 0 if there is none.
+pub fn saved(records: &[Record]) -> Step {
+    records.iter().fold(Step(0), |newest, record| match record {
+        Record::Checkpoint { step } => newest.max(*step),
+        Record::Rewind { to, .. } => newest.min(*to),
+        _ => newest,
+    })
 }
 
 /// What to go on from, given the journal and the newest checkpoint that verifies.
@@ -428,6 +447,10 @@ pub fn recover_living(
                 recovery.members.clone_from(members);
             }
             Record::Facts { facts } => recovery.facts = Some(facts.clone()),
+            Record::Anew => {
+                recovery.facts = None;
+                recovery.members.clear();
+            }
             Record::Completed { .. } => recovery.completed = true,
             Record::Rewind { .. } => recovery.completed = false,
             Record::Commit(commit) => {

@@ -5,8 +5,8 @@
 mod support;
 
 use protocol::{
-    Entry, Fence, Generation, Incarnation, Phases, Record, Recovery, RecoveryError, Statistics,
-    Step, fenced, recover, surviving,
+    Entry, EvaluationRow, Fence, Generation, Incarnation, Phases, Record, Recovery, RecoveryError,
+    Statistics, Step, fenced, recover, saved, surviving,
 };
 use support::{commit, facts};
 
@@ -129,8 +129,46 @@ fn a_completed_run_stays_completed_though_its_checkpoints_may_be_gone() {
 }
 
 #[test]
+fn the_newest_checkpoint_that_the_journal_knows_is_the_last_that_no_rewind_passed_over() {
+    let checkpoint = |step| Record::Checkpoint { step: Step(step) };
+    let mut journal = vec![generation(1), commit(1, 1, true), commit(2, 1, true)];
+    assert_eq!(saved(&journal), Step(0));
+    journal.extend([checkpoint(2), checkpoint(1)]);
+    assert_eq!(saved(&journal), Step(2));
+    journal.extend([rewind(1), commit(2, 1, true)]);
+    assert_eq!(saved(&journal), Step(1));
+    journal.push(rewind(0));
+    assert_eq!(saved(&journal), Step(0));
+}
+
+#[test]
+fn a_run_that_begins_anew_knows_nothing_of_before_but_goes_on_counting() {
+    let evaluation = Record::Evaluation {
+        row: EvaluationRow::default(),
+        stop: None,
+    };
+    let before = [
+        generation(7),
+        Record::Facts { facts: facts(7, 0) },
+        evaluation,
+    ];
+    let known = recover(&before, None).unwrap();
+    assert_eq!((known.evaluations.len(), known.facts.is_some()), (1, true));
+    let anew = [&before[..], &[Record::Anew]].concat();
+    let expected = Recovery {
+        generation: Generation(7),
+        ..Recovery::default()
+    };
+    assert_eq!(recover(&anew, None), Ok(expected));
+    let misplaced = [commit(1, 1, true), Record::Anew];
+    let error = surviving(&misplaced).unwrap_err().to_string();
+    assert!(error.contains("begins anew"), "{error}");
+}
+
+#[test]
 fn records_read_back_as_they_were_written() {
     let records = [
+        Record::Anew,
         generation(3),
         Record::Facts { facts: facts(7, 0) },
         commit(1, 3, true),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use checkpoint::TrainState;
 use collective::Collective;
-use data::{Dataset, Pair, StepPairs, Tokenizer, step_pairs};
+use data::{Dataset, Pair, Place, StepPairs, Tokenizer, step_pairs};
 use model::Device;
 use objective::{BatchStatistics, PairLogps, RunningMean};
 use spec::{Schedule, Spec};
@@ -27,6 +27,9 @@ use crate::shards::{Reduced, ShardedOptimizer, Sharding};
 use crate::snapshot::{Destination, Saver, restore};
 use crate::utilization::{mfu, needed, peak_of};
 use crate::warm_up::tell_kernels;
+
+/// Most rows that a warning names.
+const NAMED_MAX: usize = 8;
 
 /// A rank's place among the others, for one generation.
 pub struct Membership {
@@ -458,7 +461,12 @@ impl Trainer {
         )?;
         let report = self.report(step, order.epoch, &batch, &prepared);
         self.learner.times = Phases::default();
-        let Prepared { reduced, shift, .. } = prepared;
+        let Prepared {
+            pairs: scored,
+            reduced,
+            shift,
+            ..
+        } = prepared;
         self.learner.pulse.turn_to(Work::Waits);
         let verdict = timed(&mut self.learner.times.wait, || gate.prepared(&report));
         self.learner.pulse.turn_to(Work::Computes);
@@ -480,6 +488,13 @@ impl Trainer {
             gathered = self.learner.apply(reduced, report.learning_rate);
             self.learner.shift = shift;
         } else {
+            if self.learner.collective.rank() == 0 {
+                let places = order
+                    .pairs
+                    .iter()
+                    .map(|&pair| &self.train.pairs[pair].place);
+                tracing::warn!("step {step} is skipped: {}", not_finite(places, &scored));
+            }
             self.learner.skip(reduced);
         }
         // Committed and applied here, whatever became of the gather.
@@ -657,4 +672,28 @@ impl Reference {
             .map(|(index, (pair, logps))| pair_logps(pair, logps, eval.map(|eval| eval[index])))
             .collect()
     }
+}
+
+/// Why a gradient is not finite, as far as the log-probs of its pairs tell.
+fn not_finite<'a>(places: impl Iterator<Item = &'a Place>, scored: &[PairLogps]) -> String {
+    let broken = |pair: &PairLogps| {
+        let values = [pair.chosen, pair.rejected];
+        !values.iter().all(|it| it.is_finite())
+    };
+    let named = places.zip(scored).filter(|(_, pair)| broken(pair));
+    let mut named: Vec<String> = named.map(|(place, _)| place.to_string()).collect();
+    let count = named.len();
+    if count == 0 {
+        return "the log-probs of all its pairs are finite, the gradient is not: the learning rate is too high, or a weight is \
+                about to overflow"
+            .into();
+    }
+    named.truncate(NAMED_MAX);
+    let of = scored.len();
+    format!(
+        "{count} of {of} pairs have log-probs that are not finite ({}{}): where it is nearly all of them the weights are broken, \
+         which comes of too high a learning rate; otherwise look at these rows",
+        named.join(", "),
+        if count > NAMED_MAX { ", …" } else { "" }
+    )
 }

@@ -20,12 +20,11 @@ use wire::proto;
 use wire::proto::job_event::Event as Kind;
 
 use super::jobs::Jobs;
-use crate::attempt::{Attempt, INPUTS_MAX};
+use crate::attempt::{Attempt, AttemptError, INPUTS_MAX};
 use crate::config::{Config, Sources};
 use crate::driver::Input;
 use crate::feed::{self, Feed};
 use crate::metrics::Metrics;
-use crate::run_directory::RunDirectoryError;
 use crate::server::{Ask, Connected, Route, SessionId};
 use crate::ui::Console;
 
@@ -519,11 +518,8 @@ fn attempt(
         anyhow::Ok(driven.outcome)
     };
     let outcome = run().unwrap_or_else(|error| {
-        let usage = error.downcast_ref::<RunDirectoryError>();
-        let cause = match usage {
-            Some(error) if error.is_usage() => Cause::Config,
-            _ => Cause::Fatal,
-        };
+        let refused = error.downcast_ref::<AttemptError>();
+        let cause = refused.map_or(Cause::Fatal, AttemptError::cause);
         let reason = format!("{error:#}");
         tracing::error!(job = config.job.name, "{reason}");
         feed.note(feed::event(

@@ -34,7 +34,8 @@ pub enum RunDirectoryError {
     Lock(#[from] LockError),
     /// It belongs to another run.
     #[error(
-        "{path} holds another run: {}; choose another job.output, or give that run's values to continue it",
+        "{path} holds another run: {}; a run's settings stay as they were when it committed its first step: choose another \
+         job.output, or give that run's values to continue it",
         list(.differences)
     )]
     AnotherRun {

@@ -15,6 +15,9 @@ use super::{RunDirectoryError, error::Difference};
 pub(super) struct RunFile {
     /// Version of the program that began the run.
     tool_version: String,
+    /// Drawn when the run began: tells it from others of the same configuration. Empty where an older version began it.
+    #[serde(default)]
+    id: String,
     /// The configuration that defines the run.
     identity: Value,
     /// What the workers found: digests of weights, tokenizer and data, and counts. Absent until they have loaded.
@@ -23,12 +26,22 @@ pub(super) struct RunFile {
 }
 
 impl RunFile {
-    pub(super) fn new(identity: &Value) -> Self {
+    pub(super) fn new(identity: &Value, id: String) -> Self {
         Self {
             tool_version: env!("CARGO_PKG_VERSION").into(),
+            id,
             identity: identity.clone(),
             facts: None,
         }
+    }
+
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The same run under an id, where an older version gave it none.
+    pub(super) fn with_id(self, id: String) -> Self {
+        Self { id, ..self }
     }
 
     /// `None` where there is none.

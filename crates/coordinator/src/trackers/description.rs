@@ -8,6 +8,7 @@ use toml::{Table, Value};
 
 use super::{TrackerError, files};
 use crate::config::{Config, TelemetrySection};
+use crate::random;
 
 /// Letters of an id, and of its beginning where a short one is usual.
 const ID: usize = 32;
@@ -105,7 +106,7 @@ fn flatten<'a>(prefix: &str, table: &'a Table, into: &mut Vec<(String, &'a Value
 /// Reads the id in the file at `path`, or draws one and writes it there.
 fn id(path: &Path) -> Result<String, TrackerError> {
     let Some(text) = files::text(path)? else {
-        let id = draw().map_err(|source| TrackerError::Read {
+        let id = random::hexadecimal::<{ ID / 2 }>().map_err(|source| TrackerError::Read {
             path: "random bytes".into(),
             source,
         })?;
@@ -122,11 +123,4 @@ fn id(path: &Path) -> Result<String, TrackerError> {
                 .into(),
         }),
     }
-}
-
-fn draw() -> std::io::Result<String> {
-    let mut bytes = [0; ID / 2];
-    getrandom::fill(&mut bytes).map_err(|error| std::io::Error::other(error.to_string()))?;
-    let digits = bytes.iter().map(|byte| format!("{byte:02x}"));
-    Ok(digits.collect())
 }

@@ -192,8 +192,9 @@ impl Job {
             return Some(Outcome::Failed {
                 cause: Cause::Fatal,
                 reason: format!(
-                    "{} steps in a row up to step {step} had gradients that are not finite; \
-                     lower the learning rate, or look for broken rows in the data",
+                    "{} steps in a row up to step {step} (train.skipped_steps_max) had gradients that are not finite; the \
+                     workers' logs name the pairs. A run's settings stay as they are: begin another one, with another \
+                     job.output, and a lower optimizer.learning_rate or without broken rows",
                     self.skipped
                 ),
             });

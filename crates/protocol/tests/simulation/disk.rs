@@ -306,7 +306,7 @@ impl Disk {
                 self.evaluated.retain(|step| *step <= to.0);
                 self.rewinds += 1;
             }
-            Record::Opened | Record::Facts { .. } => {}
+            Record::Opened | Record::Anew | Record::Facts { .. } => {}
         }
         self.journal.push(record);
         let committed = self.commits.len() as u64;
