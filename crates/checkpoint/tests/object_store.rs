@@ -20,7 +20,10 @@ use checkpoint::{
     visible,
 };
 use faults::{every_fault_at_every_call, resumes_from, save};
-use storage::{Condition, FileError, Folder, Object, Put, Store, Upload, testing::HostileStore};
+use storage::{
+    Condition, FileError, Folder, Object, Put, Store, Upload,
+    testing::{Fault, HostileStore},
+};
 use support::{GENERATION, elements, info, tensors, values, write, write_in};
 
 /// A store in memory with nothing in it.
@@ -87,6 +90,25 @@ fn c2_a_bit_that_is_read_wrongly_is_found_before_use() {
         }
     }
     assert_eq!(resumes_from(&dir), Some(10));
+}
+
+#[test]
+fn a_store_that_cannot_be_read_for_a_moment_has_no_older_newest_checkpoint() {
+    let inner = memory();
+    let dir = Folder::of(Arc::clone(&inner));
+    for step in [10, 20] {
+        let rank = write_in(&dir, GENERATION, step, 1, 0).unwrap();
+        commit_in(&dir, &[rank], &info()).unwrap();
+    }
+    let hostile = HostileStore::new(Arc::clone(&inner));
+    newest_in(&Folder::of(Arc::new(hostile.clone()))).unwrap();
+    let calls = hostile.calls().len();
+    assert!(calls > 2, "{calls}");
+    for call in 0..calls {
+        let hostile = HostileStore::new(Arc::clone(&inner)).with(call, Fault::Fail);
+        let newest = newest_in(&Folder::of(Arc::new(hostile)));
+        assert!(newest.is_err(), "call {call}: {newest:?}");
+    }
 }
 
 #[test]

@@ -82,6 +82,8 @@ pub struct Job {
     // Of losses and of who comes.
     /// Workers that wait to be admitted.
     spares: Roster,
+    /// Fewest members among whom the devices of the last ones that all were ready have room; 0 for any number.
+    room: u32,
     /// How the job ends after `committed`, once that is its last commit.
     ending: Option<Outcome>,
     /// What to go back to when a shard has no living copy.
@@ -147,6 +149,7 @@ impl Job {
             stop: None,
             reported: false,
             spares: Roster::default(),
+            room: 0,
             ending: None,
             newest: Newest {
                 step: recovery.checkpoint,

@@ -81,6 +81,8 @@ pub enum WorkerMessage {
         reference_reused: u64,
         /// Reference values computed by this member.
         reference_computed: u64,
+        /// Fewest members of a generation among whom its device has room for its part of the state; 0 for any number.
+        workers_min: u32,
     },
     /// Its vote on a step.
     Prepared {
@@ -135,6 +137,8 @@ pub enum WorkerMessage {
     Held {
         /// The newest cut first; two at most, none of a worker that has trained nothing.
         held: Vec<Held>,
+        /// As of [`WorkerMessage::Ready`]; 0 also where it has not loaded.
+        workers_min: u32,
     },
     /// A spare has loaded model and data, and can be admitted. Said with the generation that it left, or 0.
     Loaded {

@@ -222,6 +222,88 @@ fn with_too_few_left_the_job_waits_for_a_joiner_and_then_ends_resumable() {
     assert_eq!(formed(&form)[1], (5, 1, 2, 1, true, base, None));
 }
 
+/// An elastic job of `world` members, of which one is enough by its policy and so many by their devices, that computes step 1.
+fn of_devices(world: u64, workers_min: u32) -> Play {
+    let mut play = Play::new(elastic(world, 1), Recovery::default()).0;
+    play.join_all();
+    for member in 1..=world {
+        let message = WorkerMessage::Ready {
+            facts: facts(9, 0),
+            reference_reused: 0,
+            reference_computed: 0,
+            workers_min,
+        };
+        play.say(member, message);
+    }
+    play
+}
+
+#[test]
+fn a_job_whose_state_has_no_room_among_those_who_are_left_waits_for_a_joiner() {
+    let mut play = of_devices(3, 2);
+    play.step(true);
+    play.lose(3);
+    let cuts = |rank| vec![cut(1, rank, 3, 1, true)];
+    play.held_of(1, 1, cuts(0), 2);
+    let form = play.held_of(2, 1, cuts(1), 2);
+    assert_eq!(journaled(&form), [generation(2, &[1, 2])], "two are enough");
+    play.lose(2);
+    let alone = play.held_of(1, 2, cuts(0), 2);
+    assert_eq!((formed(&alone), outcome(&alone)), (vec![], None));
+    let waiting = play.job.waiting().to_string();
+    for part in ["1 here, 2 train", "has room on 2 devices or more"] {
+        assert!(waiting.contains(part), "{waiting}");
+    }
+    play.join(5);
+    let form = play.held(5, 0, vec![]);
+    assert_eq!(journaled(&form).last(), Some(&generation(3, &[1, 5])));
+}
+
+#[test]
+fn what_devices_had_room_for_is_remembered_when_all_are_lost() {
+    let mut play = of_devices(2, 2);
+    play.step(true);
+    play.lose(1);
+    play.lose(2);
+    play.join(5);
+    assert_eq!(formed(&play.held(5, 0, vec![])), []);
+    play.join(6);
+    let form = play.held(6, 0, vec![]);
+    assert_eq!(journaled(&form).last(), Some(&generation(2, &[5, 6])));
+}
+
+#[test]
+fn a_spare_whose_device_has_no_room_among_so_few_is_not_admitted() {
+    let mut play = of_devices(2, 1);
+    spare(&mut play, 7);
+    play.held_of(7, 0, vec![], 4);
+    assert_eq!(formed(&play.step(true)), [], "the two go on by themselves");
+    assert_eq!(play.job.committed(), Step(1));
+    play.held_of(7, 0, vec![], 3);
+    let form = play.step(true);
+    assert_eq!(journaled(&form).last(), Some(&generation(2, &[1, 2, 7])));
+}
+
+#[test]
+fn a_leaver_without_whom_the_state_has_no_room_stops_the_job_which_saves() {
+    let mut play = of_devices(2, 2);
+    play.step(true);
+    let reason = "drained".to_string();
+    play.say(2, WorkerMessage::Leave { reason });
+    let last = play.step(true);
+    let save = |(_, message): &(u64, CoordinatorMessage)| {
+        matches!(
+            message,
+            CoordinatorMessage::Commit {
+                save: true,
+                last: true,
+                ..
+            }
+        )
+    };
+    assert_eq!(told(&last).iter().filter(|it| save(it)).count(), 2);
+}
+
 #[test]
 fn a_spare_is_admitted_at_a_step_boundary_and_the_form_brings_the_verdict() {
     let mut play = Play::elastic(2, 1, 9);

@@ -17,7 +17,7 @@ use model::{Layout, ModelConfig, Precision};
 use serde::Serialize;
 use spec::Spec;
 
-pub(crate) use gpu::check as check_gpu;
+pub(crate) use gpu::{check as check_gpu, workers_min};
 
 pub use cures::{Change, Cure};
 pub use gpu::{CONTEXT_BYTES, GpuRefusal, HostMemory, Peers};

@@ -12,7 +12,7 @@ use spec::{Dtype, Spec};
 use crate::adapter::Adapter;
 use crate::error::TrainError;
 use crate::gate::GateClosed;
-use crate::plan::{Peers, Program, Workload, check_gpu};
+use crate::plan::{Peers, Program, Workload, check_gpu, workers_min};
 
 /// Hears how far a long phase is: its name, units done, units in all. An error ends the phase, which nobody waits for any more.
 pub type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64) -> Result<(), GateClosed>;
@@ -102,6 +102,16 @@ impl Setup {
         let (train, device) = (&self.train.pairs, &self.device);
         let loaded = device.used_bytes();
         check_gpu(&self.spec, train, self.held_out(), peers, device, loaded)
+    }
+
+    /// Fewest workers, at most as many as `peers`, among whom what it becomes has room on its GPU; 0 where it has none.
+    ///
+    /// # Errors
+    /// A model that cannot be read any more.
+    pub fn workers_min(&self, peers: Peers) -> Result<usize, TrainError> {
+        let (train, device) = (&self.train.pairs, &self.device);
+        let loaded = device.used_bytes();
+        workers_min(&self.spec, train, self.held_out(), peers, device, loaded)
     }
 
     /// What this run is made of.

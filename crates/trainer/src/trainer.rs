@@ -697,3 +697,37 @@ fn not_finite<'a>(places: impl Iterator<Item = &'a Place>, scored: &[PairLogps])
         if count > NAMED_MAX { ", …" } else { "" }
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn a_skipped_step_names_the_pairs_that_are_not_finite() {
+        let place = |line| Place {
+            file: Path::new("pairs.jsonl").into(),
+            line,
+        };
+        let places: Vec<Place> = (1..=20).map(place).collect();
+        let said = |broken: &[usize]| {
+            let scored = (0..20).map(|pair| PairLogps {
+                chosen: -1.0,
+                rejected: if broken.contains(&pair) {
+                    f64::NAN
+                } else {
+                    -2.0
+                },
+                ..PairLogps::default()
+            });
+            not_finite(places.iter(), &scored.collect::<Vec<_>>())
+        };
+        let two = said(&[2, 6]);
+        assert!(two.starts_with("2 of 20 pairs"), "{two}");
+        assert!(two.contains("(pairs.jsonl:3, pairs.jsonl:7)"), "{two}");
+        let all = said(&(0..20).collect::<Vec<_>>());
+        assert!(all.contains("pairs.jsonl:8, …)"), "{all}");
+        assert!(said(&[]).contains("learning rate"));
+    }
+}

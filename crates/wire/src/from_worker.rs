@@ -61,10 +61,12 @@ impl From<WorkerMessage> for Message {
                 facts,
                 reference_reused,
                 reference_computed,
+                workers_min,
             } => Self::Ready(proto::Ready {
                 facts: Some(facts.into()),
                 reference_reused,
                 reference_computed,
+                workers_min,
             }),
             WorkerMessage::Prepared {
                 report,
@@ -99,8 +101,9 @@ impl From<WorkerMessage> for Message {
                 reason,
             }),
             WorkerMessage::Leave { reason } => Self::Leave(proto::Leave { reason }),
-            WorkerMessage::Held { held } => Self::Held(proto::Held {
+            WorkerMessage::Held { held, workers_min } => Self::Held(proto::Held {
                 cuts: held.into_iter().map(Into::into).collect(),
+                workers_min,
             }),
             WorkerMessage::Loaded { facts } => Self::Loaded(proto::Loaded {
                 facts: Some(facts.into()),
@@ -144,6 +147,7 @@ impl TryFrom<Message> for WorkerMessage {
                 facts: required("Ready.facts", it.facts)?.try_into()?,
                 reference_reused: it.reference_reused,
                 reference_computed: it.reference_computed,
+                workers_min: it.workers_min,
             },
             Message::Prepared(it) => Self::Prepared {
                 report: required("Prepared.report", it.report)?.try_into()?,
@@ -170,7 +174,10 @@ impl TryFrom<Message> for WorkerMessage {
                 reason: it.reason,
             },
             Message::Leave(it) => Self::Leave { reason: it.reason },
-            Message::Held(it) => Self::Held { held: held(it)? },
+            Message::Held(it) => Self::Held {
+                workers_min: it.workers_min,
+                held: held(it)?,
+            },
             Message::Loaded(it) => Self::Loaded {
                 facts: required("Loaded.facts", it.facts)?.try_into()?,
             },

@@ -88,6 +88,7 @@ fn worker_messages() -> Vec<WorkerMessage> {
             facts: facts(),
             reference_reused: 5,
             reference_computed: 6,
+            workers_min: 7,
         },
         WorkerMessage::Prepared {
             report: report(),
@@ -156,7 +157,8 @@ fn worker_messages() -> Vec<WorkerMessage> {
         gradient,
     };
     for held in [vec![], vec![cut(4, false), cut(3, true)]] {
-        all.push(WorkerMessage::Held { held });
+        let workers_min = held.len() as u32;
+        all.push(WorkerMessage::Held { held, workers_min });
     }
     all.push(WorkerMessage::Loaded { facts: facts() });
     for suspect in [None, Some(Rank(0))] {

@@ -56,7 +56,13 @@ fn join(job: &mut Job, now_ms: u64, incarnation: u64) {
         name: format!("worker-{incarnation}"),
         device: String::new(),
     });
-    for message in [message, WorkerMessage::Held { held: vec![] }] {
+    for message in [
+        message,
+        WorkerMessage::Held {
+            held: vec![],
+            workers_min: 0,
+        },
+    ] {
         let from = FromWorker {
             job: JobId("run".into()),
             incarnation: Incarnation(incarnation),

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use collective::CollectiveError;
@@ -187,6 +188,7 @@ fn take_part(options: &Options, session: &mut Session) -> Result<(), AgentError>
         gpu: &options.gpu,
         checkpoints,
         terms,
+        workers_min: AtomicU32::new(0),
     };
     // A thread of its own: a panic in it is told to the coordinator instead of a silent death.
     std::thread::scope(|scope| {
@@ -245,10 +247,15 @@ fn train(
                 // It loads before it is admitted, so that the others need not wait for that.
                 session.voice().await_next(Awaits::Form);
                 let held = Vec::new();
-                session.voice().say(WorkerMessage::Held { held })?;
+                let workers_min = 0;
+                session
+                    .voice()
+                    .say(WorkerMessage::Held { held, workers_min })?;
                 // It may become one of any number: what has no room among many has none at all, and `prepare` sees how many.
                 let peers = entrance.peers(MANY);
-                loaded = Some(load(options, session, spec, peers, None)?);
+                let setup = load(options, session, spec, peers, None)?;
+                entrance.learn_room(setup.workers_min(peers)?);
+                loaded = Some(setup);
             }
             let found = loaded.as_ref().map(|it| to_protocol(it.facts(), 0));
             match entrance.enter(session, &[], found.as_ref()) {
@@ -355,6 +362,7 @@ fn prepare(
     if options.device == Device::flex() {
         memory::check(&setup, peers.workers, form.neighbors(), peers.sharding)?;
     }
+    entrance.learn_room(setup.workers_min(peers)?);
     let facts = setup.facts();
     let mut teller = ProgressTeller::new(voice.clone());
     let reformation = form.reformation(membership);
@@ -366,6 +374,7 @@ fn prepare(
         facts: to_protocol(facts, trainer.committed()),
         reference_reused: counts.reused,
         reference_computed: counts.computed,
+        workers_min: entrance.workers_min(),
     };
     Ok((trainer, ready))
 }

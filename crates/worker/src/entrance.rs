@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use collective::tcp::Rendezvous;
@@ -27,6 +28,8 @@ pub(crate) struct Entrance<'a> {
     pub(crate) checkpoints: PathBuf,
     /// What holds in the job.
     pub(crate) terms: Terms,
+    /// Fewest workers among whom this one's GPU has room, once that is known; else 0.
+    pub(crate) workers_min: AtomicU32,
 }
 
 /// A generation as its members are told of it.
@@ -56,7 +59,7 @@ impl Entrance<'_> {
     ) -> Result<(Formed, Box<dyn Collective>), GateClosed> {
         let voice = session.voice();
         loop {
-            let form = hear_form(session, held, found)?;
+            let form = hear_form(session, held, self.workers_min(), found)?;
             voice.enter(form.generation, &self.rendezvous.aborter());
             voice.know(form.committed);
             if !form.can_be_entered(held) {
@@ -93,6 +96,16 @@ impl Entrance<'_> {
         // What follows may wait for peers too, and the rendezvous has nothing left to end.
         voice.enter(form.generation, &tcp.aborter());
         self.transport.connect(tcp, deadline)
+    }
+
+    /// Among how many workers this one has room, as the next ones hear who wait for a generation.
+    pub(crate) fn learn_room(&self, workers_min: usize) {
+        self.workers_min
+            .store(workers_min as u32, Ordering::Relaxed);
+    }
+
+    pub(crate) fn workers_min(&self) -> u32 {
+        self.workers_min.load(Ordering::Relaxed)
     }
 
     /// The job's workers, if there are so many.
@@ -154,6 +167,7 @@ pub(crate) fn accuse(session: &Session, error: &CollectiveError) {
 fn hear_form(
     session: &Session,
     held: &[Held],
+    workers_min: u32,
     found: Option<&RunFacts>,
 ) -> Result<Formed, GateClosed> {
     let voice = session.voice();
@@ -162,7 +176,8 @@ fn hear_form(
         let held = held.to_vec();
         let facts = found.filter(|_| voice.is_spare()).cloned();
         let loaded = facts.map(|facts| WorkerMessage::Loaded { facts });
-        let mut all = std::iter::once(WorkerMessage::Held { held }).chain(loaded);
+        let held = WorkerMessage::Held { held, workers_min };
+        let mut all = std::iter::once(held).chain(loaded);
         all.try_for_each(|it| voice.say(it))
             .map_err(|error| closed(&error))
     };

@@ -293,6 +293,7 @@ impl Worker {
     fn leave(&mut self) -> anyhow::Result<()> {
         let held = WorkerMessage::Held {
             held: self.held.into_iter().collect(),
+            workers_min: 0,
         };
         self.ask(held, Awaits::Form)
     }
@@ -327,6 +328,7 @@ impl Worker {
             },
             reference_reused: 1,
             reference_computed: 0,
+            workers_min: 0,
         };
         self.ask(ready, Awaits::Go)
     }

@@ -175,6 +175,8 @@ impl Job {
         let Some(facts) = ready.values().next().cloned() else {
             return;
         };
+        let room = self.members.values().map(|it| it.workers_min).max();
+        self.room = room.unwrap_or(0);
         let steps_total = facts.steps_total;
         if self.facts.is_none() {
             self.facts = Some(facts.clone());

@@ -180,14 +180,8 @@ impl Job {
             WorkerMessage::Progress { phase, done, total } => {
                 spare.progress = Some((phase, done, total));
             }
-            WorkerMessage::Held { held } => {
-                if spare
-                    .held
-                    .as_ref()
-                    .is_none_or(|(then, _)| *then <= generation)
-                {
-                    spare.held = Some((generation, held));
-                }
+            WorkerMessage::Held { held, workers_min } => {
+                spare.hear_held(generation, held, workers_min);
                 self.reform(now_ms, actions);
             }
             WorkerMessage::Loaded { facts } => {

@@ -85,7 +85,9 @@ impl Job {
                 facts,
                 reference_reused,
                 reference_computed,
+                workers_min,
             } => {
+                member.workers_min = workers_min;
                 let counts = (reference_reused, reference_computed);
                 self.ready(now_ms, incarnation, facts, counts, actions);
             }
@@ -120,7 +122,8 @@ impl Job {
                 self.member_failed(now_ms, incarnation, cause, &reason, actions);
             }
             WorkerMessage::Leave { reason } => self.leaves(now_ms, incarnation, reason, actions),
-            WorkerMessage::Held { held } => {
+            WorkerMessage::Held { held, workers_min } => {
+                let held = (held, workers_min);
                 self.held(now_ms, incarnation, generation, held, actions);
             }
             // Of a save that was given up, or of a time when it was a spare.
@@ -171,7 +174,7 @@ impl Job {
         }
         let knows = match message {
             WorkerMessage::Beat { committed, .. } => *committed,
-            WorkerMessage::Held { held } => {
+            WorkerMessage::Held { held, .. } => {
                 let applied = held.iter().map(|it| it.applied);
                 applied.max().unwrap_or_default()
             }

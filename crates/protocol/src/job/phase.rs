@@ -87,6 +87,8 @@ pub(super) struct Member {
     pub(super) committed: Step,
     /// What it said that it holds, outside of generations, and in which one it said so.
     pub(super) held: Option<(Generation, Vec<Held>)>,
+    /// Fewest members among whom its device has room, as it last said; 0 for any number.
+    pub(super) workers_min: u32,
     /// Since when a spare is waited for to say what it holds.
     pub(super) asked_ms: u64,
     /// What a spare found when it had loaded.
@@ -110,6 +112,7 @@ impl Member {
             progress: None,
             committed,
             held: None,
+            workers_min: 0,
             asked_ms: now_ms,
             loaded: None,
             leaving: None,
@@ -121,6 +124,15 @@ impl Member {
     pub(super) fn heard(&mut self, now_ms: u64) {
         self.pulse.heard(now_ms);
         self.late = false;
+    }
+
+    /// It said, in no generation now and out of `generation`, what it holds; words of an older one do not count.
+    pub(super) fn hear_held(&mut self, generation: Generation, held: Vec<Held>, workers_min: u32) {
+        let before = self.held.as_ref();
+        if before.is_none_or(|(then, _)| *then <= generation) {
+            self.held = Some((generation, held));
+            self.workers_min = workers_min;
+        }
     }
 
     /// What it holds, if it said so.

@@ -93,13 +93,13 @@ impl Job {
         now_ms: u64,
         incarnation: Incarnation,
         generation: Generation,
-        held: Vec<Held>,
+        (held, workers_min): (Vec<Held>, u32),
         actions: &mut Vec<Action>,
     ) {
         match self.phase {
             Phase::Regrouping { .. } => {
                 if let Some(member) = self.members.get_mut(&incarnation) {
-                    member.held = Some((generation, held));
+                    member.hear_held(generation, held, workers_min);
                 }
                 self.reform(now_ms, actions);
             }
@@ -137,14 +137,8 @@ impl Job {
             member.held.take_if(|(then, _)| *then < generation);
         }
         match message {
-            WorkerMessage::Held { held } if gathering => {
-                if member
-                    .held
-                    .as_ref()
-                    .is_none_or(|(then, _)| *then <= generation)
-                {
-                    member.held = Some((generation, held));
-                }
+            WorkerMessage::Held { held, workers_min } if gathering => {
+                member.hear_held(generation, held, workers_min);
                 return self.gather(now_ms, actions);
             }
             WorkerMessage::Leave { reason } => {
@@ -205,7 +199,7 @@ impl Job {
         let text = format!("{} leaves: {reason}", self.name(incarnation));
         let others = self.members.iter();
         let others = others.filter(|(it, member)| **it != incarnation && member.leaving.is_none());
-        let enough = others.count() + self.spares.len() >= self.elastic().workers_min as usize;
+        let enough = others.count() + self.spares.len() >= self.fewest();
         let running = matches!(
             self.phase,
             Phase::Regrouping { .. }
@@ -330,7 +324,25 @@ impl Job {
         self.committed != self.newest.step && self.saves.values().any(|it| it.publishing)
     }
 
-    /// Fewest members of the next generation. To save what there is, one is enough.
+    /// Fewest members among whom the devices have room: by what the members say, or else those said that were the last.
+    fn room(&self) -> usize {
+        let said = self.members.values().map(|it| it.workers_min).max();
+        said.filter(|it| *it > 0).unwrap_or(self.room) as usize
+    }
+
+    /// Fewest members that train.
+    fn fewest(&self) -> usize {
+        self.room().max(self.elastic().workers_min as usize)
+    }
+
+    /// Why more members are waited for than the policy wants, where that is so.
+    pub(super) fn want_of_room(&self) -> Option<String> {
+        let room = self.room();
+        (room > self.elastic().workers_min as usize)
+            .then(|| format!("the state has room on {room} devices or more"))
+    }
+
+    /// Fewest members of the next generation. To save what there is, so many are enough as have room for it.
     pub(super) fn wanted(&self) -> usize {
         let all = || self.members.keys().chain(self.spares.keys()).copied();
         // Where the state of the last step is lost, steps are to be computed again.
@@ -338,9 +350,9 @@ impl Job {
             || self.committed == self.newest.step || self.layout_of(&all().collect()).is_some();
         let saves = self.stop.is_some() || (self.ending.is_some() && kept());
         if saves {
-            1
+            self.room().max(1)
         } else {
-            self.elastic().workers_min as usize
+            self.fewest()
         }
     }
 
@@ -358,6 +370,13 @@ impl Job {
             if next.len() < limit {
                 next.insert(*incarnation);
             }
+        }
+        // One whose device has no room among so few waits until there are more.
+        let wants = |it: &Incarnation| self.spares.get(it).map_or(0, |it| it.workers_min);
+        while let Some(most) = next.iter().copied().max_by_key(wants)
+            && wants(&most) as usize > next.len()
+        {
+            next.remove(&most);
         }
         for (incarnation, _) in self.members.iter().filter(|(_, it)| it.leaving.is_some()) {
             let mut without = next.clone();

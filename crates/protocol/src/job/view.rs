@@ -191,7 +191,10 @@ impl Job {
             Phase::Regrouping { reason, .. } => Waiting::Joiner {
                 here: (self.members.len() + self.spares.len()) as u32,
                 wanted: self.wanted() as u32,
-                reason: reason.clone(),
+                reason: match self.want_of_room() {
+                    Some(want) => format!("{want}; {reason}"),
+                    None => reason.clone(),
+                },
             },
             Phase::Gathering { .. } => Waiting::Join {
                 joined: self.members.len() as u32,

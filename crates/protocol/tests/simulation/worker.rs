@@ -257,6 +257,7 @@ impl Worker {
             facts: self.facts(oracle),
             reference_reused: 0,
             reference_computed: 1,
+            workers_min: 0,
         }
     }
 
@@ -270,6 +271,7 @@ impl Worker {
         });
         WorkerMessage::Held {
             held: held.collect(),
+            workers_min: 0,
         }
     }
 

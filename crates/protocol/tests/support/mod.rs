@@ -197,6 +197,7 @@ impl Play {
             facts,
             reference_reused: 3,
             reference_computed: 4,
+            workers_min: 0,
         };
         self.say(incarnation, message)
     }
@@ -210,7 +211,19 @@ impl Play {
 
     /// A worker says what it holds, out of `generation`.
     pub fn held(&mut self, incarnation: u64, generation: u64, held: Vec<Held>) -> Vec<Action> {
-        self.say_in(incarnation, generation, WorkerMessage::Held { held })
+        self.held_of(incarnation, generation, held, 0)
+    }
+
+    /// The same of a worker that has room as one of so many.
+    pub fn held_of(
+        &mut self,
+        incarnation: u64,
+        generation: u64,
+        held: Vec<Held>,
+        workers_min: u32,
+    ) -> Vec<Action> {
+        let message = WorkerMessage::Held { held, workers_min };
+        self.say_in(incarnation, generation, message)
     }
 
     pub fn lose(&mut self, incarnation: u64) -> Vec<Action> {

@@ -282,6 +282,43 @@ pub(crate) fn check(
         .map_err(|refusal| TrainError::Gpu(Box::new(refusal)))
 }
 
+/// Fewest workers of a job, at most as many as `peers`, among whom it has room on the GPU `device`, of which `loaded` bytes are its
+/// own already; 0 where there is no GPU.
+///
+/// # Errors
+/// A model that cannot be read.
+pub(crate) fn workers_min(
+    spec: &Spec,
+    train: &[Pair],
+    held_out: &[Pair],
+    peers: Peers,
+    device: &Device,
+    loaded: u64,
+) -> Result<usize, TrainError> {
+    let Some([free, _]) = device.available_and_total() else {
+        return Ok(0);
+    };
+    let config = ModelConfig::load(&spec.model.path)?;
+    let workload = Workload::new(spec, config, train, held_out)?;
+    Ok(fewest(&workload, peers, free + loaded))
+}
+
+/// Whatever fits among two or more fits among still more, whose shards are smaller. One alone may fit where two do not, which hold
+/// mirrors and a collective's buffers; then it is not counted.
+fn fewest(workload: &Workload, peers: Peers, free: u64) -> usize {
+    let (mut least, mut most) = (1, peers.workers.max(1));
+    while least < most {
+        let middle = least.midpoint(most);
+        let knobs = workload.gpu_knobs(middle, peers.sharding);
+        if workload.gpu_memory(&knobs).certain_bytes() > free {
+            least = middle + 1;
+        } else {
+            most = middle;
+        }
+    }
+    least
+}
+
 fn workers(workers: usize) -> String {
     match workers {
         1 => "alone".into(),
@@ -409,6 +446,29 @@ mod tests {
                 "{said} said, {found} found"
             );
         }
+    }
+
+    #[test]
+    fn the_fewest_workers_are_those_that_have_room_where_one_less_has_none() {
+        let billion = llama([2048, 24, 32, 8, 5632, 32000], false);
+        let workload = workload(billion, [8_078, 5_524]);
+        let peers = |workers| Peers {
+            workers,
+            ..Peers::NONE
+        };
+        let needed = |workers| {
+            let knobs = workload.gpu_knobs(workers, Sharding::default());
+            workload.gpu_memory(&knobs).certain_bytes()
+        };
+        for enough in [2, 3, 7] {
+            assert!(needed(enough) < needed(enough - 1));
+            for among in [enough, enough + 1, 64, 1 << 12] {
+                assert_eq!(fewest(&workload, peers(among), needed(enough)), enough);
+            }
+        }
+        assert_eq!(fewest(&workload, peers(8), u64::MAX), 1);
+        // Who works among so many has room there, whatever the plan says.
+        assert_eq!(fewest(&workload, peers(8), 0), 8);
     }
 
     #[test]
