@@ -1,8 +1,9 @@
 //! A device's memory as one range of addresses that is backed as far as it is needed. What is freed may be used at once by what
 //! is asked for next, because all work runs on one stream in order; so no call of the driver is needed for either, and parts of any
-//! size grow together again, which keeps a pack of another length from needing memory of its own.
+//! size grow together again, which keeps a pack of another length from needing memory of its own. Between two jobs the device gets
+//! back what is free at the end of the range ([`Arena::trim`]): libraries allocate memory of their own.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys;
 
@@ -18,7 +19,20 @@ pub(crate) struct Arena {
     place: sys::CUmemLocation,
     /// What the driver hands out at a time.
     granularity: usize,
-    spans: Mutex<Spans>,
+    range: Mutex<Range>,
+}
+
+/// What is behind the addresses, and who has it.
+#[derive(Default)]
+struct Range {
+    spans: Spans,
+    /// What the driver put behind them, in order: it takes back a whole one at a time.
+    backing: Vec<Backing>,
+}
+
+struct Backing {
+    size: usize,
+    handle: sys::CUmemGenericAllocationHandle,
 }
 
 impl Arena {
@@ -48,14 +62,15 @@ impl Arena {
             base,
             place,
             granularity,
-            spans: Mutex::default(),
+            range: Mutex::default(),
         })
     }
 
     /// The address and size of a part of at least `bytes`. `None` when the device has no more memory.
     pub fn take(&self, bytes: usize) -> Result<Option<(u64, usize)>, GpuError> {
         let size = Spans::rounded(bytes);
-        let mut spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
+        let range = &mut *self.range();
+        let spans = &mut range.spans;
         if let Some(offset) = spans.take(size) {
             return Ok(Some((self.base + offset as u64, size)));
         }
@@ -64,7 +79,8 @@ impl Arena {
         // Near the end of a device's memory less than a comfortable step may be left, and enough.
         let least = missing.next_multiple_of(self.granularity);
         for growth in [wished, least] {
-            if self.back(spans.end(), growth)? {
+            if let Some(backing) = self.back(spans.end(), growth)? {
+                range.backing.push(backing);
                 spans.grow(growth);
                 let offset = spans.take(size).expect("the range has grown by enough");
                 return Ok(Some((self.base + offset as u64, size)));
@@ -75,38 +91,61 @@ impl Arena {
 
     /// Gives a part back.
     pub fn give(&self, pointer: u64, size: usize) {
-        let mut spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
-        spans.give((pointer - self.base) as usize, size);
+        let offset = (pointer - self.base) as usize;
+        self.range().spans.give(offset, size);
+    }
+
+    /// Gives the device back what is free at the end of the range. All work that used it must be done.
+    pub fn trim(&self) -> Result<(), GpuError> {
+        let range = &mut *self.range();
+        while let Some(last) = range.backing.last()
+            && last.size <= range.spans.free_end()
+        {
+            let Backing { size, handle } = *last;
+            let at = self.base + (range.spans.end() - size) as u64;
+            // From here on it is not used, whatever the driver says.
+            range.backing.pop();
+            range.spans.shrink(size);
+            // SAFETY: one whole mapping, of which no part is in use, and its handle, which nothing else has.
+            unsafe {
+                sys::cuMemUnmap(at, size)
+                    .result()
+                    .map_err(GpuError::of("cuMemUnmap"))?;
+                sys::cuMemRelease(handle)
+                    .result()
+                    .map_err(GpuError::of("cuMemRelease"))?;
+            }
+        }
+        Ok(())
     }
 
     /// Bytes that are taken of the device and not in use.
     pub fn idle(&self) -> usize {
-        let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
-        spans.end() - spans.used()
+        let range = self.range();
+        range.spans.end() - range.spans.used()
     }
 
     /// Bytes in use.
     pub fn used(&self) -> usize {
-        let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
-        spans.used()
+        self.range().spans.used()
     }
 
     /// The most bytes in use at one time.
     pub fn peak(&self) -> usize {
-        self.spans
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .peak()
+        self.range().spans.peak()
     }
 
     /// As [`Spans::forget_peak`].
     pub fn forget_peak(&self) {
-        let mut spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
-        spans.forget_peak();
+        self.range().spans.forget_peak();
     }
 
-    /// Puts memory behind `size` bytes of the range from `offset`. False when the device has none left.
-    fn back(&self, offset: usize, size: usize) -> Result<bool, GpuError> {
+    fn range(&self) -> MutexGuard<'_, Range> {
+        self.range.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts memory behind `size` bytes of the range from `offset`. None when the device has none left.
+    fn back(&self, offset: usize, size: usize) -> Result<Option<Backing>, GpuError> {
         let properties = properties(self.place);
         let access = sys::CUmemAccessDesc {
             location: self.place,
@@ -114,23 +153,23 @@ impl Arena {
         };
         let at = self.base + offset as u64;
         let mut handle = 0;
-        // SAFETY: the part of the range is reserved and not backed yet; what is mapped stays so for good, and the handle with it.
+        // SAFETY: the part of the range is reserved and not backed yet; what is mapped stays so until `trim`, and the handle with it.
         unsafe {
             let created = sys::cuMemCreate(&raw mut handle, size, &raw const properties, 0);
             if created == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                return Ok(false);
+                return Ok(None);
             }
             created.result().map_err(GpuError::of("cuMemCreate"))?;
             // Past the reserved range: more than the device has.
             if sys::cuMemMap(at, size, 0, handle, 0).result().is_err() {
                 let _ = sys::cuMemRelease(handle);
-                return Ok(false);
+                return Ok(None);
             }
             sys::cuMemSetAccess(at, size, &raw const access, 1)
                 .result()
                 .map_err(GpuError::of("cuMemSetAccess"))?;
         }
-        Ok(true)
+        Ok(Some(Backing { size, handle }))
     }
 }
 

@@ -73,6 +73,15 @@ impl Gpu {
         Ok((free + self.arena.idle(), total))
     }
 
+    /// Gives the device back memory that this process does not use, as far as it lies together, when the device has come so far.
+    ///
+    /// # Errors
+    /// What any work asked for before failed with.
+    pub fn trim(&self) -> Result<(), GpuError> {
+        self.synchronize()?;
+        self.arena.trim()
+    }
+
     /// Bytes in use.
     pub fn used_bytes(&self) -> usize {
         self.arena.used()

@@ -42,9 +42,28 @@ impl Spans {
 
     /// Bytes that the range must grow by before a part of `size` fits.
     pub fn missing(&self, size: usize) -> usize {
+        size.saturating_sub(self.free_end())
+    }
+
+    /// Bytes that are free at the end of the range.
+    pub fn free_end(&self) -> usize {
         let last = self.free.last_key_value();
         let tail = last.filter(|&(&offset, &len)| offset + len == self.end);
-        size.saturating_sub(tail.map_or(0, |(_, &len)| len))
+        tail.map_or(0, |(_, &len)| len)
+    }
+
+    /// Takes `size` free bytes off the end.
+    ///
+    /// # Panics
+    /// If fewer are free there.
+    pub fn shrink(&mut self, size: usize) {
+        let free = self.free_end();
+        assert!(size <= free, "{size} of {free} free bytes at the end");
+        self.free.remove(&(self.end - free));
+        if free > size {
+            self.free.insert(self.end - free, free - size);
+        }
+        self.end -= size;
     }
 
     /// Adds `size` free bytes at the end.
@@ -128,6 +147,28 @@ mod tests {
         assert_eq!(spans.missing(512), 512);
         spans.give(first, 1024);
         assert_eq!(spans.missing(2048), 2048, "the free part is not at the end");
+    }
+
+    #[test]
+    fn a_range_shrinks_by_what_is_free_at_its_end() {
+        let mut spans = Spans::default();
+        spans.grow(4096);
+        let [a, b] = [1024, 1024].map(|size| spans.take(size).expect("room"));
+        assert_eq!(spans.free_end(), 2048);
+        spans.shrink(512);
+        assert_eq!((spans.end(), spans.free_end()), (3584, 1536));
+        spans.give(a, 1024);
+        spans.shrink(1536);
+        assert_eq!(
+            (spans.end(), spans.free_end()),
+            (2048, 0),
+            "what is used stays"
+        );
+        spans.give(b, 1024);
+        spans.shrink(2048);
+        assert_eq!((spans.end(), spans.free.len()), (0, 0));
+        spans.grow(512);
+        assert_eq!(spans.take(512), Some(0));
     }
 
     #[test]

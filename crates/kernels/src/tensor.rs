@@ -128,15 +128,20 @@ impl Device {
         }
     }
 
-    /// Has [`Device::peak_bytes`] tell of what comes alone.
-    pub fn forget_peak(&self) {
+    /// Forgets what was done here before: a GPU gets memory back that is not used any more, for libraries that allocate their own,
+    /// and [`Device::peak_bytes`] tells of what comes alone.
+    ///
+    /// # Panics
+    /// If the device fails.
+    pub fn begin_anew(&self) {
         #[cfg(feature = "cuda")]
         if let Kind::Gpu(gpu) = &self.0 {
+            crate::cuda::done(gpu.trim());
             gpu.forget_peak();
         }
     }
 
-    /// The most bytes of a GPU that were in use at one time since [`Device::forget_peak`]; `None` elsewhere.
+    /// The most bytes of a GPU that were in use at one time since [`Device::begin_anew`]; `None` elsewhere.
     pub fn peak_bytes(&self) -> Option<usize> {
         match &self.0 {
             Kind::Burn(_) => None,

@@ -502,3 +502,32 @@ fn updated(weights: &[f32]) {
     let exact: f64 = gradient[own].iter().map(|x| f64::from(*x).powi(2)).sum();
     assert!((squares / exact - 1.0).abs() < 1e-12, "{squares} {exact}");
 }
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn memory_that_a_job_used_goes_back_to_the_device_before_the_next_one() {
+    let gpu = gpu::Gpu::open(0).unwrap();
+    let device = Device::cuda(0).unwrap();
+    device.begin_anew();
+    let free = || gpu.free_and_total().unwrap().0;
+    let before = free();
+    let kept = Tensor::new(values(1 << 20, 1), [1 << 10, 1 << 10], &device);
+    let large = gpu.allocate(300 << 20).unwrap();
+    assert!(free() + (300 << 20) <= before);
+    drop(large);
+    assert!(
+        free() + (300 << 20) <= before,
+        "it is kept for what comes next"
+    );
+    device.begin_anew();
+    assert!(
+        free() + (200 << 20) >= before,
+        "{} of {before} are free",
+        free()
+    );
+    // What is in use stays, and the range grows again where it ended.
+    assert_eq!(kept.into_vec(), values(1 << 20, 1));
+    let large = gpu.allocate(300 << 20).unwrap();
+    drop(large);
+    assert!(free() + (300 << 20) <= before);
+}

@@ -13,7 +13,7 @@
 //! starts from the same.
 
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use checkpoint::TrainState;
 use collective::{Collective, CollectiveError, Op, Region, Ticket, shard_range};
@@ -80,7 +80,8 @@ pub(crate) struct Transfer<'a> {
     pub sources: Vec<usize>,
     /// Elements of every bucket.
     pub lens: Vec<usize>,
-    pub deadline: Instant,
+    /// For any one operation: how long all of them take depends on the model.
+    pub patience: Duration,
 }
 
 /// An operation under way, and where its result goes.
@@ -91,6 +92,10 @@ struct Arrival {
 }
 
 impl Transfer<'_> {
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.patience
+    }
+
     /// Compares where all ranks stand; by rank, whether its weights are whole. `whole`: whether this one's are.
     pub fn agree(
         &mut self,
@@ -107,11 +112,9 @@ impl Transfer<'_> {
             committed as f64
         };
         slots[2 * rank + 1] = f64::from(u8::from(brings && whole));
-        let region = Region::HostF64(slots);
-        let slots = self
-            .collective
-            .run(Op::AllReduceSum, region, self.deadline)?
-            .into_f64();
+        let (region, deadline) = (Region::HostF64(slots), self.deadline());
+        let slots = self.collective.run(Op::AllReduceSum, region, deadline)?;
+        let slots = slots.into_f64();
         let elsewhere = (0..world).find(|rank| slots[2 * rank] != committed as f64);
         match elsewhere {
             Some(rank) => Err(TrainError::Apart {
@@ -128,7 +131,8 @@ impl Transfer<'_> {
         let root = *self.sources.iter().min().expect("a generation has shards");
         let own = serde_json::to_vec(&state).expect("numbers are JSON");
         let (op, region) = (Op::Broadcast { root }, Region::HostBytes(own));
-        let bytes = self.collective.run(op, region, self.deadline)?.into_bytes();
+        let deadline = self.deadline();
+        let bytes = self.collective.run(op, region, deadline)?.into_bytes();
         serde_json::from_slice(&bytes).map_err(|error| {
             TrainError::Collective(CollectiveError::Local {
                 what: format!("read the position that rank {root} sent"),
@@ -268,7 +272,8 @@ impl Transfer<'_> {
         mut fill: impl FnMut(Range<usize>, &[f32]),
     ) -> Result<(), CollectiveError> {
         for Arrival { ticket, range } in arrivals {
-            let values = self.collective.wait(ticket, self.deadline)?.into_f32();
+            let deadline = self.deadline();
+            let values = self.collective.wait(ticket, deadline)?.into_f32();
             if let Some(range) = range {
                 fill(range, &values);
             }

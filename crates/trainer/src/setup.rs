@@ -72,7 +72,7 @@ impl Setup {
         let scored = held_out(spec, eval.as_ref());
         check_gpu(spec, &train.pairs, scored, peers, device, 0)?;
         // A worker may have done another job before.
-        device.forget_peak();
+        device.begin_anew();
         progress("load model", 0, 1)?;
         let model = load_policy(spec, peers, device)?;
         check_positions(&model, spec.data.max_length);

@@ -300,6 +300,17 @@ EXPORT int cuMemMap(uint64_t, size_t bytes, size_t offset, uint64_t handle, uint
     return physical[handle] == bytes && !offset ? SUCCESS : INVALID_VALUE;
 }
 
+EXPORT int cuMemUnmap(uint64_t address, size_t bytes) {
+    Locked locked(lock);
+    auto found = regions.find(address);
+    if (found == regions.end() || found->second.bytes != bytes) return INVALID_VALUE;
+    regions.erase(found);
+    // Whoever uses it still is told by a fault.
+    if (mmap((void*)address, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+        return INVALID_VALUE;
+    return SUCCESS;
+}
+
 // CUmemAccessDesc begins with where the access comes from.
 EXPORT int cuMemSetAccess(uint64_t address, size_t bytes, const int* access, size_t count) {
     if (count != 1) return INVALID_VALUE;

@@ -26,7 +26,6 @@ impl Learner {
         state: TrainState,
         committed: u64,
     ) -> Result<(TrainState, ShardedOptimizer), TrainError> {
-        let deadline = self.deadline();
         // A device need not have room for what this rank had and for what it gets: gradients are made anew, and what it had of the
         // optimizer waits in the host's memory, from where it is also sent.
         self.gradients = Gradients::zeros(&[], self.model.device());
@@ -43,7 +42,7 @@ impl Learner {
             past,
             sources: past.sources()?,
             lens: self.model.trained().bucket_lens(),
-            deadline,
+            patience: self.patience,
         };
         if self.weights == Weights::Lost && !matches!(holding, Holding::Nothing) {
             return Err(TrainError::NotHeld {
