@@ -112,6 +112,43 @@ fn a_plan_says_memory_time_and_disk_and_leaves_nothing() {
 }
 
 #[test]
+fn a_plan_counts_on_disk_what_this_run_lacks_and_not_what_others_have() {
+    let run = Run::new(SMALL);
+    run.complete();
+    let bytes = |what: &str, arguments: &[&str]| {
+        let plan = planned(&run, arguments);
+        let disks = plan["disk"].as_array().expect("disks").iter();
+        let items = disks.flat_map(|disk| disk["items"].as_array().expect("items"));
+        let mut found = items.filter(|item| item["what"] == what);
+        found.next().map_or(0, |item| whole(&item["bytes"]))
+    };
+    let elsewhere = format!("job.output={}", run.folder().join("other").display());
+    let other = ["--set", &elsewhere];
+    let unread = [&other[..], &["--no-probe"]].concat();
+    // Two are kept, and lie there; one more while the next is written.
+    let checkpoint = fs::metadata(run.checkpoint(24).join("manifest.json"));
+    assert!(checkpoint.is_ok(), "{:?}", run.checkpoints());
+    let kept = run.checkpoints().len() as u64;
+    let all = bytes("checkpoints", &unread);
+    let own = bytes("checkpoints", &["--no-probe"]);
+    assert!(
+        all - own > kept * 12 * 114_048,
+        "{own} of {all}, with {kept} there"
+    );
+    assert_eq!(bytes("export", &["--no-probe"]), 0);
+    assert!(bytes("export", &unread) > 4 * 114_048);
+    // Whether the store has a run's values is known once it was looked into, with the weights' digest.
+    let another = [&unread[..], &["--set", "data.max_length=40"]].concat();
+    for arguments in [&["--no-probe"][..], &unread, &another] {
+        assert!(bytes("reference log-probs", arguments) >= 40 * 2 * 512);
+    }
+    assert_eq!(bytes("reference log-probs", &other), 0);
+    // Truncated pairs are other pairs.
+    let truncated = [&other[..], &["--set", "data.max_length=40"]].concat();
+    assert!(bytes("reference log-probs", &truncated) > 0);
+}
+
+#[test]
 fn a_run_takes_about_the_memory_that_was_planned() {
     let check = |name: &str, run: &Run, arguments: &[&str]| {
         let plan = planned(run, &[&["--no-probe"], arguments].concat());

@@ -134,7 +134,6 @@ pub fn plan(
     let read_seconds = start.elapsed().as_secs_f64();
     let run = job.amount();
     let cadence = Cadence::of(config, run.steps);
-    let disk = disk::disks(config, &run, &cadence);
     let saves = cadence.saves_on_the_way();
     let limit = machine.as_ref().map(|machine| machine.limit_bytes);
     let gpu = gpu_memory(config, &job, limit, card_bytes, saves);
@@ -142,8 +141,7 @@ pub fn plan(
         .is_on_cpu()
         .then(|| memory(config, &job, machine, saves));
     let fits = memory.as_ref().is_none_or(|it| it.fits)
-        && gpu.as_ref().is_none_or(|it| it.fits && it.host.fits)
-        && disk.iter().all(|it| it.fits);
+        && gpu.as_ref().is_none_or(|it| it.fits && it.host.fits);
 
     let no_probe_because = match (&memory, &gpu) {
         _ if !probe => None,
@@ -163,6 +161,10 @@ pub fn plan(
     } else {
         None
     };
+    let missing = time.as_ref().map(|time| time.probe.reference.values);
+    let references = missing.unwrap_or(run.reference.values);
+    let disk = disk::disks(config, &run, &cadence, references);
+    let fits = fits && disk.iter().all(|it| it.fits);
     Ok(Plan {
         name: config.job.name.clone(),
         may_stop_early: config

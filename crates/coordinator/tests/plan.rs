@@ -145,6 +145,34 @@ fn checkpoints_are_counted_as_many_as_are_there_at_once() {
     );
 }
 
+#[test]
+fn what_others_have_left_is_not_taken_for_what_this_run_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(&folder, &[]);
+    let items = || {
+        let disk = plan(&config, None, None, false).unwrap().disk;
+        let items = disk.into_iter().flat_map(|disk| disk.items);
+        items.collect::<Vec<_>>()
+    };
+    let before = items();
+    let names: Vec<_> = before.iter().map(|it| it.what).collect();
+    assert_eq!(names, ["checkpoints", "export", "reference log-probs"]);
+    // Values of other models in the store, and the beginning of a checkpoint and of an export.
+    for path in [
+        "store/others",
+        "run/checkpoints/step-00000010/rank",
+        "run/export/README.md",
+    ] {
+        let path = folder.path().join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, vec![0; 8 << 20]).unwrap();
+    }
+    assert_eq!(items(), before);
+    // An export that is there is not made again.
+    std::fs::write(folder.path().join("run/export/model.safetensors"), "").unwrap();
+    assert_eq!(items(), [&before[..1], &before[2..]].concat());
+}
+
 /// The plan for GPUs of so many GiB that are not here.
 fn planned_for_gpu(set: &[&str], gib: f64) -> Plan {
     let folder = tempfile::tempdir().unwrap();

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use checkpoint::Checkpoint;
 use serde::Serialize;
 use worker::plan::Amount;
 
@@ -40,38 +41,46 @@ const FILES_BYTES: u64 = 1 << 20;
 /// f32 weight and two moments.
 const PARAMETER_BYTES: u64 = 12;
 
-pub(super) fn disks(config: &Config, run: &Amount, cadence: &Cadence) -> Vec<Disk> {
+/// `references` is how many values the reference store does not have yet; all of the run's where nobody has looked. The store is
+/// shared with other runs and models, so that its size says nothing.
+pub(super) fn disks(
+    config: &Config,
+    run: &Amount,
+    cadence: &Cadence,
+    references: u64,
+) -> Vec<Disk> {
     // The next one is written and read back before an old one is removed.
     let best = u64::from(config.checkpoint.keep_best);
     let most = config.checkpoint.keep_last as u64 + best + cadence.kept_by_step + 1;
     let kept = cadence.saves.min(most);
     let checkpoint = PARAMETER_BYTES * run.trained_parameters + FILES_BYTES;
-    let output = &config.job.output;
+    let checkpoints = &config.checkpoint.path;
+    let export = config.job.output.join("export");
     let store = config.training_value("reference", "store");
     let store = store.and_then(toml::Value::as_str).unwrap_or_default();
     let items = [
         (
             "checkpoints",
-            config.checkpoint.path.clone(),
-            kept * checkpoint,
+            checkpoints.clone(),
+            (kept * checkpoint).saturating_sub(that_will_go(checkpoints, &config.run_digest())),
         ),
         (
             "export",
-            output.join("export"),
-            4 * run.parameters + FILES_BYTES,
+            export.clone(),
+            // One that is there is not made again.
+            if checkpoint::has_weights(&export) {
+                0
+            } else {
+                4 * run.parameters + FILES_BYTES
+            },
         ),
         (
             "reference log-probs",
             store.into(),
-            REFERENCE_VALUE * run.reference.values,
+            REFERENCE_VALUE * references,
         ),
     ];
-    let items = items.map(|(what, path, bytes)| DiskItem {
-        // What an earlier start has left there is not written again.
-        bytes: bytes.saturating_sub(size(&path)),
-        what,
-        path,
-    });
+    let items = items.map(|(what, path, bytes)| DiskItem { what, path, bytes });
     // What goes to an object store needs no room here.
     let here = |item: &DiskItem| item.bytes > 0 && !storage::is_remote(&item.path);
     by_file_system(items.into_iter().filter(here))
@@ -105,17 +114,18 @@ fn by_file_system(items: impl Iterator<Item = DiskItem>) -> Vec<Disk> {
         .collect()
 }
 
-/// Bytes of all files below `path`; 0 for what cannot be looked at.
-fn size(path: &Path) -> u64 {
-    let Ok(entries) = fs::read_dir(path) else {
+/// Bytes of checkpoints that an earlier start of this run has left, and that go as new ones come: not of pinned ones, which stay
+/// beside them, nor of what cannot be opened.
+fn that_will_go(checkpoints: &Path, run_digest: &str) -> u64 {
+    let Ok(entries) = fs::read_dir(checkpoints) else {
         return 0;
     };
-    let sizes = entries
-        .filter_map(Result::ok)
-        .map(|entry| match entry.metadata() {
-            Ok(it) if it.is_dir() => size(&entry.path()),
-            Ok(it) => it.len(),
-            Err(_) => 0,
-        });
+    let sizes = entries.filter_map(|entry| {
+        let path = entry.ok()?.path();
+        let found = Checkpoint::open(&path).ok()?;
+        let stays = checkpoint::pinned(&path).ok()?.is_some();
+        let own = found.manifest().info.run_digest == run_digest;
+        (own && !stays).then(|| found.bytes())
+    });
     sizes.sum()
 }
