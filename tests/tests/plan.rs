@@ -246,6 +246,10 @@ fn what_training_would_refuse_a_plan_refuses() {
             "model.path=configs",
             ["configs/tokenizer.json", "save_pretrained"],
         ),
+        (
+            "cluster.workers=1000000",
+            ["cluster.workers is 1,000,000", "this machine has"],
+        ),
     ] {
         let output = plan(&run, &["--set", set]);
         let said = text(&output);

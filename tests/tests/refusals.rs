@@ -497,3 +497,16 @@ fn every_configuration_of_this_repository_resolves() {
     }
     assert!(seen >= 7, "{seen} configurations");
 }
+
+#[test]
+fn more_workers_than_a_machine_has_room_for_are_refused_before_any_is_started() {
+    let run = Run::new(&with("workers = 2", "workers = 1000000"));
+    let words = [
+        "cluster.workers is 1,000,000",
+        "set cluster.workers to at most",
+    ];
+    refused("a million workers", &run, USAGE, &words);
+    assert!(!run.path("logs").exists(), "a worker was started");
+    // With fewer the same run goes on.
+    run.set("cluster.workers=1").complete();
+}

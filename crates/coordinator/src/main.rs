@@ -391,6 +391,11 @@ fn plan(
         Some(gib) => return Err(Unusable(format!("--gpu-gib {gib}: must be above 0")).into()),
         None => None,
     };
+    // GPUs that are not here may be those of many machines.
+    if card_bytes.is_none() {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        coordinator::plan::check_cores(&config, cores)?;
+    }
     let machine = worker::machine::MachineMemory::here();
     let plan = coordinator::plan::plan(&config, machine, card_bytes, probe);
     let plan = plan.map_err(|error| Unusable(error.to_string()))?;
@@ -486,12 +491,24 @@ fn report(result: anyhow::Result<u8>) -> ExitCode {
                 return ExitCode::from(exit_code_of(refused.cause()));
             }
             let usage = error.is::<Unusable>()
+                || is_no_room(&error)
                 || error
                     .downcast_ref::<CompareError>()
                     .is_some_and(CompareError::is_usage);
             ExitCode::from(if usage { EXIT_USAGE } else { 1 })
         }
     }
+}
+
+#[cfg(feature = "local")]
+fn is_no_room(error: &anyhow::Error) -> bool {
+    error.is::<coordinator::plan::NoRoom>()
+}
+
+/// A build without workers starts none.
+#[cfg(not(feature = "local"))]
+fn is_no_room(_: &anyhow::Error) -> bool {
+    false
 }
 
 /// The chain of causes as one sentence. Errors that tell their cause themselves are not told twice.

@@ -9,6 +9,7 @@
 //! ```
 
 mod disk;
+mod room;
 mod text;
 mod time;
 
@@ -22,6 +23,7 @@ use worker::plan::{
 use crate::config::Config;
 
 pub use disk::{Disk, DiskItem};
+pub use room::{NoRoom, check_cores, check_room};
 pub use time::Time;
 
 /// What the coordinator's own process takes beside its workers.

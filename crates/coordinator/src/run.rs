@@ -56,6 +56,12 @@ pub(crate) const EXIT_TEMPORARY: u8 = 75;
 pub fn run(config: &Config, show: &Show) -> anyhow::Result<u8> {
     let token = token(&config.security)?;
     let mut attempt = Attempt::open(config, false)?;
+    let completed = attempt.completed();
+    #[cfg(feature = "local")]
+    if completed.is_none() {
+        let machine = worker::machine::MachineMemory::here();
+        crate::plan::check_room(config, machine.as_ref(), cores())?;
+    }
     let mut console = if show.json {
         Console::lines(Box::new(std::io::sink()))
     } else {
@@ -64,7 +70,7 @@ pub fn run(config: &Config, show: &Show) -> anyhow::Result<u8> {
     console.with_rewards(config.has_rewards());
     console.say(&Banner::new(config, attempt.resumed()).to_string());
 
-    let (driven, signalled, report) = match attempt.completed() {
+    let (driven, signalled, report) = match completed {
         Some(driven) => {
             let report = attempt.finish(&driven, &show.command)?;
             (driven, None, report)
@@ -178,12 +184,15 @@ fn drive(
     })
 }
 
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 fn describe(config: &Config, show: &Show, url: &str) -> Launch {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Launch {
         url: url.to_owned(),
         workers: config.cluster.workers,
-        threads: config.cluster.threads_per_worker(cores),
+        threads: config.cluster.threads_per_worker(cores()),
         token_file: config.security.token_file.clone(),
         backend: config.cluster.backend.as_str().to_owned(),
         collective: config.cluster.collective.as_str().to_owned(),

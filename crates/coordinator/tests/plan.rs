@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use coordinator::config::{Config, Sources};
-use coordinator::plan::{Plan, plan};
+use coordinator::plan::{NoRoom, Plan, check_room, plan};
 use tempfile::TempDir;
 use worker::machine::{LimitBy, MachineMemory};
 
@@ -171,6 +171,69 @@ fn what_others_have_left_is_not_taken_for_what_this_run_has() {
     // An export that is there is not made again.
     std::fs::write(folder.path().join("run/export/model.safetensors"), "").unwrap();
     assert_eq!(items(), [&before[..1], &before[2..]].concat());
+}
+
+fn room(workers: usize, bytes: u64, cores: usize) -> Result<(), NoRoom> {
+    let folder = tempfile::tempdir().unwrap();
+    let set = [&format!("cluster.workers={workers}"), "cluster.backend=cpu"];
+    let machine = MachineMemory {
+        limit_bytes: bytes,
+        limit_by: LimitBy::Machine,
+        available_bytes: bytes,
+    };
+    check_room(&config(&folder, &set), Some(&machine), cores)
+}
+
+#[test]
+fn workers_that_a_machine_has_no_room_for_are_refused_before_any_is_started() {
+    let large = 1 << 40;
+    assert_eq!(room(64, large, 2), Ok(()));
+    let refused = room(65, large, 2).unwrap_err().to_string();
+    for part in [
+        "cluster.workers is 65",
+        "2 cores",
+        "set cluster.workers to at most 64",
+        "coordinator --cluster",
+    ] {
+        assert!(refused.contains(part), "no `{part}` in: {refused}");
+    }
+    assert!(matches!(
+        room(5000, large, 16),
+        Err(NoRoom::Cores { most: 512, .. })
+    ));
+    // What the plan says of a job is never less, so that nothing is refused that the plan lets pass.
+    let planned = planned(&[], 1 << 40).memory.unwrap().total_bytes;
+    let Err(NoRoom::Memory { needed_bytes, .. }) = room(2, 1 << 20, 2) else {
+        panic!("two workers in a MiB");
+    };
+    // The weights, gradients and moments of two workers, beside the programs, which differ a little from one reading to the next.
+    assert!(needed_bytes > 2 * 12 * 114_048 + (40 << 20));
+    assert!(
+        needed_bytes < planned + planned / 4,
+        "{needed_bytes} of {planned}"
+    );
+    // Half of what forty need has room for some, and not for all.
+    let Err(NoRoom::Memory { needed_bytes, .. }) = room(40, 1 << 20, 2) else {
+        panic!("forty workers in a MiB");
+    };
+    let refused = room(40, needed_bytes / 2, 2).unwrap_err();
+    let NoRoom::Memory { most, .. } = refused else {
+        panic!("{refused}");
+    };
+    assert!((5..30).contains(&most), "{refused}");
+    let text = refused.to_string();
+    for part in [
+        "cluster.workers is 40: they take at least".to_owned(),
+        format!("set cluster.workers to at most {most}"),
+    ] {
+        assert!(text.contains(&part), "no `{part}` in: {text}");
+    }
+    let none = room(40, 1 << 20, 2).unwrap_err().to_string();
+    assert!(none.contains("not even one fits"), "{none}");
+    // A control group that does not tell.
+    let folder = tempfile::tempdir().unwrap();
+    let few = config(&folder, &["cluster.workers=4"]);
+    assert_eq!(check_room(&few, None, 1), Ok(()));
 }
 
 /// The plan for GPUs of so many GiB that are not here.

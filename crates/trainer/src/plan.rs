@@ -207,6 +207,11 @@ impl Program {
         peak: 0,
     };
 
+    /// What this process has now: before it reads a tokenizer and pairs, the least that a worker of its program has.
+    pub fn here() -> Self {
+        Self::of_this_process(0)
+    }
+
     /// What this process has, without `others` bytes that it holds by now.
     pub(crate) fn of_this_process(others: u64) -> Self {
         let resident = resident_bytes().unwrap_or(PROGRAM_BYTES + others);
@@ -234,6 +239,25 @@ impl Workload {
         train: &[Pair],
         held_out: &[Pair],
     ) -> Result<Self, TrainError> {
+        let steps = steps(spec, train.len());
+        Self::of_steps(spec, config, [train, held_out], steps)
+    }
+
+    /// The workload of `spec` before its pairs are read, whatever they are: its memory is the least of any.
+    ///
+    /// # Errors
+    /// A model whose config.json cannot be read.
+    pub fn before_pairs(spec: &Spec) -> Result<Self, TrainError> {
+        let config = ModelConfig::load(&spec.model.path)?;
+        Self::of_steps(spec, config, [&[], &[]], Vec::new())
+    }
+
+    fn of_steps(
+        spec: &Spec,
+        config: ModelConfig,
+        [train, held_out]: [&[Pair]; 2],
+        steps: Vec<Vec<usize>>,
+    ) -> Result<Self, TrainError> {
         let reference = match &spec.model.reference {
             Some(path) => Some(ModelConfig::load(path)?),
             None => None,
@@ -260,7 +284,7 @@ impl Workload {
             needs_reference: spec.objective.needs_reference(),
             train: train.iter().map(Lengths::of).collect(),
             held_out: held_out.iter().map(Lengths::of).collect(),
-            steps: steps(spec, train.len()),
+            steps,
             knobs: Knobs {
                 workers: 1,
                 mirror: false,

@@ -20,6 +20,16 @@ pub struct Job {
     device: Option<Device>,
 }
 
+/// What a job's memory depends on as far as it is known without its pairs and weights.
+///
+/// # Errors
+/// A model whose config.json cannot be read.
+pub fn before_pairs(sections: &Table) -> Result<Workload, PlanError> {
+    let spec = spec::resolve(sections).map_err(ReportError::from)?.spec;
+    let workload = Workload::before_pairs(&spec);
+    Ok(workload.map_err(ReportError::from)?)
+}
+
 /// Why nothing can be said about a job.
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
