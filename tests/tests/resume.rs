@@ -350,6 +350,34 @@ fn sigterm_to_the_coordinator_and_its_workers_at_once_loses_no_step() {
     assert_eq!(rows(&run).len(), STEPS);
 }
 
+/// Nothing is there to save, so that nobody is waited for: neither one that hangs nor one that has yet to join.
+#[test]
+fn sigterm_before_the_first_step_ends_a_run_within_seconds_whatever_its_workers_do() {
+    let run = Run::new(SMALL);
+    let mut coordinator = run.start();
+    while coordinator.workers().len() < 2 {
+        assert!(coordinator.ended().is_none(), "{}", coordinator.said());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let workers = coordinator.workers();
+    for worker in &workers {
+        signal(&worker.to_string(), "STOP");
+    }
+    let start = Instant::now();
+    coordinator.signal("TERM");
+    let status = coordinator.wait();
+    assert_eq!(status.code(), Some(143), "{}", coordinator.said());
+    assert!(
+        start.elapsed() < Duration::from_secs(10),
+        "{:?}: {}",
+        start.elapsed(),
+        coordinator.said()
+    );
+    wait_for_the_end_of(&coordinator, &workers);
+    run.complete();
+    assert_eq!(rows(&run).len(), STEPS);
+}
+
 #[test]
 fn t3_a_lost_worker_ends_the_job_with_its_rank_and_the_same_command_goes_on_to_the_same_bits() {
     for which in [0, 1] {

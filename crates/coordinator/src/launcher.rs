@@ -14,15 +14,12 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::driver::Input;
 
 /// Lines of a dead worker's log that are shown.
 const LOG_LINES_SHOWN: usize = 5;
-
-/// How long workers may take to leave after the job's end before they are killed.
-const LEAVE_PATIENCE: Duration = Duration::from_secs(15);
 
 /// How long a process may run without its worker being in the job: it starts and joins, or leaves, within seconds.
 const ABSENCE: Duration = Duration::from_mins(2);
@@ -33,6 +30,8 @@ const LOOK: Duration = Duration::from_secs(5);
 /// How workers are started.
 #[derive(Clone, Debug)]
 pub struct Launch {
+    /// The executable whose subcommand `worker` they run.
+    pub program: PathBuf,
     /// Where they find the coordinator.
     pub url: String,
     /// How many.
@@ -75,17 +74,24 @@ pub struct ChildExit {
     pub again: oneshot::Sender<()>,
 }
 
-/// Starts the workers; each exit becomes an [`Input::ChildExited`], whose answer says whether the worker is started again.
+/// Starts the workers, until all are or `is_stopped`; each exit becomes an [`Input::ChildExited`], whose answer says whether the
+/// worker is started again.
 ///
 /// # Errors
 /// If a process or its log file cannot be made.
-pub fn launch(launch: &Launch, inputs: &mpsc::Sender<Input>) -> anyhow::Result<Workers> {
+pub fn launch(
+    launch: &Launch,
+    inputs: &mpsc::Sender<Input>,
+    is_stopped: impl Fn() -> bool,
+) -> anyhow::Result<Workers> {
     std::fs::create_dir_all(&launch.logs)
         .with_context(|| format!("create {}", launch.logs.display()))?;
     let mut watchers = Vec::new();
     for number in 0..launch.workers {
+        if is_stopped() {
+            break;
+        }
         let worker = Worker {
-            program: std::env::current_exe().context("find this program's own file")?,
             log: launch.logs.join(format!("worker-{number}.log")),
             launch: launch.clone(),
             number,
@@ -100,7 +106,6 @@ pub fn launch(launch: &Launch, inputs: &mpsc::Sender<Input>) -> anyhow::Result<W
 /// One of them, in all its lives.
 struct Worker {
     launch: Launch,
-    program: PathBuf,
     number: u32,
     log: PathBuf,
 }
@@ -113,7 +118,6 @@ impl Worker {
     fn start(&self) -> anyhow::Result<Child> {
         let Self {
             launch,
-            program,
             number,
             log,
         } = self;
@@ -121,7 +125,7 @@ impl Worker {
         let file = file.with_context(|| format!("open {}", log.display()))?;
         let same = file.try_clone().context("share a log file")?;
         let gpu = launch.gpus.get(*number as usize).unwrap_or(number);
-        let mut command = Command::new(program);
+        let mut command = Command::new(&launch.program);
         command
             .arg("worker")
             .args(["--coordinator", &launch.url, "--once", "--child"])
@@ -143,7 +147,7 @@ impl Worker {
             .kill_on_drop(true);
         command
             .spawn()
-            .with_context(|| format!("start {}", program.display()))
+            .with_context(|| format!("start {}", launch.program.display()))
     }
 
     async fn watch(self, mut child: Child, inputs: mpsc::Sender<Input>) {
@@ -209,11 +213,12 @@ async fn absent(name: &str, inputs: &mpsc::Sender<Input>, look: Duration, absenc
 }
 
 impl Workers {
-    /// Waits for all of them to leave, and kills those that do not.
-    pub async fn leave(self) {
+    /// Waits for all of them to leave, and kills those that have not after `patience`, which is for all together.
+    pub async fn leave(self, patience: Duration) {
+        let deadline = Instant::now() + patience;
         for watcher in self.watchers {
             let stop = watcher.abort_handle();
-            if timeout(LEAVE_PATIENCE, watcher).await.is_err() {
+            if timeout_at(deadline, watcher).await.is_err() {
                 // Dropping the watcher kills its child.
                 stop.abort();
             }
@@ -241,6 +246,8 @@ fn tail(log: &Path) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test's unwrap is an assertion")]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
 
     const LOOK: Duration = Duration::from_millis(1);
@@ -277,5 +284,70 @@ mod tests {
         assert!(timeout(10 * ABSENCE, looked).await.is_err());
         drop(inputs);
         answers.abort();
+    }
+
+    /// Workers that neither join nor leave: they say their process ids and sleep.
+    fn sleepers(folder: &Path) -> Launch {
+        use std::os::unix::fs::PermissionsExt;
+        let program = folder.join("sleeper");
+        std::fs::write(&program, "#!/bin/sh\necho $$\nexec sleep 600\n").unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        Launch {
+            program,
+            url: String::new(),
+            workers: 6,
+            threads: 1,
+            backend: "cpu".into(),
+            collective: "tcp".into(),
+            gpus: Vec::new(),
+            token_file: None,
+            logs: folder.join("logs"),
+            json_logs: false,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stop_while_workers_are_started_starts_no_more_and_kills_those_that_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let asked = std::cell::Cell::new(0);
+        let is_stopped = || {
+            asked.set(asked.get() + 1);
+            asked.get() > 3
+        };
+        let (inputs, _queue) = mpsc::channel(1);
+        let launched = sleepers(folder.path());
+        let workers = launch(&launched, &inputs, is_stopped).unwrap();
+        let logs = std::fs::read_dir(&launched.logs).unwrap();
+        let mut ids = Vec::new();
+        for log in logs {
+            let log = log.unwrap().path();
+            let id = || {
+                let text = std::fs::read_to_string(&log).unwrap();
+                text.trim().parse::<u32>().ok()
+            };
+            let mut said = id();
+            while said.is_none() {
+                sleep(LOOK).await;
+                said = id();
+            }
+            ids.extend(said);
+        }
+        assert_eq!(ids.len(), 3, "{ids:?}");
+        let start = Instant::now();
+        workers.leave(10 * ABSENCE).await;
+        // One after the other they would have three times as long.
+        assert!(start.elapsed() < 20 * ABSENCE, "{:?}", start.elapsed());
+        // Of one that nobody has waited for yet it is empty.
+        let lives = |id: &u32| {
+            let command = std::fs::read(format!("/proc/{id}/cmdline"));
+            command.is_ok_and(|it| !it.is_empty())
+        };
+        let killed = async {
+            while ids.iter().any(lives) {
+                sleep(LOOK).await;
+            }
+        };
+        let killed = timeout(Duration::from_secs(30), killed).await;
+        assert!(killed.is_ok(), "{ids:?} live");
     }
 }

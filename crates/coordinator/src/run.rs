@@ -32,6 +32,12 @@ pub(crate) const ASKS_MAX: usize = 256;
 /// How long clients may take to hear how the job ended.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
+/// How long workers may take to leave after the job's end before they are killed.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(15);
+
+/// The same where none of them has begun a step.
+const LEAVE_PATIENCE_IDLE: Duration = Duration::from_secs(2);
+
 /// How a run is shown, and how it is started again.
 pub struct Show {
     /// Log lines are JSON, and nothing else is written to standard error.
@@ -155,13 +161,17 @@ fn drive(
             console.say(&format!("metrics on {}", listening.url));
         }
         let served = listening.as_ref().map(|it| &it.metrics);
-        let workers = launch(&describe(config, show, &url), &inputs)?;
+        // Whoever is started after the signal would be started for nothing, and of many workers there may be minutes of them.
+        let is_stopped = || signalled.load(Ordering::Relaxed) > 0;
+        let workers = launch(&describe(config, show, &url)?, &inputs, is_stopped)?;
         let driven = attempt
             .drive(console, feed.clone(), served, inputs.clone(), &mut queue)
             .await;
         // The driver's end closed the sessions. Keep taking inputs, so that nobody waits for a full queue.
         let drain = tokio::spawn(async move { while queue.recv().await.is_some() {} });
-        workers.leave().await;
+        workers
+            .leave(patience(driven.as_ref().ok(), attempt.resumed()))
+            .await;
         let finished = driven.and_then(|driven| {
             let report = attempt.finish(&driven, &show.command)?;
             Ok((driven, report))
@@ -184,12 +194,26 @@ fn drive(
     })
 }
 
+/// How long workers may take to leave: those of a job that was stopped before its first step have nothing to finish.
+fn patience(driven: Option<&Driven>, resumed: Option<u64>) -> Duration {
+    let nothing_begun = |driven: &Driven| {
+        let interrupted = matches!(driven.outcome, Outcome::Interrupted { .. });
+        interrupted && driven.committed.0 == resumed.unwrap_or(0)
+    };
+    if driven.is_some_and(nothing_begun) {
+        LEAVE_PATIENCE_IDLE
+    } else {
+        LEAVE_PATIENCE
+    }
+}
+
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn describe(config: &Config, show: &Show, url: &str) -> Launch {
-    Launch {
+fn describe(config: &Config, show: &Show, url: &str) -> anyhow::Result<Launch> {
+    Ok(Launch {
+        program: std::env::current_exe().context("find this program's own file")?,
         url: url.to_owned(),
         workers: config.cluster.workers,
         threads: config.cluster.threads_per_worker(cores()),
@@ -199,7 +223,7 @@ fn describe(config: &Config, show: &Show, url: &str) -> Launch {
         gpus: config.cluster.gpus.clone().unwrap_or_default(),
         logs: config.job.output.join("logs"),
         json_logs: show.json,
-    }
+    })
 }
 
 /// The first SIGINT or SIGTERM is told with its name; the second leaves at once. Returns where the first signal's number
