@@ -220,6 +220,22 @@ fn what_is_wrong_with_the_data_is_told_before_training_with_numbers() {
 }
 
 #[test]
+fn workers_without_a_pair_are_told_of_before_the_first_step() {
+    let few = "steps = 5\nbatch_pairs = 1";
+    let run = Run::new(&with(&[("steps = 24\nbatch_pairs = 24", few)]));
+    let output = run.complete();
+    let warning = told(&run, &text(&output), "idle-workers");
+    check(
+        &warning,
+        &[
+            "1 pair (train.batch_pairs) for 2 workers (cluster.workers)",
+            "set cluster.workers to at most 1",
+        ],
+    );
+    assert_eq!(warned(&run)[0], ("idle-workers".to_owned(), 0));
+}
+
+#[test]
 fn the_log_of_a_run_without_a_console_has_its_warnings() {
     let run = Run::new(&falling());
     let mut command = run.command();

@@ -157,6 +157,7 @@ impl<'a> Driver<'a> {
         queue: &mut mpsc::Receiver<Input>,
     ) -> anyhow::Result<Driven> {
         self.execute(first)?;
+        self.warn(self.monitor.start())?;
         self.watch_again()?;
         // In a row, without a look at the clock.
         let mut taken = 0;

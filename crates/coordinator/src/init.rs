@@ -203,7 +203,8 @@ pub fn configuration(name: &str, files: &Files, found: &Found) -> anyhow::Result
         format!("every_steps = {}", every * 2),
         String::new(),
         "[cluster]".into(),
-        "workers = 2".into(),
+        // Whoever has no pair of a step waits.
+        format!("workers = {}", batch_pairs.min(2)),
     ]);
     Ok(lines.join("\n") + "\n")
 }

@@ -14,9 +14,11 @@
 //! | `many-ties` | accuracies that count halves |
 //! | `reference-trained-on-chosen` | the reference knows chosen training completions better than held-out ones |
 //! | `no-better-than-start` | by `evaluate.metric` no evaluation beats the starting weights |
+//! | `idle-workers` | a step has fewer pairs than the job has workers |
 //! | `data` | what the data report warns of: truncated, dropped, identical, repeated rows |
 
 mod clipping;
+mod idle;
 mod reference;
 mod rewards;
 mod selection;
@@ -66,6 +68,7 @@ struct Watched {
 /// The rules with what they have seen. Rows without log-ratios (no reference) are watched for clipping alone.
 pub struct Monitor {
     watched: Watched,
+    shares: idle::Shares,
     has_rewards: bool,
     clipping: clipping::Clipping,
     ties: ties::Ties,
@@ -87,6 +90,11 @@ impl Monitor {
                 optimizer: config.optimizer,
                 selection: config.selection(),
             },
+            shares: idle::Shares {
+                workers: config.cluster.workers,
+                workers_max: config.cluster.max_workers,
+                batch_pairs: batch_pairs(config),
+            },
             has_rewards: config.has_rewards(),
             clipping: clipping::Clipping::default(),
             ties: ties::Ties::default(),
@@ -97,6 +105,11 @@ impl Monitor {
             reference: reference::Reference::default(),
             start: selection::Start::default(),
         }
+    }
+
+    /// What the configuration alone tells, before anything is trained.
+    pub fn start(&self) -> Vec<Warning> {
+        warnings(0, vec![("idle-workers", self.shares.start())])
     }
 
     /// Takes a committed step in. A skipped one changed nothing and its numbers are none.
@@ -189,6 +202,13 @@ pub fn of_the_end(
         step: row.step,
         text,
     })
+}
+
+fn batch_pairs(config: &Config) -> u64 {
+    let pairs = config.training_value("train", "batch_pairs");
+    let pairs = pairs.and_then(toml::Value::as_integer);
+    // A configuration resolves to a number that is at least 1.
+    pairs.map_or(u64::MAX, |pairs| pairs as u64)
 }
 
 fn warnings(step: u64, said: Vec<(&'static str, Option<String>)>) -> Vec<Warning> {

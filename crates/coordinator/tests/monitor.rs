@@ -472,3 +472,45 @@ fn the_data_reports_warnings_are_found_with_their_files() {
     );
     assert_eq!(of_data_report("4 pairs of 4 rows\n"), []);
 }
+
+#[test]
+fn workers_without_a_pair_are_told_of_before_training() {
+    let check = |set: &[&str], words: &[&str]| {
+        let said = Monitor::new(&cal_dpo(set)).start();
+        let Some(warning) = said.first() else {
+            return assert!(words.is_empty(), "{set:?}: nothing is said");
+        };
+        assert_eq!((said.len(), warning.step), (1, 0), "{set:?}: {said:?}");
+        assert_eq!(warning.kind, "idle-workers");
+        assert!(!words.is_empty(), "{set:?}: {}", warning.text);
+        for word in words {
+            assert!(
+                warning.text.contains(word),
+                "{set:?}: no `{word}` in {}",
+                warning.text
+            );
+        }
+    };
+    check(&[], &[]);
+    check(&["train.batch_pairs=4", "cluster.workers=4"], &[]);
+    check(
+        &["train.batch_pairs=4", "cluster.workers=6"],
+        &[
+            "4 pairs (train.batch_pairs) for 6 workers (cluster.workers)",
+            "2 have nothing to compute",
+            "set cluster.workers to at most 4",
+        ],
+    );
+    check(
+        &[
+            "train.batch_pairs=1",
+            "cluster.workers=1",
+            "cluster.max_workers=2",
+        ],
+        &[
+            "1 pair (",
+            "2 workers (cluster.max_workers)",
+            "set cluster.max_workers to at most 1",
+        ],
+    );
+}
