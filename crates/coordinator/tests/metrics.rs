@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::Path,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -12,6 +13,7 @@ use protocol::{
     EvaluationRow, Generation, GpuFigures, MetricsRow, Note, Phases, Record, RunFacts, Statistics,
     Step, StepReport,
 };
+use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -307,4 +309,174 @@ async fn a_port_in_use_is_refused_with_the_key_and_the_cure() {
     let (address, path) = address.split_once('/').unwrap();
     let answer = get(address, &format!("/{path}"), "").await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+}
+
+/// Labels by name of every series of a job that has all there is.
+fn exported() -> BTreeMap<String, BTreeSet<String>> {
+    let metrics = Metrics::new();
+    let now = Instant::now();
+    let job = metrics.job(now, "letters", None, Some(&EvaluationRow::default()));
+    let mut row = row(1);
+    row.gpu = GpuFigures {
+        mfu: Some(0.4),
+        memory_gib: Some(1.5),
+        utilization: Some(0.9),
+        temperature_celsius: Some(60.0),
+        power_watts: Some(400.0),
+        sm_clock_mhz: Some(1980.0),
+    };
+    job.step(SystemTime::now(), &row);
+    job.record(&Record::Checkpoint { step: Step(1) });
+    let mut labels: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for series in series(&metrics.text(now)).into_keys() {
+        let (name, inside) = series.split_once('{').unwrap();
+        let inside = inside.trim_end_matches('}').split(',');
+        let names = inside.map(|label| label.split_once('=').unwrap().0.to_owned());
+        labels.entry(name.to_owned()).or_default().extend(names);
+    }
+    labels
+}
+
+/// Values of `key`, and the objects that they are in, anywhere in `value`.
+fn with_key<'a>(value: &'a Value, key: &str, found: &mut Vec<(&'a str, &'a Value)>) {
+    match value {
+        Value::Object(object) => {
+            found.extend(
+                object
+                    .get(key)
+                    .and_then(Value::as_str)
+                    .map(|it| (it, value)),
+            );
+            object.values().for_each(|it| with_key(it, key, found));
+        }
+        Value::Array(list) => list.iter().for_each(|it| with_key(it, key, found)),
+        _ => {}
+    }
+}
+
+/// Every metric in an expression with the labels that it is selected by.
+fn selections(expression: &str) -> Vec<(&str, Vec<&str>)> {
+    let starts = expression.match_indices("caldpo_").map(|(start, _)| start);
+    let selections = starts.map(|start| {
+        let rest = &expression[start..];
+        let end = rest.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+        let (name, rest) = rest.split_at(end.unwrap_or(rest.len()));
+        let inside = rest
+            .strip_prefix('{')
+            .and_then(|it| it.split_once('}'))
+            .map_or("", |(inside, _)| inside);
+        let labels = inside
+            .split(',')
+            .filter_map(|it| it.split(['=', '!']).next());
+        let labels = labels.map(str::trim).filter(|it| !it.is_empty());
+        (name, labels.collect())
+    });
+    selections.collect()
+}
+
+/// Labels between `before` and `after`, separated by commas, each time.
+fn between<'a>(text: &'a str, before: &str, after: &str) -> Vec<&'a str> {
+    let parts = text.split(before).skip(1);
+    let lists = parts.filter_map(|part| part.split_once(after));
+    let labels = lists.flat_map(|(labels, _)| labels.split(','));
+    labels.map(str::trim).collect()
+}
+
+#[test]
+fn the_dashboard_asks_for_what_is_exported_and_nothing_else() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/grafana/dashboard.json");
+    let board: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let exported = exported();
+    let known = |name: &str, label: &str, place: &str| {
+        let labels = exported.get(name);
+        let labels = labels.unwrap_or_else(|| panic!("nobody exports {name}: {place}"));
+        assert!(labels.contains(label), "{name} has no {label}: {place}");
+    };
+
+    let mut asked = Vec::new();
+    with_key(&board, "expr", &mut asked);
+    assert!(asked.len() > 40, "{}", asked.len());
+    let mut shown = BTreeSet::new();
+    for (expression, target) in asked {
+        let selections = selections(expression);
+        assert!(!selections.is_empty(), "no metric: {expression}");
+        for (name, labels) in selections {
+            shown.insert(name);
+            assert_eq!(labels, ["job"], "of all jobs: {expression}");
+            let legend = target.get("legendFormat").or(target.get("titleFormat"));
+            let legend = between(legend.and_then(Value::as_str).unwrap(), "{{", "}}");
+            assert!(legend.contains(&"job"), "whose? {target}");
+            let grouped = between(expression, " by (", ")");
+            for label in labels.into_iter().chain(legend).chain(grouped) {
+                // What makes a quantile of buckets has no `le` any more, and sums and counts beside them never had.
+                if label != "le" || name.ends_with("_bucket") {
+                    known(name, label, expression);
+                }
+            }
+        }
+    }
+    let mut asked = Vec::new();
+    with_key(&board, "definition", &mut asked);
+    assert_eq!(asked.len(), 1, "variables");
+    let values = between(asked[0].0, "label_values(", ")");
+    known(values[0], values[1], asked[0].0);
+
+    // What is exported and not shown is so on purpose.
+    let hidden = exported.keys().filter(|it| !shown.contains(it.as_str()));
+    let hidden: Vec<&str> = hidden
+        .map(|it| it.strip_prefix("caldpo_").unwrap())
+        .collect();
+    let expected = [
+        "build_info",
+        "epoch",
+        "eval_logps_chosen",
+        "eval_logps_rejected",
+        "eval_loss_calibration",
+        "eval_loss_pairwise",
+        "eval_pairs",
+        "eval_rewards_chosen",
+        "eval_rewards_rejected",
+        "eval_step",
+        "logps_chosen",
+        "logps_rejected",
+        "pairs_total",
+        "steps_total",
+        "tokens_total",
+    ];
+    assert_eq!(hidden, expected);
+}
+
+/// What Grafana needs to open it without asking, from its UI and from a file.
+#[test]
+fn the_dashboard_can_be_imported_and_provisioned() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/grafana/dashboard.json");
+    let board: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    assert_eq!(board["id"], Value::Null, "a number belongs to one Grafana");
+    assert!(board.get("__inputs").is_none(), "a file cannot be asked");
+    assert!(board["schemaVersion"].as_u64().unwrap() >= 39);
+    let variables = board["templating"]["list"].as_array().unwrap();
+    let kinds = variables.iter().map(|it| (&it["name"], &it["type"]));
+    let kinds: Vec<String> = kinds.map(|(name, kind)| format!("{name} {kind}")).collect();
+    assert_eq!(kinds, [r#""datasource" "datasource""#, r#""job" "query""#]);
+    let mut sources = Vec::new();
+    with_key(&board, "uid", &mut sources);
+    for (uid, source) in sources
+        .into_iter()
+        .filter(|it| it.1["type"] == "prometheus")
+    {
+        assert_eq!(uid, "${datasource}", "{source}");
+    }
+    let panels = board["panels"].as_array().unwrap();
+    let mut ids = BTreeSet::new();
+    let mut taken = BTreeSet::new();
+    for panel in panels {
+        assert!(ids.insert(panel["id"].as_u64().unwrap()), "{}", panel["id"]);
+        let [x, y, w, h] = ["x", "y", "w", "h"].map(|it| panel["gridPos"][it].as_u64().unwrap());
+        assert!(x + w <= 24, "{}", panel["title"]);
+        for cell in (x..x + w).flat_map(|x| (y..y + h).map(move |y| (x, y))) {
+            assert!(taken.insert(cell), "{} lies on another", panel["title"]);
+        }
+        let row = panel["type"] == "row";
+        assert_eq!(row, panel.get("targets").is_none(), "{}", panel["title"]);
+    }
 }
