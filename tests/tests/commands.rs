@@ -269,6 +269,71 @@ fn a_first_configuration_fits_model_and_pairs_and_runs_as_it_is() {
     assert_eq!(fs::read_to_string(&file).expect("unchanged"), written);
 }
 
+/// A model without a chat template: what the refusal asks for can be done with every command that refuses.
+#[test]
+fn a_chat_template_can_be_given_wherever_one_is_asked_for() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let template = folder.path().join("chat.jinja");
+    let text = "{% for m in messages %}{{ m.content }} {% endfor %}";
+    fs::write(&template, text).expect("write a template");
+    let pairs = folder.path().join("pairs.jsonl");
+    let row = json!({
+        "prompt": [{"role": "user", "content": PROMPT}],
+        "chosen": [{"role": "assistant", "content": "Dear Ben, come."}],
+        "rejected": [{"role": "assistant", "content": "Hi Ben, come."}],
+    });
+    fs::write(&pairs, format!("{row}\n{row}\n")).expect("write pairs");
+    let command = |program_name: &str, arguments: &[&str], more: &[&Path]| {
+        let mut command = Command::new(program(program_name));
+        command
+            .args(arguments)
+            .args(["--model", REFERENCE])
+            .args(more)
+            .current_dir(workspace_root());
+        command.output().expect("it starts")
+    };
+    let (flag, data, out) = (
+        Path::new("--chat-template"),
+        Path::new("--data"),
+        folder.path().join("out"),
+    );
+    let init = ["config", "--init", out.to_str().expect("UTF-8")];
+    let score = ["score", "--out", out.to_str().expect("UTF-8")];
+    let bench = ["bench", "--steps", "1", "--batch-pairs", "2"];
+    let generate = [
+        "generate",
+        "--chat",
+        "--prompt",
+        PROMPT,
+        "--max-tokens",
+        "2",
+    ];
+    for (program_name, arguments, files) in [
+        ("coordinator", &init[..], &[data, pairs.as_path()][..]),
+        ("worker", &score, &[data, &pairs]),
+        ("worker", &bench, &[data, &pairs]),
+        ("worker", &generate, &[]),
+    ] {
+        let name = arguments[0];
+        // `score` writes where `config` wrote.
+        drop(fs::remove_file(&out));
+        let output = command(program_name, arguments, files);
+        refused(name, &output, &["no chat template", "--chat-template"]);
+        assert!(!out.exists(), "{name} left something");
+        let output = command(
+            program_name,
+            arguments,
+            &[files, &[flag, template.as_path()]].concat(),
+        );
+        stdout(&output);
+        if name == "config" {
+            let written = fs::read_to_string(&out).expect("a configuration");
+            let line = format!("chat_template = {:?}", template.display().to_string());
+            assert!(written.contains(&line), "no `{line}` in: {written}");
+        }
+    }
+}
+
 #[test]
 fn the_schema_is_printed_alone() {
     let schema = |arguments: &[&str]| {

@@ -24,6 +24,8 @@ pub struct Files {
     pub train: Vec<PathBuf>,
     /// Held-out pairs.
     pub eval: Vec<PathBuf>,
+    /// A chat template in place of the model's own.
+    pub chat_template: Option<PathBuf>,
 }
 
 /// What the pairs are like.
@@ -52,6 +54,7 @@ impl Files {
             model: model.to_owned(),
             train: vec![data.to_owned()],
             eval: eval.map(Path::to_owned).into_iter().collect(),
+            chat_template: None,
         };
         if !data.is_dir() {
             ensure!(data.is_file(), "--data {}: no such file", data.display());
@@ -102,6 +105,10 @@ impl Files {
         let mut data = toml::Table::from_iter([("max_length".to_owned(), LENGTH_MAX.into())]);
         data.insert("train".into(), list(&self.train).into());
         data.insert("eval".into(), list(&self.eval).into());
+        if let Some(template) = &self.chat_template {
+            let template = template.display().to_string();
+            data.insert("chat_template".into(), template.into());
+        }
         let model = toml::Table::from_iter([(
             "path".to_owned(),
             toml::Value::from(self.model.display().to_string()),
@@ -157,6 +164,10 @@ pub fn configuration(name: &str, files: &Files, found: &Found) -> anyhow::Result
         );
     }
     lines.push(format!("eval = {}", list(&files.eval)));
+    if let Some(template) = &files.chat_template {
+        let template = template.display().to_string();
+        lines.push(format!("chat_template = {}", quoted(&template)));
+    }
     lines.push(format!(
         "# The longest prompt + completion has {} tokens; nothing is truncated{}.",
         found.longest,

@@ -219,6 +219,9 @@ struct InitArguments {
     /// Held-out pairs.
     #[arg(long, value_name = "FILE", requires = "init")]
     eval: Option<PathBuf>,
+    /// Chat template (Jinja) in place of the model's own; becomes data.chat_template.
+    #[arg(long, value_name = "FILE", requires = "init")]
+    chat_template: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -235,7 +238,8 @@ fn main() -> ExitCode {
                     model: Some(model),
                     data: Some(data),
                     eval,
-                } => initialize(&file, &model, &data, eval.as_deref()).map(|()| 0),
+                    chat_template,
+                } => initialize(&file, &model, &data, eval.as_deref(), chat_template).map(|()| 0),
                 _ => load(sources)
                     .and_then(|config| ui::print(&config.to_toml()))
                     .map(|()| 0),
@@ -414,9 +418,18 @@ fn plan(
 
 /// Reads the pairs as a job without truncation would, and writes a configuration that fits them.
 #[cfg(feature = "local")]
-fn initialize(file: &Path, model: &Path, data: &Path, eval: Option<&Path>) -> anyhow::Result<()> {
+fn initialize(
+    file: &Path,
+    model: &Path,
+    data: &Path,
+    eval: Option<&Path>,
+    chat_template: Option<PathBuf>,
+) -> anyhow::Result<()> {
     let unusable = |error: anyhow::Error| Unusable(sentence(&error));
-    let files = init::Files::find(model, data, eval).map_err(unusable)?;
+    let files = init::Files {
+        chat_template,
+        ..init::Files::find(model, data, eval).map_err(unusable)?
+    };
     let reports = worker::report::reports(&files.probe());
     let reports = reports.map_err(|error| Unusable(error.to_string()))?;
     let train = &reports.train;
@@ -454,7 +467,13 @@ fn initialize(file: &Path, model: &Path, data: &Path, eval: Option<&Path>) -> an
 }
 
 #[cfg(not(feature = "local"))]
-fn initialize(_: &Path, _: &Path, _: &Path, _: Option<&Path>) -> anyhow::Result<()> {
+fn initialize(
+    _: &Path,
+    _: &Path,
+    _: &Path,
+    _: Option<&Path>,
+    _: Option<PathBuf>,
+) -> anyhow::Result<()> {
     let reason =
         "this build carries no worker to read data with; build it with the default feature `local`";
     Err(Unusable(reason.into()).into())

@@ -132,7 +132,9 @@ fn chat(
                 "the chat template writes the prompt differently once a completion follows it, from character {} on",
                 same.count() + 1
             ),
-            cure: "give a template with data.chat_template whose generation prompt starts the assistant's turn".into(),
+            cure: "give a template with data.chat_template (--chat-template where there is no configuration) whose generation prompt \
+                   starts the assistant's turn"
+                .into(),
         });
     }
     encoded(place, tokenizer.encode_bare(&whole))

@@ -129,8 +129,8 @@ pub enum DataError {
     },
     /// A chat row, and the model has no chat template.
     #[error(
-        "{place}: the row is a conversation and the model has no chat template; give one with data.chat_template, or add \
-         chat_template.jinja to the model's folder"
+        "{place}: the row is a conversation and the model has no chat template; give one with data.chat_template \
+         (--chat-template where there is no configuration), or add chat_template.jinja to the model's folder"
     )]
     NoTemplate {
         /// The first such row.
@@ -138,7 +138,8 @@ pub enum DataError {
     },
     /// The chat template refused the row.
     #[error(
-        "{place}: the chat template refuses this conversation: {source}; change the row, or give another template with data.chat_template"
+        "{place}: the chat template refuses this conversation: {source}; change the row, or give another template with \
+         data.chat_template (--chat-template where there is no configuration)"
     )]
     Template {
         /// The row.

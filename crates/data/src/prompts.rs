@@ -32,12 +32,14 @@ pub enum Prompt {
 pub enum PromptError {
     /// Messages, and the model has no chat template.
     #[error(
-        "the prompt is a conversation and the model has no chat template; add chat_template.jinja to the model's folder, or \
-         write the prompt as text"
+        "the prompt is a conversation and the model has no chat template; give one with --chat-template, add \
+         chat_template.jinja to the model's folder, or write the prompt as text"
     )]
     NoTemplate,
     /// The chat template refused the messages.
-    #[error("the chat template refuses this conversation: {0}; change its messages")]
+    #[error(
+        "the chat template refuses this conversation: {0}; change its messages, or give another template with --chat-template"
+    )]
     Template(TemplateError),
     /// The tokenizer refused the text.
     #[error(transparent)]

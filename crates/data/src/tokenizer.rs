@@ -31,7 +31,7 @@ pub enum TokenizerError {
         reason: String,
     },
     /// The configured chat template cannot be read.
-    #[error("{}: {source}; check the path in data.chat_template", file.display())]
+    #[error("{}: {source}; check the path in data.chat_template or behind --chat-template", file.display())]
     ReadTemplate {
         /// The file.
         file: PathBuf,
@@ -39,7 +39,7 @@ pub enum TokenizerError {
         source: std::io::Error,
     },
     /// The chat template does not compile.
-    #[error("{}: chat template: {source}; give another with data.chat_template", file.display())]
+    #[error("{}: chat template: {source}; give another with data.chat_template (--chat-template where there is no configuration)", file.display())]
     Template {
         /// The file that holds it.
         file: PathBuf,

@@ -16,6 +16,8 @@ pub struct GenerateRequest {
     pub model: PathBuf,
     /// An adapter to put on it, in PEFT's format.
     pub adapter: Option<PathBuf>,
+    /// A Jinja file in place of the model's own chat template.
+    pub chat_template: Option<PathBuf>,
     /// What to continue.
     pub prompts: Prompts,
     /// Whether a text is a user's turn of a conversation, and not itself what is continued.
@@ -64,7 +66,8 @@ pub fn generate<E: From<TrainError>>(
     device: &Device,
     each: &mut dyn FnMut(Continuation) -> Result<(), E>,
 ) -> Result<(), E> {
-    let tokenizer = Tokenizer::load(&request.model, None).map_err(TrainError::from)?;
+    let tokenizer = Tokenizer::load(&request.model, request.chat_template.as_deref());
+    let tokenizer = tokenizer.map_err(TrainError::from)?;
     let prompts = read(request, &tokenizer)?;
     let mut model = Model::load(&request.model, device).map_err(TrainError::from)?;
     put_on(request.adapter.as_deref(), &mut model)?;

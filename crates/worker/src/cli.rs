@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -111,6 +111,9 @@ struct Score {
     /// Preference pairs, JSONL.
     #[arg(long)]
     data: PathBuf,
+    /// Chat template (Jinja) in place of the model's own.
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
     /// Where to write: `index, chosen_logp, rejected_logp, chosen_tokens, rejected_tokens` a pair.
     #[arg(long)]
     out: PathBuf,
@@ -135,6 +138,9 @@ struct Bench {
     /// Preference pairs, JSONL, taken in file order.
     #[arg(long)]
     data: PathBuf,
+    /// Chat template (Jinja) in place of the model's own.
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
     /// Pairs of one step.
     #[arg(long, default_value_t = 8)]
     batch_pairs: usize,
@@ -180,6 +186,9 @@ struct Generate {
     /// Texts are a user's turns, answered through the model's chat template. Messages always are.
     #[arg(long)]
     chat: bool,
+    /// Chat template (Jinja) in place of the model's own.
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
     /// Most tokens of a continuation.
     #[arg(long, default_value_t = 128)]
     max_tokens: usize,
@@ -458,7 +467,11 @@ fn run_score(arguments: &Score) -> anyhow::Result<()> {
     let request = ScoreRequest {
         model: arguments.model.clone(),
         adapter: arguments.adapter.clone(),
-        data: data_config(&arguments.data, arguments.max_length)?,
+        data: data_config(
+            &arguments.data,
+            arguments.max_length,
+            arguments.chat_template.as_deref(),
+        )?,
         micro_batch_tokens: arguments.micro_batch_tokens,
     };
     // What is there stays until there is something to put in its place.
@@ -497,7 +510,11 @@ fn run_bench(arguments: &Bench) -> anyhow::Result<()> {
     let device = arguments.compute.prepare()?;
     let request = BenchRequest {
         model: arguments.model.clone(),
-        data: data_config(&arguments.data, arguments.max_length)?,
+        data: data_config(
+            &arguments.data,
+            arguments.max_length,
+            arguments.chat_template.as_deref(),
+        )?,
         batch_pairs: arguments.batch_pairs,
         micro_batch_tokens: arguments.micro_batch_tokens,
         steps: arguments.steps,
@@ -528,6 +545,7 @@ fn run_generate(arguments: &Generate) -> anyhow::Result<()> {
     let request = GenerateRequest {
         model: arguments.model.clone(),
         adapter: arguments.adapter.clone(),
+        chat_template: arguments.chat_template.clone(),
         prompts,
         chat: arguments.chat,
         max_tokens: arguments.max_tokens,
@@ -569,8 +587,13 @@ fn share(text: &str) -> Result<f64, String> {
     }
 }
 
-/// `[data]` with everything but the file and the length at its default.
-fn data_config(file: &std::path::Path, max_length: usize) -> anyhow::Result<DataConfig> {
-    let config = json!({ "train": [file], "max_length": max_length });
+/// `[data]` with everything that is not given here at its default.
+fn data_config(
+    file: &Path,
+    max_length: usize,
+    chat_template: Option<&Path>,
+) -> anyhow::Result<DataConfig> {
+    let config =
+        json!({ "train": [file], "max_length": max_length, "chat_template": chat_template });
     serde_json::from_value(config).context("describe the data")
 }

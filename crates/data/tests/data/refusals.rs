@@ -188,8 +188,8 @@ fn a_chat_row_needs_a_template() {
     let error = folder.load(format!("\n{row}"), &config(64)).unwrap_err();
     assert_eq!(
         folder.message(&error),
-        "pairs.jsonl:2: the row is a conversation and the model has no chat template; give one with data.chat_template, or add \
-         chat_template.jinja to the model's folder"
+        "pairs.jsonl:2: the row is a conversation and the model has no chat template; give one with data.chat_template \
+         (--chat-template where there is no configuration), or add chat_template.jinja to the model's folder"
     );
 }
 
