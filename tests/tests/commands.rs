@@ -292,6 +292,14 @@ fn a_chat_template_can_be_given_wherever_one_is_asked_for() {
             .current_dir(workspace_root());
         command.output().expect("it starts")
     };
+    let run = Run::new(SMALL)
+        .set("train.steps=1")
+        .set(&format!("data.train={:?}", [&pairs]))
+        .set(&format!("data.chat_template={:?}", template.display()));
+    run.complete();
+    let exported = fs::read_to_string(run.path("export/chat_template.jinja"));
+    assert_eq!(exported.expect("the run's template"), text);
+
     let (flag, data, out) = (
         Path::new("--chat-template"),
         Path::new("--data"),

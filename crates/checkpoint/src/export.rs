@@ -204,9 +204,15 @@ pub fn export_watched(
     let specs = weights.specs();
     let tensors = source::typed(source_model_dir, &specs, dtype)?;
     let dtype = prevailing(&tensors);
+    let mut copied = source::files(source_model_dir)?;
+    let chat_template = kept_chat_template(path)?;
+    if chat_template.is_some() {
+        copied.retain(|name| name != source::CHAT_TEMPLATE);
+    }
     let export = Export {
         config: source::config(source_model_dir, dtype)?,
-        copied: source::files(source_model_dir)?,
+        copied,
+        chat_template,
         source: source_model_dir,
         shards: shards::plan(&tensors, shard_bytes_max),
         manifest,
@@ -239,14 +245,24 @@ pub fn export_watched(
 }
 
 /// Copies the small files of `model_dir` that an export needs (config and tokenizer) to [`SOURCE`] below `checkpoints`, with the
-/// types and shapes of its tensors, so that it can be made where the model is not. Files that are there already with the same
-/// content stay untouched.
+/// types and shapes of its tensors, so that it can be made where the model is not. A file that the run used for its `chat_template` takes the
+/// place of the model's own, in every export of these checkpoints. Files that are there already with the same content stay
+/// untouched.
 ///
 /// # Errors
 /// `model_dir` is no model directory, or something cannot be written.
-pub fn keep_source(model_dir: &Path, checkpoints: &Path) -> Result<(), ExportError> {
+pub fn keep_source(
+    model_dir: &Path,
+    chat_template: Option<&Path>,
+    checkpoints: &Path,
+) -> Result<(), ExportError> {
     let folder = Folder::open(checkpoints)?.below(SOURCE);
     let mut names = source::files(model_dir)?;
+    if let Some(template) = chat_template {
+        names.retain(|name| name != source::CHAT_TEMPLATE);
+        let content = fs::read(template).map_err(at("read", template))?;
+        keep(&folder, source::CHAT_TEMPLATE, &content)?;
+    }
     names.push(source::CONFIG.into());
     for name in names {
         let from = model_dir.join(&name);
@@ -275,6 +291,15 @@ pub fn fetch_source(checkpoints: &Path, into: &Path) -> Result<bool, ExportError
         }
     }
     Ok(!names.is_empty())
+}
+
+/// The chat template beside the checkpoint at `path`: the model's own, or the one that the run used in its place.
+fn kept_chat_template(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
+    let Some(checkpoints) = path.parent() else {
+        return Ok(None);
+    };
+    let kept = Folder::open(checkpoints)?.below(SOURCE);
+    kept.read(source::CHAT_TEMPLATE)
 }
 
 /// Puts a small file there, unless it is there already with that content.
@@ -318,6 +343,8 @@ struct Export<'a> {
     source: &'a Path,
     /// Names of the files that are taken over.
     copied: Vec<String>,
+    /// What the run kept of its chat template.
+    chat_template: Option<Vec<u8>>,
     /// config.json.
     config: Vec<u8>,
 }
@@ -348,6 +375,9 @@ impl Export<'_> {
             let from = self.source.join(name);
             let content = fs::read(&from).map_err(at("read", &from))?;
             storage::atomic_write(&folder.join(name), &content)?;
+        }
+        if let Some(template) = &self.chat_template {
+            storage::atomic_write(&folder.join(source::CHAT_TEMPLATE), template)?;
         }
         Ok(bytes)
     }

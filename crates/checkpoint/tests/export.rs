@@ -349,8 +349,19 @@ fn every_tensor_keeps_the_type_that_it_has_in_the_source() {
         );
     }
 
+    // A chat template that the run used in place of the model's is in its exports, whichever model they are made from.
+    let template = || fs::read_to_string(out.join("chat_template.jinja")).unwrap();
+    fs::write(model.join("chat_template.jinja"), "the model's").unwrap();
+    export(&path, &model, &out, ExportDtype::Source).unwrap();
+    assert_eq!(template(), "the model's");
+    let given = directory.path().join("given.jinja");
+    fs::write(&given, "the run's").unwrap();
+    keep_source(&model, Some(&given), &checkpoints).unwrap();
+    export(&path, &model, &out, ExportDtype::Source).unwrap();
+    assert_eq!(template(), "the run's");
+
     // The same from what is kept of it, and another type on demand.
-    keep_source(&model, &checkpoints).unwrap();
+    keep_source(&model, None, &checkpoints).unwrap();
     fs::remove_dir_all(&model).unwrap();
     let kept = checkpoints.join(SOURCE);
     export(&path, &kept, &out, ExportDtype::Source).unwrap();

@@ -375,13 +375,6 @@ tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 ```"#
         )?;
-        if self.path("data", "chat_template").is_some() {
-            writeln!(
-                f,
-                "\nThe chat template of the training is not among these files; give it to `tokenizer.apply_chat_template` as \
-                 `chat_template`."
-            )?;
-        }
         Ok(())
     }
 

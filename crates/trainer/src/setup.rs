@@ -149,7 +149,8 @@ impl Setup {
     /// # Errors
     /// A folder that cannot be written.
     pub fn keep_source(&self, checkpoints: &Path) -> Result<(), TrainError> {
-        checkpoint::keep_source(&self.spec.model.path, checkpoints)?;
+        let template = self.spec.data.chat_template.as_deref();
+        checkpoint::keep_source(&self.spec.model.path, template, checkpoints)?;
         if let Some(adapter) = &self.adapter {
             let base = self.spec.model.path.to_string_lossy();
             let peft = adapter.lora.to_peft(self.model.config(), &base)?;

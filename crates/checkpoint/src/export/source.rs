@@ -20,6 +20,9 @@ pub(super) const CONFIG: &str = "config.json";
 /// In a kept source, what the headers of the model's weights said: the weights themselves are not kept.
 pub(super) const TENSORS: &str = "tensors.json";
 
+/// The template that transformers reads first.
+pub(super) const CHAT_TEMPLATE: &str = "chat_template.jinja";
+
 /// Files of a tokenizer and of generation that do not begin with `tokenizer` or `chat_template`.
 const COPIED: [&str; 7] = [
     "added_tokens.json",
