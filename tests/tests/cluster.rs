@@ -52,7 +52,9 @@ fn jobs_are_queued_trained_and_found_in_their_folders() {
     let taken = cluster.ask(&["submit"], &first);
     assert_eq!(taken.status.code(), Some(2), "{}", text(&taken));
     assert!(
-        text(&taken).contains("there is a job first already"),
+        text(&taken).contains("there is a job first already")
+            && text(&taken).contains("coordinator cancel first")
+            && text(&taken).contains("--key KEY"),
         "{}",
         text(&taken)
     );

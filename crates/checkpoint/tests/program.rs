@@ -195,7 +195,7 @@ fn reshard_writes_another_world_size_and_diff_says_that_it_is_the_same() {
     }
     let (code, text, _) = run(&["reshard", "--world", "1", "--in-place"], &[&path]);
     assert_eq!(code, 0);
-    assert!(text.contains("step 20, 1 ranks instead of 2"), "{text}");
+    assert!(text.contains("step 20, 1 rank instead of 2"), "{text}");
     assert_eq!(
         names(&path),
         [

@@ -16,7 +16,7 @@ use refcache::{
 use serde_json::{Value, json};
 
 use crate::{
-    numbers::grouped,
+    numbers::{counted, grouped},
     run::{EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY, EXIT_USAGE},
     timestamp::rfc3339,
     ui,
@@ -303,7 +303,7 @@ fn compacted_text(scope: &CompactedScope) -> String {
             bytes_before,
             bytes,
         } => {
-            let merged = count(segments, "segment");
+            let merged = counted(segments as u64, "segment");
             let before = grouped(bytes_before);
             match bytes {
                 Some(bytes) => (
@@ -356,7 +356,7 @@ fn scope_text(report: &ScopeReport) -> String {
         "entries       {} in {}, {} bytes\n\
          last used     {}",
         grouped(report.entries as u64),
-        count(report.segments, "segment"),
+        counted(report.segments as u64, "segment"),
         grouped(report.bytes),
         rfc3339(report.used)
     );
@@ -407,13 +407,13 @@ fn cleaned_text(scope: &CleanedScope, dry_run: bool) -> String {
         Action::Merged => (
             did("merged", "would merge"),
             format!(
-                "{} into {} of {} entries, {} bytes to {}",
-                count(before.segments, "segment"),
+                "{} into {} of {}, {} bytes to {}",
+                counted(before.segments as u64, "segment"),
                 match scope.segments {
                     1 => "one".to_owned(),
                     more => grouped(more as u64),
                 },
-                grouped(before.entries as u64),
+                counted(before.entries as u64, "entry"),
                 grouped(before.bytes),
                 grouped(scope.bytes)
             ),
@@ -421,8 +421,8 @@ fn cleaned_text(scope: &CleanedScope, dry_run: bool) -> String {
         Action::Removed => (
             did("removed", "would remove"),
             format!(
-                "{} entries in {} bytes, last used {}",
-                grouped(before.entries as u64),
+                "{} in {} bytes, last used {}",
+                counted(before.entries as u64, "entry"),
                 grouped(before.bytes),
                 rfc3339(before.used)
             ),
@@ -447,17 +447,12 @@ fn cleaned_json(scope: &CleanedScope) -> Value {
 }
 
 fn totals(store: &Path, scopes: &[ScopeReport]) -> String {
-    let sum = |of: fn(&ScopeReport) -> u64| grouped(scopes.iter().map(of).sum());
+    let sum = |of: fn(&ScopeReport) -> u64| scopes.iter().map(of).sum();
     format!(
-        "{}: {}, {} entries, {} bytes",
+        "{}: {}, {}, {} bytes",
         store.display(),
-        count(scopes.len(), "scope"),
-        sum(|scope| scope.entries as u64),
-        sum(|scope| scope.bytes)
+        counted(scopes.len() as u64, "scope"),
+        counted(sum(|scope| scope.entries as u64), "entry"),
+        grouped(sum(|scope| scope.bytes))
     )
-}
-
-fn count(number: usize, noun: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{number} {noun}{plural}")
 }

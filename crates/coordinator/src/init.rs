@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
+use crate::numbers::counted;
+
 /// Nats per completion token that a log-ratio reaches without leaving the reference's neighbourhood: the calibrated runs on
 /// stories and letters end between 0.05 and 0.15.
 const NATS_PER_TOKEN: f64 = 0.1;
@@ -144,8 +146,8 @@ pub fn configuration(name: &str, files: &Files, found: &Found) -> anyhow::Result
     let every = (steps / 10).max(1);
     let mut lines = vec![
         format!(
-            "# {family}, {size} of weights; {} training pairs.",
-            found.pairs
+            "# {family}, {size} of weights; {}.",
+            counted(found.pairs as u64, "training pair")
         ),
         String::new(),
         "[job]".into(),
@@ -201,7 +203,7 @@ pub fn configuration(name: &str, files: &Files, found: &Found) -> anyhow::Result
         "warmup_ratio = 0.1".into(),
         String::new(),
         "[train]".into(),
-        format!("# {steps} steps an epoch."),
+        format!("# {} an epoch.", counted(steps as u64, "step")),
         "epochs = 1".into(),
         format!("batch_pairs = {batch_pairs}"),
         "# Tokens that go through the model at once: what activation memory depends on.".into(),

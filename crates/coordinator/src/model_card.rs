@@ -10,7 +10,7 @@ use toml::Value;
 
 use crate::{
     config::Config,
-    numbers::{grouped, plain, signed},
+    numbers::{counted, grouped, plain, signed},
     objective::{both, symmetric},
     summary::{Summary, Totals},
 };
@@ -80,9 +80,9 @@ impl ModelCard<'_> {
         writeln!(f, "# {name}\n")?;
         writeln!(
             f,
-            "`{}`{parameters} after {} steps of {} with caldpo {}. {}; this card was written from the run's records.\n",
+            "`{}`{parameters} after {} of {} with caldpo {}. {}; this card was written from the run's records.\n",
             self.base(),
-            grouped(self.step),
+            counted(self.step, "step"),
             self.trained().about().name,
             self.summary.tool_version,
             self.which_checkpoint()
@@ -294,9 +294,9 @@ impl ModelCard<'_> {
             let of = &last.report.statistics;
             return writeln!(
                 f,
-                "The last step's batch of {} training pairs, before its update: chosen {} nats, rejected {} nats, \
+                "The last step's batch of {}, before its update: chosen {} nats, rejected {} nats, \
                  accuracy {:.3}, loss {}.\n",
-                last.report.pairs,
+                counted(last.report.pairs, "training pair"),
                 signed(of.log_ratios_chosen),
                 signed(of.log_ratios_rejected),
                 of.rewards_accuracies,
@@ -305,9 +305,9 @@ impl ModelCard<'_> {
         };
         writeln!(
             f,
-            "Means over {} held-out pairs. Chosen, rejected and margin: log-ratios to the reference, in nats. Accuracy: \
+            "Means over {}. Chosen, rejected and margin: log-ratios to the reference, in nats. Accuracy: \
              share of pairs whose chosen completion has the larger one, ties count half.\n",
-            grouped(first.pairs)
+            counted(first.pairs, "held-out pair")
         )?;
         let after = self.evaluation().filter(|row| row.step > first.step);
         if let Some(after) = after {

@@ -43,6 +43,16 @@ pub(crate) fn grouped(value: u64) -> String {
     text
 }
 
+/// Such as `1 step`, `2,400 steps`, `2 entries`.
+pub(crate) fn counted(count: u64, noun: &str) -> String {
+    let count_text = grouped(count);
+    match (count, noun.strip_suffix('y')) {
+        (1, _) => format!("{count_text} {noun}"),
+        (_, Some(stem)) => format!("{count_text} {stem}ies"),
+        (_, None) => format!("{count_text} {noun}s"),
+    }
+}
+
 /// Such as `850 ms`, `12.3 s`, `3 min 12 s`, `2 h 05 min`.
 pub(crate) fn duration(time: Duration) -> String {
     let seconds = time.as_secs();
@@ -89,6 +99,11 @@ mod tests {
         assert_eq!(grouped(999), "999");
         assert_eq!(grouped(61_135), "61,135");
         assert_eq!(grouped(7_241_732_096), "7,241,732,096");
+        assert_eq!(counted(0, "step"), "0 steps");
+        assert_eq!(counted(1, "step"), "1 step");
+        assert_eq!(counted(2_400, "step"), "2,400 steps");
+        assert_eq!(counted(1, "entry"), "1 entry");
+        assert_eq!(counted(2, "entry"), "2 entries");
         assert_eq!(duration(Duration::from_millis(850)), "850 ms");
         assert_eq!(duration(Duration::from_millis(12_345)), "12.3 s");
         assert_eq!(duration(Duration::from_secs(192)), "3 min 12 s");

@@ -421,7 +421,7 @@ fn the_best_step_is_exported_where_it_is_kept_and_the_card_is_of_it() {
     let run = compared(&["checkpoint.keep_best=true"]);
     run.finish(&Outcome::Completed);
     let says = [
-        "`base` (260,032 parameters) after 1 steps of Cal-DPO",
+        "`base` (260,032 parameters) after 1 step of Cal-DPO",
         "The run's checkpoint of step 1, of 2, exported: of its evaluations the one with the best `log_ratios/chosen`, 3.5000",
         "| steps | 1 (the run went on to 2) |",
         "| pairs seen | 32 |",

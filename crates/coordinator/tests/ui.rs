@@ -547,7 +547,7 @@ fn where_all_phases_took_time_the_line_is_wrapped_and_where_nobody_measured_ther
     assert!(widest <= 100, "{widest} columns");
 
     let none = ended(Phases::default());
-    check(&report(&none, 1, &[]), &["1 steps in"], &["time by phase"]);
+    check(&report(&none, 1, &[]), &["1 step in"], &["time by phase"]);
     let json = serde_json::to_value(&none).unwrap();
     assert_eq!(json.get("phase_shares"), None);
     assert_eq!(json["totals"]["seconds/forward"], 0.0);

@@ -502,7 +502,8 @@ fn run_score(arguments: &Score) -> anyhow::Result<()> {
         out.flush()
             .with_context(|| format!("write {}", arguments.out.display()))?;
     }
-    eprintln!("{pairs} pairs scored, {}", arguments.out.display());
+    let plural = if pairs == 1 { "" } else { "s" };
+    eprintln!("{pairs} pair{plural} scored, {}", arguments.out.display());
     Ok(())
 }
 

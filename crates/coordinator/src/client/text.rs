@@ -6,7 +6,7 @@ use comfy_table::{ContentArrangement, Table, presets::NOTHING};
 use serde_json::{Value, json};
 use wire::proto;
 
-use crate::numbers::{duration, grouped, plain, signed};
+use crate::numbers::{counted, duration, grouped, plain, signed};
 use crate::objective::kind_has_rewards;
 use crate::phases;
 use crate::timestamp::rfc3339;
@@ -29,11 +29,8 @@ pub(super) fn status(status: &proto::Status, url: &str) -> String {
         .collect();
     let mut lines = vec![format!("coordinator {} at {url}", status.build)];
     if status.cluster {
-        let (all, idle) = (status.workers.len(), idle.len());
-        lines.push(format!(
-            "{all} worker{}, {idle} idle",
-            if all == 1 { "" } else { "s" }
-        ));
+        let all = counted(status.workers.len() as u64, "worker");
+        lines.push(format!("{all}, {} idle", idle.len()));
         lines.extend((!status.waiting.is_empty()).then(|| status.waiting.clone()));
     }
     for job in &status.jobs {

@@ -13,6 +13,7 @@ use wire::proto::JobState;
 use wire::proto::job_event::Event as Kind;
 
 use super::{Client, Refused, print, text};
+use crate::numbers::counted;
 use crate::objective::kind_has_rewards;
 use crate::run::{EXIT_CANCELLED, EXIT_DONE, EXIT_FAILED, EXIT_TEMPORARY};
 use crate::ui::Console;
@@ -131,7 +132,8 @@ impl Screen {
             Kind::DataReport(report) => console.say(&report.text),
             Kind::Missed(missed) => {
                 console.say(&format!(
-                    "{missed} events were left out: this screen is too slow"
+                    "left out, since this screen is too slow: {}",
+                    counted(*missed, "event")
                 ));
             }
         }

@@ -386,7 +386,7 @@ impl ClusterSection {
             && gpus.len() != self.workers as usize
         {
             let reason = format!(
-                "must name one GPU for each of the {} workers (cluster.workers), got {}",
+                "must name one GPU for each of cluster.workers, which is {}, got {}",
                 self.workers,
                 gpus.len()
             );

@@ -4,7 +4,12 @@ use std::{fmt, fs};
 
 use toml::Value;
 
-use crate::{config::Config, numbers::signed, objective::label, trackers};
+use crate::{
+    config::Config,
+    numbers::{counted, signed},
+    objective::label,
+    trackers,
+};
 
 /// The banner of a run. Displays as lines, the last one without its end.
 pub struct Banner {
@@ -25,8 +30,8 @@ impl Banner {
             (
                 "workers",
                 format!(
-                    "{workers} × {threads} thread{} on {}, backend {}",
-                    plural(threads),
+                    "{workers} × {} on {}, backend {}",
+                    counted(threads as u64, "thread"),
                     machine(cores),
                     config.cluster.backend.as_str()
                 ),
@@ -92,11 +97,11 @@ fn checkpoints(config: &Config) -> String {
     let path = config.checkpoint.path.display();
     let mut text = match config.checkpoint.every_steps {
         0 => format!("{path}, at the end"),
-        every => format!("{path}, every {every} step{}", plural(every as usize)),
+        every => format!("{path}, every {}", counted(every, "step")),
     };
     match config.checkpoint.keep_every_steps {
         0 => {}
-        every => text = format!("{text}; those of every {every} steps stay"),
+        every => text = format!("{text}; those of every {} stay", counted(every, "step")),
     }
     if config.checkpoint.keep_best {
         text = format!("{text}, and at evaluations; the best stays and is exported");
@@ -119,8 +124,8 @@ fn evaluation(config: &Config) -> String {
         "lower"
     };
     let text = format!(
-        "every {every} step{} by {} ({better} is better)",
-        plural(every as usize),
+        "every {} by {} ({better} is better)",
+        counted(every as u64, "step"),
         selection.metric.name()
     );
     let Some(patience) = selection.patience else {
@@ -131,14 +136,14 @@ fn evaluation(config: &Config) -> String {
         delta => format!(" of more than {delta}"),
     };
     format!(
-        "{text}; training ends after {patience} evaluation{} without a gain{by}",
-        plural(patience as usize)
+        "{text}; training ends after {} without a gain{by}",
+        counted(patience, "evaluation")
     )
 }
 
 fn machine(cores: usize) -> String {
     let memory = memory_gib().map_or_else(String::new, |gib| format!(", {gib:.1} GiB memory"));
-    format!("{cores} core{}{memory}", plural(cores))
+    format!("{}{memory}", counted(cores as u64, "core"))
 }
 
 /// Of the machine; `None` where the kernel does not say.
@@ -154,8 +159,4 @@ fn memory_gib() -> Option<f64> {
 fn text(config: &Config, section: &str, key: &str) -> String {
     let value = config.training_value(section, key);
     value.and_then(Value::as_str).unwrap_or_default().to_owned()
-}
-
-fn plural(count: usize) -> &'static str {
-    if count == 1 { "" } else { "s" }
 }

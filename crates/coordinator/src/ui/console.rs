@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use protocol::{EvaluationRow, MetricsRow};
 
 use super::{WIDTH, wrap};
-use crate::numbers::{duration, grouped, plain, signed};
+use crate::numbers::{counted, duration, grouped, plain, signed};
 
 /// What begins a warning.
 const WARNING: &str = "warning: ";
@@ -187,9 +187,9 @@ impl Console {
             String::new()
         };
         self.say(&format!(
-            "step {} held-out ({} pairs): {rewards}loss {}",
+            "step {} held-out ({}): {rewards}loss {}",
             row.step,
-            grouped(row.pairs),
+            counted(row.pairs, "pair"),
             plain(statistics.loss)
         ));
     }

@@ -8,7 +8,7 @@ use protocol::{EvaluationRow, Sample};
 
 use super::{WIDTH, wrap};
 use crate::{
-    numbers::{duration, grouped, plain, signed},
+    numbers::{counted, duration, grouped, plain, signed},
     objective::kind_has_rewards,
     phases,
     run_directory::SampleRow,
@@ -92,8 +92,8 @@ impl Report<'_> {
         };
         if totals.steps > 0 {
             text = format!(
-                "{text}\n{} steps in {}, {} pairs/s, {} tokens/s",
-                grouped(totals.steps),
+                "{text}\n{} in {}, {} pairs/s, {} tokens/s",
+                counted(totals.steps, "step"),
                 duration(Duration::try_from_secs_f64(totals.seconds).unwrap_or_default()),
                 plain(totals.pairs_per_second),
                 grouped(totals.tokens_per_second.round() as u64)
@@ -161,7 +161,7 @@ type Show = fn(&EvaluationRow) -> String;
 fn table(kind: &str, before: &EvaluationRow, later: [Option<&EvaluationRow>; 2]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
-    let title = format!("held-out, {} pairs", grouped(before.pairs));
+    let title = format!("held-out, {}", counted(before.pairs, "pair"));
     let step = |row: &EvaluationRow| format!("step {}", row.step);
     let mut header = vec![title, step(before)];
     header.extend(later.into_iter().flatten().map(step));

@@ -270,9 +270,15 @@ impl Entry {
             (Some(reason), None) => {
                 let (failures, most) = (self.attempts.failed_at(committed), self.job.attempts_max);
                 if failures >= most {
+                    let ended = match failures {
+                        1 => format!("an attempt ended after step {committed},"),
+                        _ => format!(
+                            "{failures} attempts in a row ended after step {committed}, the last"
+                        ),
+                    };
                     let reason = format!(
-                        "{failures} attempts in a row ended after step {committed}, the last because {reason}; look into \
-                         the workers' logs, and submit it again to go on from its last checkpoint"
+                        "{ended} because {reason}; look into the workers' logs, and submit it again to go on from its last \
+                         checkpoint"
                     );
                     return failed(Cause::Temporary, reason);
                 }

@@ -172,8 +172,8 @@ pub enum SchedulerAction {
 pub enum SubmitError {
     /// Another job of that name has not ended.
     #[error(
-        "there is a job {id} already, which is {state}; cancel it, or choose another job.name (a repetition of one \
-         submission is recognized by its idempotency key)"
+        "there is a job {id} already, which is {state}: choose another job.name, or end that one with `coordinator cancel {id}`; \
+         whoever may submit one job twice gives `coordinator submit` the same --key KEY each time, and the job is taken once"
     )]
     NameTaken {
         /// The name.

@@ -99,5 +99,10 @@ fn each_job_says_how_many_attempts_may_come_no_further() {
         let job = play.scheduler.job(&JobId("a".into())).expect("a job");
         assert_eq!(job.state, JobSummaryState::Failed);
         assert_eq!(job.attempts, attempts_max);
+        let said = match attempts_max {
+            1 => "an attempt ended after step 2, because ".to_owned(),
+            more => format!("{more} attempts in a row ended after step 2, the last because "),
+        };
+        assert!(job.waiting.contains(&said), "{}", job.waiting);
     }
 }

@@ -38,6 +38,7 @@ impl fmt::Display for Cure {
         write!(f, "({}", size(self.bytes))?;
         match self.truncated_pairs {
             0 => write!(f, ")"),
+            1 => write!(f, ", which cuts or drops 1 pair)"),
             pairs => write!(f, ", which cuts or drops {pairs} pairs)"),
         }
     }

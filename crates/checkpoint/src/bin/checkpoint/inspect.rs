@@ -6,7 +6,7 @@ use anyhow::Result;
 use checkpoint::{Checkpoint, pinned};
 use serde_json::json;
 
-use crate::print::print;
+use crate::print::{counted, print};
 
 pub fn inspect(path: &Path, tensors: bool, json: bool) -> Result<u8> {
     let checkpoint = Checkpoint::open(path)?;
@@ -29,7 +29,7 @@ pub fn inspect(path: &Path, tensors: bool, json: bool) -> Result<u8> {
     let mut text = format!(
         "{}\n\
          step         {} (epoch {}, {} updates, seed {})\n\
-         written by   generation {}, {} ranks, version {}, format {}\n\
+         written by   generation {}, {}, version {}, format {}\n\
          model        {}\n\
          tokenizer    {}\n\
          data         {}\n\
@@ -42,7 +42,7 @@ pub fn inspect(path: &Path, tensors: bool, json: bool) -> Result<u8> {
         state.updates,
         state.seed,
         manifest.generation,
-        manifest.world,
+        counted(manifest.world as usize, "rank"),
         info.tool_version,
         manifest.version,
         info.model_digest,
@@ -54,7 +54,11 @@ pub fn inspect(path: &Path, tensors: bool, json: bool) -> Result<u8> {
     );
     for file in &manifest.files {
         let (name, bytes, pieces) = (&file.name, file.bytes, file.pieces.len());
-        writeln!(text, "  {name}  {bytes} bytes, {pieces} pieces")?;
+        writeln!(
+            text,
+            "  {name}  {bytes} bytes, {}",
+            counted(pieces, "piece")
+        )?;
     }
     if let Some(note) = pin {
         writeln!(text, "pinned       {note}")?;

@@ -20,3 +20,9 @@ pub fn print(text: &str) -> Result<u8> {
 pub fn bytes(count: u64) -> String {
     indicatif::DecimalBytes(count).to_string()
 }
+
+/// Such as `1 rank`, `2 ranks`.
+pub fn counted(count: usize, noun: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {noun}{plural}")
+}

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::{
     Usage,
-    print::{bytes, print},
+    print::{bytes, counted, print},
     progress::Progress,
     target::{beside, lock, resolve},
 };
@@ -67,10 +67,10 @@ pub fn reshard(args: &ReshardArgs) -> Result<u8> {
         return print(&all.to_string());
     }
     print(&format!(
-        "{}: step {}, {} ranks instead of {}, {}",
+        "{}: step {}, {} instead of {}, {}",
         done.path.display(),
         done.step,
-        args.world,
+        counted(args.world as usize, "rank"),
         manifest.world,
         bytes(done.bytes)
     ))
