@@ -1,6 +1,7 @@
 //! The real programs, built once, and runs of them in folders of their own.
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::OnceLock;
@@ -177,15 +178,35 @@ impl Run {
     /// # Panics
     /// If it cannot be started.
     pub fn start(&self) -> Running {
-        use std::os::unix::process::CommandExt;
+        self.start_as(self.command())
+    }
+
+    /// The same with its command changed.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn start_as(&self, mut command: Command) -> Running {
         let said = self.folder.path().join("said.txt");
         let file = fs::File::create(&said).expect("a file for what it says");
-        let mut command = self.command();
         command
             .process_group(0)
             .stdout(file.try_clone().expect("one more handle"))
             .stderr(file);
         let child = command.spawn().expect("the coordinator starts");
+        Running { child, said }
+    }
+
+    /// The same on pipes, which [`Running::hang_up`] closes as a terminal is closed.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn start_on_pipes(&self, mut command: Command) -> Running {
+        command
+            .process_group(0)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let child = command.spawn().expect("the coordinator starts");
+        let said = self.folder.path().join("said.txt");
         Running { child, said }
     }
 
@@ -325,6 +346,14 @@ impl Running {
     /// Sends a signal to the coordinator alone.
     pub fn signal(&self, name: &str) {
         signal(&self.id().to_string(), name);
+    }
+
+    /// What a closed terminal does: nobody reads any more, and the kernel and then the shell tell all processes.
+    pub fn hang_up(&mut self) {
+        drop((self.child.stdout.take(), self.child.stderr.take()));
+        for _ in 0..2 {
+            signal(&format!("-{}", self.id()), "HUP");
+        }
     }
 
     /// kill -9 of the coordinator and its workers at once.

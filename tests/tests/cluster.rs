@@ -2,8 +2,10 @@
 //! coordinator are killed and drained, and nothing is lost.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 use tests::cluster::{Cluster, job};
@@ -186,11 +188,12 @@ fn a_drained_worker_leaves_with_its_code_and_its_job_goes_on_without_it() {
     cluster.worker("c");
     cluster.wait_for("a second worker", world_is(2));
 
-    // SIGTERM of a worker does the same.
-    cluster.signal_worker("c", "TERM");
+    // SIGHUP of a worker does the same; a terminal that is closed sends it twice.
+    cluster.signal_worker("c", "HUP");
+    cluster.signal_worker("c", "HUP");
     assert_eq!(cluster.worker_left("c"), Some(143));
     cluster.wait_for("one worker left", world_is(1));
-    // The last one's job saves before it lets it go, and waits for others.
+    // So does SIGTERM. The last one's job saves before it lets it go, and waits for others.
     cluster.signal_worker("a", "TERM");
     assert_eq!(cluster.worker_left("a"), Some(143));
     cluster.wait_for("the queue", |status| status["jobs"][0]["state"] == "queued");
@@ -217,6 +220,35 @@ fn a_drained_worker_leaves_with_its_code_and_its_job_goes_on_without_it() {
             .count()
             > 0
     );
+}
+
+/// It tries for a minute, and a person wants to know at once why nothing happens.
+#[test]
+fn a_worker_without_a_coordinator_says_at_once_where_it_looks_and_until_when() {
+    let free = TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr());
+    let url = format!("http://{}", free.expect("a free port"));
+    for (once, then) in [(true, "then this worker leaves"), (false, "and then anew")] {
+        let mut command = Command::new(program("worker"));
+        command
+            .args(["--coordinator", &url, "--threads", "1"])
+            .stdout(Stdio::null());
+        command.args(once.then_some("--once"));
+        let mut worker = command.stderr(Stdio::piped()).spawn().expect("it starts");
+        let mut line = String::new();
+        let stderr = worker.stderr.take().expect("a pipe");
+        let read = BufReader::new(stderr).read_line(&mut line);
+        worker.kill().expect("kill");
+        worker.wait().expect("wait");
+        read.expect("a line");
+        for words in [
+            &*format!("connect to the coordinator at {url}: "),
+            "Connection refused",
+            "trying again for 60 s",
+            then,
+        ] {
+            assert!(line.contains(words), "no `{words}` in: {line}");
+        }
+    }
 }
 
 /// A worker that is cut off from the coordinator and from its peers, and comes back: no connection is closed, only silence tells.

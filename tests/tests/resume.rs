@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -376,6 +377,49 @@ fn sigterm_before_the_first_step_ends_a_run_within_seconds_whatever_its_workers_
     wait_for_the_end_of(&coordinator, &workers);
     run.complete();
     assert_eq!(rows(&run).len(), STEPS);
+}
+
+/// Also where log lines go to the terminal that is gone.
+#[test]
+fn a_closed_terminal_saves_and_loses_no_step() {
+    for log in ["text", "json"] {
+        let run = Run::new(SMALL).set("checkpoint.every_steps=0");
+        let mut command = run.command();
+        command.args(["--log", log]);
+        let mut coordinator = run.start_on_pipes(command);
+        coordinator.wait_until("rows of metrics", || rows(&run).len() >= 6);
+        coordinator.hang_up();
+        let status = coordinator.wait();
+        assert_eq!(status.code(), Some(129), "--log {log}: {status}");
+        let before = rows(&run);
+        assert!((6..STEPS).contains(&before.len()), "{}", before.len());
+        assert_eq!(run.checkpoints(), [before.len()], "--log {log}");
+        assert_eq!(run.summary()["outcome"], "interrupted");
+        run.complete();
+        assert_eq!(rows(&run)[..before.len()], before, "earlier rows stay");
+        expected().check(&run);
+    }
+}
+
+#[test]
+fn under_nohup_a_closed_terminal_changes_nothing() {
+    let run = Run::new(SMALL);
+    let command = run.command();
+    let mut nohup = Command::new("nohup");
+    nohup
+        .arg(command.get_program())
+        .args(command.get_args())
+        .current_dir(workspace_root())
+        .stdin(Stdio::null());
+    let mut coordinator = run.start_as(nohup);
+    coordinator.wait_until("rows of metrics", || rows(&run).len() >= 6);
+    coordinator.hang_up();
+    let status = coordinator.wait();
+    assert_eq!(status.code(), Some(0), "{}", coordinator.said());
+    expected().check(&run);
+    let events = fs::read_to_string(run.path("events.jsonl")).expect("events");
+    assert!(!events.contains("SIGHUP"), "{events}");
+    assert!(!events.contains("\"lost\""), "{events}");
 }
 
 #[test]

@@ -21,8 +21,9 @@ use wire::Guard;
 use crate::attempt::INPUTS_MAX;
 use crate::config::ServiceConfig;
 use crate::metrics;
-use crate::run::{ASKS_MAX, bind, on_signals, token};
+use crate::run::{ASKS_MAX, bind, token};
 use crate::server::{self, Doors, Route};
+use crate::signals::on_signals;
 use hub::Hub;
 
 /// Serves until a signal asks it to leave, and returns the exit code.

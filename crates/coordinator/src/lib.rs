@@ -43,6 +43,7 @@ mod rows;
 pub mod run;
 pub mod run_directory;
 mod server;
+mod signals;
 pub mod summary;
 mod timestamp;
 pub mod trackers;

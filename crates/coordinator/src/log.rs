@@ -35,6 +35,8 @@ fn begin(format: LogFormat, level: &str, times: bool) {
         .with_env_filter(filter)
         // Colours are for eyes; files and pipes would keep their escapes.
         .with_ansi(std::io::stderr().is_terminal())
+        // A terminal that was closed takes no line; saying so there would be a panic.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     match format {
         LogFormat::Text if times => builder.with_target(false).init(),

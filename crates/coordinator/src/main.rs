@@ -20,7 +20,7 @@ use coordinator::ui;
 /// Aligns a language model to preferences: starts workers on this machine, runs one job to its end, and exits; or, with
 /// --cluster, serves job after job to workers that join from anywhere.
 ///
-/// Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 cancelled, 75 try again, 130 and 143 after a signal.
+/// Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 cancelled, 75 try again, 129, 130 and 143 after a signal.
 #[derive(Parser)]
 #[command(name = "coordinator", version, args_conflicts_with_subcommands = true)]
 struct Program {
@@ -502,7 +502,8 @@ fn report(result: anyhow::Result<u8>) -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("error: {}", sentence(&error));
+            // Nobody reads it where the terminal was closed, and the exit code still tells.
+            drop(writeln!(std::io::stderr(), "error: {}", sentence(&error)));
             if let Some(refused) = error.downcast_ref::<Refused>() {
                 return ExitCode::from(refused.exit_code());
             }

@@ -1,15 +1,12 @@
 //! One job on this machine from its configuration to its exit code.
 
-use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context;
 use protocol::{Cause, Outcome};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use wire::proto::job_event::Event as Kind;
@@ -24,6 +21,7 @@ use crate::launcher::{Launch, launch};
 use crate::metrics;
 use crate::only;
 use crate::server::{self, Doors, Route};
+use crate::signals::on_signals;
 use crate::ui::{self, Banner, Console};
 
 /// Clients that wait for their answer; whoever comes later waits to ask.
@@ -224,37 +222,6 @@ fn describe(config: &Config, show: &Show, url: &str) -> anyhow::Result<Launch> {
         logs: config.job.output.join("logs"),
         json_logs: show.json,
     })
-}
-
-/// The first SIGINT or SIGTERM is told with its name; the second leaves at once. Returns where the first signal's number
-/// appears.
-pub(crate) fn on_signals<F>(
-    first: impl Fn(&'static str) -> F + Clone + Send + 'static,
-) -> anyhow::Result<Arc<AtomicU8>>
-where
-    F: Future<Output = ()> + Send,
-{
-    let received = Arc::new(AtomicU8::new(0));
-    for (kind, name) in [
-        (SignalKind::interrupt(), "Ctrl-C"),
-        (SignalKind::terminate(), "SIGTERM"),
-    ] {
-        let mut signals = signal(kind).context("listen for signals")?;
-        let (first, received) = (first.clone(), Arc::clone(&received));
-        tokio::spawn(async move {
-            while signals.recv().await.is_some() {
-                let number = kind.as_raw_value() as u8;
-                let other =
-                    received.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed);
-                if other.is_err() {
-                    // Workers of this machine follow: their standard inputs close with this process.
-                    std::process::exit(128 + i32::from(number));
-                }
-                first(name).await;
-            }
-        });
-    }
-    Ok(received)
 }
 
 fn exit_code(outcome: &Outcome, signalled: Option<u8>) -> u8 {

@@ -14,13 +14,21 @@ pub use banner::Banner;
 pub use console::Console;
 pub use report::Report;
 
-/// Writes `text` and the end of a line to standard output. A reader that has gone is no error.
+/// What the system answers whoever writes to a terminal that was closed: EIO.
+const TERMINAL_GONE: i32 = 5;
+
+/// Writes `text` and the end of a line to standard output. A reader that has gone is no error, nor is a closed terminal.
 ///
 /// # Errors
 /// What else keeps it from being written.
 pub fn print(text: &str) -> anyhow::Result<()> {
     match writeln!(std::io::stdout().lock(), "{}", text.trim_end()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        Err(error)
+            if error.kind() == ErrorKind::BrokenPipe
+                || error.raw_os_error() == Some(TERMINAL_GONE) =>
+        {
+            Ok(())
+        }
         written => written.context("write to standard output"),
     }
 }

@@ -20,7 +20,7 @@ use wire::{Pass, Token};
 use crate::agent::{Ending, Options, serve};
 use crate::backend::{Backend, device};
 use crate::log::{self, LogFormat};
-use crate::presence::{CTRL_C, EXIT_DRAINED, Presence, SIGTERM};
+use crate::presence::{CTRL_C, EXIT_DRAINED, Presence, SIGHUP, SIGTERM, hangup_is_ignored};
 use crate::session::{Door, EXIT_TEMPORARY, SessionError};
 use crate::transport::{Choice, Transport};
 use crate::watched::Watched;
@@ -348,8 +348,10 @@ fn prepare(arguments: &Serve) -> anyhow::Result<(Options, Presence, Runtime)> {
         follow_parent(&runtime)?;
         // Supervisors and schedulers send it to all processes of a job at once.
         presence.follow_signals(&runtime, &[SIGTERM])?;
-    } else {
+    } else if hangup_is_ignored() {
         presence.follow_signals(&runtime, &[SIGTERM, CTRL_C])?;
+    } else {
+        presence.follow_signals(&runtime, &[SIGTERM, CTRL_C, SIGHUP])?;
     }
     if let Some(address) = &arguments.health {
         presence.serve_health(address, &runtime)?;
@@ -417,13 +419,14 @@ fn default_name() -> String {
 }
 
 /// Ties this process to the coordinator that started it: the pipe on standard input closes when that process ends, however
-/// it ends, and a Ctrl-C in the terminal is for the coordinator to handle.
+/// it ends, and a Ctrl-C in the terminal, or its end, is for the coordinator to handle.
 fn follow_parent(runtime: &Runtime) -> anyhow::Result<()> {
     let entered = runtime.enter();
-    let mut interrupts = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())
-        .context("listen for interrupts")?;
+    for (kind, _) in [CTRL_C, SIGHUP] {
+        let mut signals = tokio::signal::unix::signal(kind).context("listen for signals")?;
+        runtime.spawn(async move { while signals.recv().await.is_some() {} });
+    }
     drop(entered);
-    runtime.spawn(async move { while interrupts.recv().await.is_some() {} });
     let follow = || {
         let mut byte = [0];
         while matches!(std::io::stdin().read(&mut byte), Ok(1..)) {}

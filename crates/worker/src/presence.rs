@@ -19,6 +19,9 @@ pub(crate) const SIGTERM: (SignalKind, &str) = (SignalKind::terminate(), "SIGTER
 /// What a terminal sends to all that was started in it.
 pub(crate) const CTRL_C: (SignalKind, &str) = (SignalKind::interrupt(), "Ctrl-C");
 
+/// What a terminal that is closed sends to all that was started in it.
+pub(crate) const SIGHUP: (SignalKind, &str) = (SignalKind::hangup(), "SIGHUP");
+
 /// Exit code of a worker that was told to leave.
 pub(crate) const EXIT_DRAINED: u8 = 143;
 
@@ -59,7 +62,8 @@ impl Presence {
     }
 
     /// The first of these signals asks the coordinator to let this worker go, so that its job forms a generation without it, or saves
-    /// first; without a session, or the second time, the process leaves at once.
+    /// first; without a session, or the second time, the process leaves at once. A SIGHUP is no second time: a terminal that is
+    /// closed sends it twice, and supervisors send it after SIGTERM.
     pub(crate) fn follow_signals(
         &self,
         runtime: &Runtime,
@@ -71,13 +75,18 @@ impl Presence {
             let presence = self.clone();
             runtime.spawn(async move {
                 while signals.recv().await.is_some() {
-                    let (again, voice) = {
+                    let hangup = Some(SIGHUP.1);
+                    let (before, voice) = {
                         let mut state = presence.state();
-                        let again = state.leaving.replace(name).is_some();
-                        (again, state.voice.clone())
+                        let before = state.leaving;
+                        if before.is_none() || Some(name) != hangup {
+                            state.leaving = Some(name);
+                        }
+                        (before, state.voice.clone())
                     };
-                    match voice {
-                        Some(voice) if !again => {
+                    match (before, voice) {
+                        (Some(_), Some(_)) if [before, Some(name)].contains(&hangup) => {}
+                        (None, Some(voice)) => {
                             tracing::info!("{name}: leaving as soon as the job lets this worker go; once more leaves at once");
                             // Speaking may wait for the network.
                             tokio::task::spawn_blocking(move || voice.leave(name));
@@ -147,4 +156,16 @@ impl Drop for Present<'_> {
         self.0.state().voice = None;
         self.0.report(ServingStatus::NotServing);
     }
+}
+
+/// Whether whoever started this process has it ignore SIGHUP, as `nohup` does. Only Linux tells; elsewhere it counts as not
+/// ignored.
+pub(crate) fn hangup_is_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    // The lowest bit is signal 1.
+    mask.is_some_and(|mask| mask & 1 == 1)
 }

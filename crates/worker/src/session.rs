@@ -44,6 +44,9 @@ const RECONNECT_PATIENCE: Duration = Duration::from_mins(10);
 /// Longest pause between two attempts to reach a coordinator.
 const DIAL_PAUSE_MAX: Duration = Duration::from_millis(500);
 
+/// How often it is told that a coordinator cannot be reached.
+const DIAL_TOLD: Duration = Duration::from_secs(30);
+
 /// How long the training thread may take to leave after the session ended.
 const LEAVE_SECONDS_MAX: u64 = 10;
 
@@ -388,7 +391,7 @@ async fn connect(
         .keep_alive_timeout(KEEPALIVE)
         .keep_alive_while_idle(true)
         .tcp_nodelay(true);
-    let channel = dial(&endpoint, url, patience).await?;
+    let channel = dial(&endpoint, door, patience).await?;
     let outgoing = tokio_stream::StreamExt::map(ReceiverStream::new(queue), |message| {
         proto::FromWorker::from(message)
     });
@@ -405,25 +408,54 @@ async fn connect(
         })
 }
 
-async fn dial(endpoint: &Endpoint, url: &str, patience: Duration) -> Result<Channel, SessionError> {
+/// Connects, trying again until `patience` is over; the first attempt that fails is told at once, later ones now and then.
+async fn dial(
+    endpoint: &Endpoint,
+    door: &Door,
+    patience: Duration,
+) -> Result<Channel, SessionError> {
+    let url = &door.url;
     let start = Instant::now();
+    let mut told: Option<Instant> = None;
     let mut pause = Duration::from_millis(50);
     loop {
-        let error = match endpoint.connect().await {
+        let reason = match endpoint.connect().await {
             Ok(channel) => return Ok(channel),
-            Err(error) => error,
+            Err(error) => cause(&error),
         };
         if start.elapsed() + pause > patience {
-            let cause = std::error::Error::source(&error);
             return Err(SessionError::Connect {
-                url: url.into(),
-                reason: cause.map_or_else(|| error.to_string(), ToString::to_string),
+                url: url.clone(),
+                reason,
                 seconds: patience.as_secs(),
             });
+        }
+        if told.is_none_or(|at| at.elapsed() >= DIAL_TOLD) {
+            told = Some(Instant::now());
+            let left = patience.saturating_sub(start.elapsed());
+            let then = if door.once {
+                "then this worker leaves"
+            } else {
+                "and then anew"
+            };
+            tracing::warn!(
+                "connect to the coordinator at {url}: {reason}; trying again for {:.0} s, {then}; is it running, and is \
+                 --coordinator its address?",
+                left.as_secs_f64()
+            );
         }
         sleep(pause).await;
         pause = (pause * 2).min(DIAL_PAUSE_MAX);
     }
+}
+
+/// What the system said, at the end of what each layer made of it.
+fn cause(error: &tonic::transport::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
 }
 
 /// Says that this worker lives, what it knows, does and waits for.
