@@ -64,6 +64,14 @@ impl Cluster {
         Self::begin("127.0.0.1", None)
     }
 
+    /// The same on all addresses of this machine, which asks for a token.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn start_on_all_addresses() -> Self {
+        Self::begin("0.0.0.0", Some("a-token-of-a-test"))
+    }
+
     /// The same on the host's address of a network, which asks for a token.
     ///
     /// # Panics

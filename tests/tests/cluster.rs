@@ -222,6 +222,23 @@ fn a_drained_worker_leaves_with_its_code_and_its_job_goes_on_without_it() {
     );
 }
 
+#[test]
+fn a_service_on_all_addresses_tells_one_that_can_be_connected_to() {
+    let mut cluster = Cluster::start_on_all_addresses();
+    cluster.wait_for("an answer", |_| true);
+    let said = cluster.said();
+    let told = said.split_once("worker --coordinator ").expect(&said).1;
+    let url = told.split_once('`').expect(&said).0;
+    assert!(!url.contains("0.0.0.0"), "{said}");
+    let token = cluster.token_file().expect("a token");
+    let answer = Command::new(program("coordinator"))
+        .args(["status", url, "--token-file"])
+        .arg(token)
+        .output()
+        .expect("it starts");
+    assert!(answer.status.success(), "{url}: {}", text(&answer));
+}
+
 /// It tries for a minute, and a person wants to know at once why nothing happens.
 #[test]
 fn a_worker_without_a_coordinator_says_at_once_where_it_looks_and_until_when() {

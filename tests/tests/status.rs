@@ -48,6 +48,38 @@ fn a_running_job_tells_its_step_its_workers_and_what_it_waits_for() {
 }
 
 #[test]
+fn a_run_says_at_its_start_how_it_is_asked() {
+    let run = Run::new(SMALL).set("train.steps=2000");
+    let mut coordinator = run.start();
+    // Its port is any free one.
+    let line = |said: &str| {
+        let mut lines = said.lines();
+        let line = lines.find(|line| line.starts_with("  status       coordinator status "))?;
+        Some(
+            line.trim_start_matches("  status       coordinator ")
+                .to_owned(),
+        )
+    };
+    let mut told = None;
+    let said = run.folder().join("said.txt");
+    coordinator.wait_until("line that tells how to ask", || {
+        told = line(&std::fs::read_to_string(&said).unwrap_or_default());
+        told.is_some()
+    });
+    let told = told.expect("it was waited for");
+    let answer = Command::new(program("coordinator"))
+        .args(told.split_whitespace())
+        .output()
+        .expect("it starts");
+    assert!(text(&answer).contains("small  "), "{}", text(&answer));
+    drop(coordinator);
+    // What has ended cannot be asked.
+    let run = Run::new(SMALL).set("train.steps=2");
+    assert!(line(&text(&run.complete())).is_some());
+    assert_eq!(line(&text(&run.complete())), None);
+}
+
+#[test]
 fn a_watch_follows_a_job_on_one_machine_to_its_end_and_has_no_queue_to_submit_to() {
     let port = TcpListener::bind("127.0.0.1:0")
         .and_then(|listener| listener.local_addr())

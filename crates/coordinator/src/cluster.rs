@@ -18,6 +18,7 @@ use anyhow::Context;
 use tokio::sync::{mpsc, oneshot};
 use wire::Guard;
 
+use crate::address::reachable;
 use crate::attempt::INPUTS_MAX;
 use crate::config::ServiceConfig;
 use crate::metrics;
@@ -49,7 +50,7 @@ pub fn serve(config: &ServiceConfig) -> anyhow::Result<u8> {
             }
         })?;
         let listener = bind(config.listen).await?;
-        let address = listener.local_addr()?;
+        let bound = listener.local_addr()?;
         let (sessions, arriving) = mpsc::channel(INPUTS_MAX);
         let (asks, asked) = mpsc::channel(ASKS_MAX);
         let doors = Doors {
@@ -65,8 +66,9 @@ pub fn serve(config: &ServiceConfig) -> anyhow::Result<u8> {
             // Also resolves when the sender is dropped.
             drop(stopped.await);
         }));
+        let address = reachable(bound);
         tracing::info!(
-            "serving on http://{address}, state in {}; workers join with `worker --coordinator http://{address}`, jobs come \
+            "serving on {bound}, state in {}; workers join with `worker --coordinator http://{address}`, jobs come \
              with `coordinator submit CONFIG.toml --coordinator http://{address}`",
             config.state.display()
         );

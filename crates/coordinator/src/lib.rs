@@ -13,6 +13,7 @@
 //! `--cluster` ([`cluster`]) serves job after job the same way, each attempt on a thread of its own; [`client`] is what people
 //! type to it. Decisions about a job are `protocol`'s; training is the workers'.
 
+mod address;
 mod attempt;
 pub mod cache;
 mod claim;

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use wire::proto::job_event::Event as Kind;
 use wire::{Guard, Token};
 
+use crate::address::reachable;
 pub use crate::attempt::AttemptError;
 use crate::attempt::{Attempt, INPUTS_MAX};
 use crate::config::{Config, SecuritySection};
@@ -130,7 +131,13 @@ fn drive(
             }
         })?;
         let listener = bind(config.cluster.listen).await?;
-        let url = format!("http://{}", listener.local_addr()?);
+        let address = listener.local_addr()?;
+        let url = format!("http://{address}");
+        let asked = format!("http://{}", reachable(address));
+        console.say(&ui::status_line(
+            &asked,
+            config.security.token_file.as_deref(),
+        ));
         let feed = Feed::new();
         let (asks, asked) = mpsc::channel(ASKS_MAX);
         let answers = tokio::spawn(only::answer(

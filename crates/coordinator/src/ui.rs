@@ -10,7 +10,7 @@ mod banner;
 mod console;
 mod report;
 
-pub use banner::Banner;
+pub use banner::{Banner, status_line};
 pub use console::Console;
 pub use report::Report;
 

@@ -14,6 +14,7 @@ use tokio::{net::TcpListener, task::JoinHandle};
 use wire::Guard;
 
 use super::{CONTENT_TYPE, Metrics};
+use crate::address::reachable;
 
 /// Metrics that are being served. Dropped, they are not.
 pub struct Listening {
@@ -46,7 +47,7 @@ pub async fn listen(
             "listen on {address} (telemetry.metrics_listen) for Prometheus; choose another port, or leave the key out"
         )
     })?;
-    let url = format!("http://{}/metrics", listener.local_addr()?);
+    let url = format!("http://{}/metrics", reachable(listener.local_addr()?));
     let metrics = Metrics::new();
     let server = serve(listener, metrics.clone(), guard, std::future::pending());
     let task = tokio::spawn(async {

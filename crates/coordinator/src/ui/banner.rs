@@ -1,6 +1,6 @@
 //! The first thing a person sees: what will run, on what, and where it will be found.
 
-use std::{fmt, fs};
+use std::{fmt, fs, path::Path};
 
 use toml::Value;
 
@@ -51,10 +51,23 @@ impl fmt::Display for Banner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "coordinator {}", env!("CARGO_PKG_VERSION"))?;
         for (name, text) in &self.rows {
-            write!(f, "\n  {name:<12} {text}")?;
+            write!(f, "\n{}", line(name, text))?;
         }
         Ok(())
     }
+}
+
+/// The banner's last line: how to ask a run that listens at `url` how it fares. The port is known only when it does.
+pub fn status_line(url: &str, token_file: Option<&Path>) -> String {
+    let mut command = format!("coordinator status {url}");
+    if let Some(file) = token_file {
+        command = format!("{command} --token-file {}", file.display());
+    }
+    line("status", &command)
+}
+
+fn line(name: &str, text: &str) -> String {
+    format!("  {name:<12} {text}")
 }
 
 fn run(config: &Config, resumed: Option<u64>) -> String {
