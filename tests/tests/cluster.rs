@@ -223,6 +223,114 @@ fn a_drained_worker_leaves_with_its_code_and_its_job_goes_on_without_it() {
 }
 
 #[test]
+fn a_job_of_a_service_tells_its_rewards_and_events_while_it_runs_waits_and_after_its_end() {
+    let mut cluster = Cluster::start();
+    cluster.worker("a");
+    let config = job(
+        "run",
+        cluster.folder(),
+        "[train]\nsteps = 20000\n[cluster]\nworkers = 1",
+    );
+    assert!(cluster.ask(&["submit"], &config).status.success());
+    cluster.wait_for_step("run", 3);
+    let screen = text(&cluster.run(&["status"]));
+    for words in [
+        "run  training  step ",
+        "  loss ",
+        " · chosen ",
+        "last events of the job",
+        "training begins with step 1",
+        "last events of the service",
+        "job run starts on a",
+    ] {
+        assert!(screen.contains(words), "no `{words}` in: {screen}");
+    }
+    let tells = |state: &'static str| {
+        move |status: &Value| {
+            let job = of(status, "run");
+            let events = job["events"].as_array().expect("events");
+            job["state"] == state
+                && job["last_row"]["step"].as_u64() == job["committed_step"].as_u64()
+                && job["steps_total"] == 20000
+                && events.iter().any(|event| event["kind"] == "go")
+        }
+    };
+    assert!(cluster.run(&["pause", "run"]).status.success());
+    cluster.wait_for("the rewards of a paused job", tells("paused"));
+    let screen = text(&cluster.run(&["status"]));
+    assert!(
+        screen.contains("  loss ") && screen.contains("last events of the job"),
+        "{screen}"
+    );
+    assert!(cluster.run(&["resume", "run"]).status.success());
+    cluster.wait_for("training", |status| {
+        of(status, "run")["state"] == "training"
+    });
+    assert!(cluster.run(&["cancel", "run"]).status.success());
+    cluster.wait_for("the rewards of a cancelled job", tells("cancelled"));
+    let screen = text(&cluster.run(&["status"]));
+    assert!(screen.contains("  loss "), "{screen}");
+    let jobs = text(&cluster.run(&["jobs"]));
+    assert!(jobs.contains("cancelled"), "{jobs}");
+}
+
+/// `outcome` and `reason` of the summary in a run directory.
+fn outcome(folder: &Path) -> [String; 2] {
+    let summary = fs::read(folder.join("summary.json")).expect("a summary");
+    let summary: Value = serde_json::from_slice(&summary).expect("a summary is JSON");
+    ["outcome", "reason"].map(|key| summary[key].as_str().unwrap_or_default().to_owned())
+}
+
+#[test]
+fn a_cancelled_job_is_recorded_as_such_and_one_that_has_ended_is_not_steered() {
+    let mut cluster = Cluster::start();
+    cluster.worker("a");
+    let endless = "[train]\nsteps = 20000\n[cluster]\nworkers = 1";
+    let config = job("run", cluster.folder(), endless);
+    let run = cluster.folder().join("run");
+    let cancelled = ["cancelled", "was cancelled: enough"];
+    // While it runs, and while it waits with a part of it done.
+    for pause in [false, true] {
+        assert!(cluster.ask(&["submit"], &config).status.success());
+        cluster.wait_for("training", |status| {
+            of(status, "run")["state"] == "training"
+        });
+        if pause {
+            assert!(cluster.run(&["pause", "run"]).status.success());
+            cluster.wait_for("the pause", |status| of(status, "run")["state"] == "paused");
+            assert_eq!(outcome(&run), ["interrupted", ""]);
+        }
+        let asked = cluster.run(&["cancel", "run", "--reason", "enough"]);
+        assert!(asked.status.success(), "{}", text(&asked));
+        cluster.wait_for("the end", |status| {
+            of(status, "run")["state"] == "cancelled"
+        });
+        assert_eq!(outcome(&run), cancelled);
+    }
+    let small = job(
+        "small",
+        cluster.folder(),
+        "[train]\nsteps = 2\n[cluster]\nworkers = 1",
+    );
+    let done = cluster.ask(&["submit", "--watch"], &small);
+    assert_eq!(done.status.code(), Some(0), "{}", text(&done));
+    for (name, state, cure) in [("run", "cancelled", true), ("small", "completed", false)] {
+        for (command, done) in [
+            ("cancel", "cancelled"),
+            ("pause", "paused"),
+            ("resume", "resumed"),
+        ] {
+            let refused = cluster.run(&[command, name]);
+            let said = text(&refused);
+            assert_eq!(refused.status.code(), Some(2), "{command} {name}: {said}");
+            let words = format!("job {name} has ended: it is {state}, and cannot be {done}");
+            assert!(said.contains(&words), "no `{words}` in: {said}");
+            assert_eq!(said.contains("submit it again"), cure, "{said}");
+        }
+    }
+}
+
+#[test]
 fn a_service_on_all_addresses_tells_one_that_can_be_connected_to() {
     let mut cluster = Cluster::start_on_all_addresses();
     cluster.wait_for("an answer", |_| true);
@@ -444,7 +552,7 @@ fn a_paused_job_saves_stays_paused_over_a_restart_and_goes_on_when_it_is_resumed
     assert_all_steps(&cluster.folder().join("run"), STEPS);
     // Of a job that has ended there is nothing to pause.
     let late = cluster.run(&["pause", "run"]);
-    assert_eq!(late.status.code(), Some(0), "{}", text(&late));
+    assert_eq!(late.status.code(), Some(2), "{}", text(&late));
     assert!(text(&late).contains("completed"), "{}", text(&late));
 }
 

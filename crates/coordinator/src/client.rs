@@ -219,7 +219,7 @@ pub fn jobs(target: &Target, json: bool) -> anyhow::Result<u8> {
 /// Ends a job.
 ///
 /// # Errors
-/// Nobody answers; there is no such job.
+/// Nobody answers; there is no such job; it has ended.
 pub fn cancel(target: &Target, name: &str, reason: &str, json: bool) -> anyhow::Result<u8> {
     let client = Client::connect(target)?;
     let request = proto::CancelRequest {
@@ -247,7 +247,7 @@ pub fn cancel(target: &Target, name: &str, reason: &str, json: bool) -> anyhow::
 /// Keeps a job from running until it is resumed.
 ///
 /// # Errors
-/// Nobody answers; there is no such job.
+/// Nobody answers; there is no such job; it has ended.
 pub fn pause(target: &Target, name: &str, reason: &str, json: bool) -> anyhow::Result<u8> {
     let client = Client::connect(target)?;
     let request = proto::PauseRequest {
@@ -273,7 +273,7 @@ pub fn pause(target: &Target, name: &str, reason: &str, json: bool) -> anyhow::R
 /// Lets a paused job run again.
 ///
 /// # Errors
-/// Nobody answers; there is no such job.
+/// Nobody answers; there is no such job; it has ended.
 pub fn resume(target: &Target, name: &str, reason: &str, json: bool) -> anyhow::Result<u8> {
     let client = Client::connect(target)?;
     let request = proto::ResumeRequest {

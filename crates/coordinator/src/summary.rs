@@ -1,9 +1,17 @@
 //! Content of `summary.json`: how a run ended, in numbers that a script can read.
 
-use std::{collections::BTreeMap, path::PathBuf, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use anyhow::Context;
 
 use protocol::{Cause, EarlyStop, EvaluationRow, MetricsRow, Outcome, Phases, RunFacts};
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::{
     config::Config,
@@ -102,9 +110,9 @@ pub struct StoppedEarly {
 pub struct Summary {
     /// `job.name`.
     pub name: String,
-    /// `completed`, `interrupted` or `failed`.
+    /// `completed`, `interrupted` or `failed`; of a service's job also `cancelled` ([`record_cancelled`]).
     pub outcome: &'static str,
-    /// Why it failed.
+    /// Why it failed, or was cancelled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Who is to act on a failure.
@@ -219,6 +227,30 @@ impl Summary {
             artifacts: ending.artifacts,
         }
     }
+}
+
+/// Writes into the summary in the run directory `output` that the job was cancelled, and why. An attempt knows only that it was to
+/// stop; that it will not go on is known to whoever it was cancelled with, perhaps while it waited for its next attempt. A
+/// summary that tells of another end stays, and where there is none the run never began.
+///
+/// # Errors
+/// A summary that cannot be read or written.
+pub fn record_cancelled(output: &Path, reason: &str) -> anyhow::Result<()> {
+    let path = output.join("summary.json");
+    let text = match std::fs::read(&path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        text => text.with_context(|| format!("read {}", path.display()))?,
+    };
+    let mut summary: Map<String, Value> =
+        serde_json::from_slice(&text).with_context(|| format!("read {}", path.display()))?;
+    if summary.get("outcome").and_then(Value::as_str) != Some("interrupted") {
+        return Ok(());
+    }
+    summary.insert("outcome".into(), "cancelled".into());
+    summary.insert("reason".into(), reason.into());
+    let text = serde_json::to_string_pretty(&summary).context("write the summary as JSON")?;
+    storage::atomic_write(&path, format!("{text}\n").as_bytes())?;
+    Ok(())
 }
 
 impl Totals {

@@ -6,6 +6,7 @@ use comfy_table::{ContentArrangement, Table, presets::NOTHING};
 use serde_json::{Value, json};
 use wire::proto;
 
+use super::watch::has_ended;
 use crate::numbers::{counted, duration, grouped, plain, signed};
 use crate::objective::kind_has_rewards;
 use crate::phases;
@@ -36,6 +37,10 @@ pub(super) fn status(status: &proto::Status, url: &str) -> String {
     for job in &status.jobs {
         lines.push(String::new());
         lines.extend(job_lines(job));
+        // What happens in a coordinator's only job is all that happens there.
+        if status.cluster && !has_ended(job.state()) {
+            lines.extend(event_lines("  ", "last events of the job", &job.events));
+        }
     }
     if status.jobs.is_empty() {
         lines.push("\nno jobs; submit one with: coordinator submit CONFIG.toml".into());
@@ -44,13 +49,24 @@ pub(super) fn status(status: &proto::Status, url: &str) -> String {
         lines.push("\nidle workers".into());
         lines.extend(idle.into_iter().map(|it| format!("  {}", worker_line(it))));
     }
-    if !status.events.is_empty() {
-        lines.push("\nlast events".into());
-        let skip = status.events.len().saturating_sub(EVENTS_SHOWN);
-        let last = status.events.iter().skip(skip);
-        lines.extend(last.map(|it| format!("  {}", event_line(it))));
-    }
+    let title = if status.cluster {
+        "\nlast events of the service"
+    } else {
+        "\nlast events"
+    };
+    lines.extend(event_lines("", title, &status.events));
     lines.join("\n")
+}
+
+/// The last of `events` below their title; nothing where there are none.
+fn event_lines(indent: &str, title: &str, events: &[proto::Event]) -> Vec<String> {
+    let skip = events.len().saturating_sub(EVENTS_SHOWN);
+    let last = events.iter().skip(skip);
+    let title = (!events.is_empty()).then(|| format!("{indent}{title}"));
+    title
+        .into_iter()
+        .chain(last.map(|it| format!("{indent}  {}", event_line(it))))
+        .collect()
 }
 
 fn job_lines(job: &proto::Job) -> Vec<String> {
@@ -64,6 +80,8 @@ fn job_lines(job: &proto::Job) -> Vec<String> {
     if job.generation > 0 {
         let (step, generation) = (job.committed_step, job.generation);
         first = format!("{first}  step {step}/{total}  generation {generation}");
+    } else if job.committed_step > 0 {
+        first = format!("{first}  step {}/{total}", job.committed_step);
     }
     let mut lines = vec![first, format!("  {}", job.waiting)];
     if let Some(row) = job

@@ -3,15 +3,16 @@
 
 mod answers;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::absolute;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
 use protocol::{
-    Cause, CoordinatorMessage, Fence, FromWorker, Generation, Incarnation, JobId, Note, Outcome,
-    Scheduler, SchedulerAction, SchedulerEvent, SchedulerPolicy, Step, ToWorker, WorkerMessage,
+    Cause, CoordinatorMessage, Fence, FromWorker, Generation, Incarnation, JobId, JobSummaryState,
+    Note, Outcome, Scheduler, SchedulerAction, SchedulerEvent, SchedulerPolicy, Step, ToWorker,
+    WorkerMessage,
 };
 use tokio::runtime::Handle;
 use tokio::sync::{broadcast, mpsc};
@@ -26,6 +27,7 @@ use crate::driver::Input;
 use crate::feed::{self, Feed};
 use crate::metrics::Metrics;
 use crate::server::{Ask, Connected, Route, SessionId};
+use crate::summary::record_cancelled;
 use crate::ui::Console;
 
 /// Silence after which a waiting worker counts as lost; a worker beats every half second.
@@ -60,8 +62,8 @@ struct Live {
 
 /// What an attempt's thread tells.
 enum Told {
-    /// It needs no workers any more.
-    Released(JobId),
+    /// It needs no workers any more, and this is how it stands.
+    Released(JobId, Box<proto::Job>),
     /// It is over.
     Ended {
         id: JobId,
@@ -79,6 +81,8 @@ pub(super) struct Hub {
     /// The present session of every worker, here or in a job.
     sessions: BTreeMap<Incarnation, SessionId>,
     live: BTreeMap<JobId, Live>,
+    /// How jobs stood when an attempt of theirs last ended under this coordinator.
+    stood: BTreeMap<JobId, Box<proto::Job>>,
     events: broadcast::Sender<proto::Event>,
     kept: VecDeque<proto::Event>,
     tell: mpsc::Sender<Told>,
@@ -103,6 +107,7 @@ impl Hub {
             waiting: BTreeMap::new(),
             sessions: BTreeMap::new(),
             live: BTreeMap::new(),
+            stood: BTreeMap::new(),
             events: broadcast::Sender::new(EVENTS_KEPT),
             kept: VecDeque::new(),
             tell,
@@ -258,7 +263,14 @@ impl Hub {
 
     fn hear_attempt(&mut self, told: Told) -> anyhow::Result<()> {
         match told {
-            Told::Released(id) => self.handle(SchedulerEvent::Released { id }),
+            Told::Released(id, stands) => {
+                self.stood.insert(id.clone(), stands);
+                // The queue forgets the oldest of those that have ended.
+                let known = self.scheduler.jobs().into_iter().map(|job| job.id);
+                let known: BTreeSet<JobId> = known.collect();
+                self.stood.retain(|id, _| known.contains(id));
+                self.handle(SchedulerEvent::Released { id })
+            }
             Told::Ended {
                 id,
                 outcome,
@@ -329,7 +341,8 @@ impl Hub {
             .name(format!("job {id}"))
             .spawn(move || {
                 let _span = tracing::info_span!("job", name = %id).entered();
-                let released = || drop(tell.blocking_send(Told::Released(id.clone())));
+                let released =
+                    |stands| drop(tell.blocking_send(Told::Released(id.clone(), stands)));
                 let (outcome, committed) = attempt(
                     &config,
                     holding,
@@ -417,15 +430,49 @@ impl Hub {
         let Some(live) = self.live.get(id) else {
             return;
         };
-        let running = job.state == protocol::JobSummaryState::Running;
+        let running = job.state == JobSummaryState::Running;
         let ended = job.state.has_ended();
+        if job.state == JobSummaryState::Cancelled && job.attempts > 0 {
+            // Its attempts know only that they were to stop.
+            let recorded = record_cancelled(&live.config.job.output, &job.waiting);
+            if let Err(error) = recorded {
+                tracing::warn!(
+                    "job {id} was cancelled, and its summary does not say so: {error:#}"
+                );
+            }
+        }
         if !running {
-            let view = live.complete(wire::queued_job(job));
-            live.feed.tell(Kind::Job(view));
+            live.feed
+                .tell(Kind::Job(self.complete(wire::queued_job(job))));
         }
-        if ended {
-            self.live.remove(id);
+        if ended
+            && let Some(live) = self.live.remove(id)
+            && let Some(stood) = self.stood.get_mut(id)
+        {
+            stood.events = live.feed.notes();
         }
+    }
+
+    /// Adds what the queue does not know of a job.
+    fn complete(&self, job: proto::Job) -> proto::Job {
+        let id = JobId(job.name.clone());
+        let mut job = match self.stood.get(&id) {
+            Some(stood) => proto::Job {
+                steps_total: stood.steps_total,
+                last_row: stood.last_row,
+                events: stood.events.clone(),
+                objective: stood.objective.clone(),
+                output: stood.output.clone(),
+                ..job
+            },
+            None => job,
+        };
+        if let Some(live) = self.live.get(&id) {
+            live.config.objective().clone_into(&mut job.objective);
+            job.output = live.config.job.output.display().to_string();
+            job.events = live.feed.notes();
+        }
+        job
     }
 
     fn note(&mut self, note: &Note) {
@@ -451,16 +498,6 @@ impl Live {
             config: Arc::new(config),
             feed: Feed::new(),
             inputs: None,
-        }
-    }
-
-    /// Adds what the queue does not know of a job.
-    fn complete(&self, job: proto::Job) -> proto::Job {
-        proto::Job {
-            objective: self.config.objective().to_owned(),
-            output: self.config.job.output.display().to_string(),
-            events: self.feed.notes(),
-            ..job
         }
     }
 }
@@ -490,7 +527,7 @@ fn attempt(
     inputs: &mpsc::Sender<Input>,
     mut queue: mpsc::Receiver<Input>,
     runtime: &Handle,
-    released: impl Fn(),
+    released: impl Fn(Box<proto::Job>),
 ) -> (Outcome, Step) {
     let mut committed = Step(0);
     let mut run = || {
@@ -513,7 +550,7 @@ fn attempt(
         // Nobody listens any more: the workers' sessions end, and they come back for the next job.
         queue.close();
         while queue.try_recv().is_ok() {}
-        released();
+        released(Box::new(attempt.ended(&driven, feed.notes())));
         attempt.finish(&driven, "submit it again: coordinator submit")?;
         anyhow::Ok(driven.outcome)
     };

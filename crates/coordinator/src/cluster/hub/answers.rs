@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use protocol::{JobId, NewJob, SchedulerEvent, SubmitError};
+use protocol::{JobId, JobSummaryState, NewJob, SchedulerEvent, SubmitError};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tonic::Status;
@@ -26,15 +26,15 @@ impl Hub {
             }
             Ask::Cancel(request, answer) => {
                 let event = |id, reason| SchedulerEvent::CancelRequested { id, reason };
-                self.steer(request.job, request.reason, event, answer)?;
+                self.steer(request.job, request.reason, "cancelled", event, answer)?;
             }
             Ask::Pause(request, answer) => {
                 let event = |id, reason| SchedulerEvent::PauseRequested { id, reason };
-                self.steer(request.job, request.reason, event, answer)?;
+                self.steer(request.job, request.reason, "paused", event, answer)?;
             }
             Ask::Resume(request, answer) => {
                 let event = |id, reason| SchedulerEvent::ResumeRequested { id, reason };
-                self.steer(request.job, request.reason, event, answer)?;
+                self.steer(request.job, request.reason, "resumed", event, answer)?;
             }
             Ask::Drain(name, answer) => {
                 let found = self.scheduler.worker(&name);
@@ -108,15 +108,20 @@ impl Hub {
         Ok(())
     }
 
-    /// Tells the queue what a client wants of a job, and answers with the job as it is then.
+    /// Tells the queue that a client wants a job to be `done` so, and answers with the job as it is then. Of one that has ended
+    /// nothing can be wanted.
     fn steer(
         &mut self,
         name: String,
         reason: String,
+        done: &str,
         event: impl FnOnce(JobId, String) -> SchedulerEvent,
         answer: Answer<proto::Job>,
     ) -> anyhow::Result<()> {
-        let found = self.find(&JobId(name)).map(|job| job.id);
+        let found = self.find(&JobId(name)).and_then(|job| match job.state {
+            state if !state.has_ended() => Ok(job.id),
+            state => Err(Status::failed_precondition(ended(&job.id, state, done))),
+        });
         if let Ok(id) = &found {
             let reason = match reason.as_str() {
                 "" => "by a client".to_owned(),
@@ -156,17 +161,13 @@ impl Hub {
             Err(error) => return Ok(Err(refused(&error))),
         };
         if created {
+            // Of another job of its name.
+            self.stood.remove(&id);
             self.live.insert(id.clone(), Live::new(config));
         }
         self.execute(actions)?;
         let job = self.find(&id).map(wire::queued_job);
-        Ok(job.map(|job| {
-            let job = match self.live.get(&id) {
-                Some(live) => live.complete(job),
-                None => job,
-            };
-            (job, created)
-        }))
+        Ok(job.map(|job| (self.complete(job), created)))
     }
 
     fn find(&self, id: &JobId) -> Result<protocol::JobSummary, Status> {
@@ -226,13 +227,8 @@ impl Hub {
         let found = self.find(id).map(|summary| {
             let (attempts, priority) = (summary.attempts, summary.priority);
             let submitted = summary.submitted_unix_ms;
-            let queued = wire::queued_job(summary);
-            let live = self.live.get(id);
-            let queued = match live {
-                Some(live) => live.complete(queued),
-                None => queued,
-            };
-            let inputs = live.and_then(|live| live.inputs.clone());
+            let queued = self.complete(wire::queued_job(summary));
+            let inputs = self.live.get(id).and_then(|live| live.inputs.clone());
             (queued, inputs, attempts, priority, submitted)
         });
         async move {
@@ -264,6 +260,15 @@ impl Hub {
                 Ok(None) | Err(_) => queued,
             })
         }
+    }
+}
+
+/// Why a job that has ended cannot be `done` so.
+fn ended(id: &JobId, state: JobSummaryState, done: &str) -> String {
+    let text = format!("job {id} has ended: it is {state}, and cannot be {done}");
+    match state {
+        JobSummaryState::Completed => text,
+        _ => format!("{text}; submit it again to go on from its last checkpoint"),
     }
 }
 
