@@ -161,6 +161,19 @@ fn files_that_cannot_be_used_are_named_with_line_or_tensor() {
         &["trian.jsonl", "data.train"],
     );
     check(
+        "a model folder that is not there",
+        &with(
+            "configs/quickstart/reference",
+            "configs/quickstart/referenze",
+        ),
+        USAGE,
+        &[
+            "model.path: there is no folder /",
+            "/configs/quickstart/referenze",
+            "every worker sees",
+        ],
+    );
+    check(
         "a pattern that nothing matches",
         &with(
             "configs/quickstart/train.jsonl",
@@ -370,6 +383,24 @@ fn a_run_that_a_misspelled_path_ended_leaves_its_directory_to_the_one_that_mends
     assert!(said.contains("data.train"), "{said}");
     // What it did then stands.
     run.complete();
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_refused_with_its_key() {
+    let run = Run::new(SMALL);
+    let file = run.folder().join("file");
+    fs::write(&file, "").expect("write");
+    for output in [file.clone(), file.join("run")] {
+        let output = output.display();
+        let run = Run::new(SMALL).set(&format!("job.output={output}"));
+        let place = format!("job.output: create directory {output}");
+        refused(
+            "an output that is no folder",
+            &run,
+            USAGE,
+            &[&place, "name a folder"],
+        );
+    }
 }
 
 #[test]

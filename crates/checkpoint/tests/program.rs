@@ -86,15 +86,19 @@ fn where_there_is_no_checkpoint_the_exit_code_is_2() {
     let directory = tempfile::tempdir().unwrap();
     write(directory.path(), 4, 20, 2, 0);
     let unfinished = directory.path().join("step-00000020");
-    for dir in [
-        directory.path(),
-        &*unfinished,
-        &*directory.path().join("absent"),
+    let incomplete = "is not a complete checkpoint";
+    let absent = ": there is no such folder; name a checkpoint such as step-00000100";
+    for (dir, words) in [
+        (directory.path(), incomplete),
+        (&*unfinished, incomplete),
+        (&*directory.path().join("absent"), absent),
+        (&*directory.path().join("step-00000300"), absent),
     ] {
         for command in ["inspect", "verify"] {
             let (code, _, err) = run(&[command], &[dir]);
             assert_eq!(code, 2, "{command} {dir:?}");
-            assert!(err.contains("is not a complete checkpoint"), "{err}");
+            assert!(err.contains(words), "{err}");
+            assert!(err.contains(&dir.display().to_string()), "{err}");
         }
     }
     assert_eq!(run(&["inspect"], &[]).0, 2);

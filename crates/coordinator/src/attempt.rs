@@ -22,6 +22,7 @@ use crate::finish::{Finished, finish};
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::observer::Observer;
+use crate::output::{self, Unwritable};
 use crate::random;
 use crate::run_directory::{Opened, RunDirectory, RunDirectoryError};
 use crate::summary::ReferenceCounts;
@@ -45,6 +46,9 @@ pub struct Attempt<'a> {
 /// Why an attempt does not begin.
 #[derive(Debug, thiserror::Error)]
 pub enum AttemptError {
+    /// The run directory cannot be written.
+    #[error(transparent)]
+    Output(#[from] Unwritable),
     /// The run directory cannot be used.
     #[error(transparent)]
     Directory(#[from] RunDirectoryError),
@@ -94,7 +98,8 @@ impl AttemptError {
     pub fn cause(&self) -> Cause {
         match self {
             Self::Directory(error) if error.is_usage() => Cause::Config,
-            Self::Claim(ClaimError::Taken { .. } | ClaimError::Foreign { .. })
+            Self::Output(_)
+            | Self::Claim(ClaimError::Taken { .. } | ClaimError::Foreign { .. })
             | Self::Gone { .. }
             | Self::Recovery {
                 source: RecoveryError::CheckpointAhead { .. },
@@ -113,6 +118,7 @@ impl<'a> Attempt<'a> {
     /// # Errors
     /// Directories that are another run's or held by another coordinator; damage; checkpoints that are gone.
     pub fn open(config: &'a Config, holding: bool) -> Result<Self, AttemptError> {
+        output::prepare(&config.job.output)?;
         let Opened {
             directory,
             records,

@@ -12,6 +12,16 @@ pub enum TrainError {
     /// A value of the configuration cannot work.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The model's folder is not there.
+    #[error(
+        "model.path: there is no folder {} on this machine; name a folder in Hugging Face layout (config.json, *.safetensors, \
+         tokenizer.json) that every worker sees under this path",
+        path.display()
+    )]
+    NoModel {
+        /// The folder, from the root.
+        path: PathBuf,
+    },
     /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] data::TokenizerError),
@@ -198,6 +208,7 @@ impl TrainError {
     pub fn cause(&self) -> Cause {
         match self {
             Self::Spec(_)
+            | Self::NoModel { .. }
             | Self::Tokenizer(_)
             | Self::Data(_)
             | Self::Model(_)

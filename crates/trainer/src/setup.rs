@@ -303,7 +303,13 @@ pub(crate) enum Kept {
 impl Tokens {
     pub fn load(spec: &Spec, kept: Kept, progress: Progress<'_>) -> Result<Self, TrainError> {
         let config = &spec.data;
-        let tokenizer = Tokenizer::load(&spec.model.path, config.chat_template.as_deref())?;
+        let model = &spec.model.path;
+        if !model.is_dir() {
+            // Each worker looks below its own working directory.
+            let path = std::path::absolute(model).unwrap_or_else(|_| model.clone());
+            return Err(TrainError::NoModel { path });
+        }
+        let tokenizer = Tokenizer::load(model, config.chat_template.as_deref())?;
         let beside = spec.reference.store.with_file_name("data-cache");
         let cache = config.cache.as_deref().unwrap_or(&beside);
         let cache = (kept == Kept::Always || cache.exists()).then_some(cache);

@@ -13,7 +13,7 @@ use crate::{
     DONE, FAILED,
     print::print,
     progress::Progress,
-    target::{is_one, resolve},
+    target::{check_there, is_one, resolve},
 };
 
 /// What to compare.
@@ -58,6 +58,7 @@ pub fn diff(args: &DiffArgs) -> Result<u8> {
 }
 
 fn open(dir: &Path) -> Result<Side> {
+    check_there(dir)?;
     if is_one(dir) || has_weights(dir) {
         return Ok(Side::open(dir)?);
     }

@@ -6,6 +6,7 @@ use anyhow::Result;
 use checkpoint::{CheckpointError, MANIFEST, newest_watched};
 use storage::Lock;
 
+use crate::Usage;
 use crate::progress::Progress;
 
 /// Whether `dir` is a checkpoint's folder itself, complete or not.
@@ -16,6 +17,7 @@ pub fn is_one(dir: &Path) -> bool {
 
 /// The checkpoint `dir`, or the newest one below it that verifies.
 pub fn resolve(dir: &Path) -> Result<PathBuf> {
+    check_there(dir)?;
     if is_one(dir) {
         return Ok(dir.to_owned());
     }
@@ -30,6 +32,19 @@ pub fn resolve(dir: &Path) -> Result<PathBuf> {
         None if newest.refused.is_empty() => Err(none_there(dir)),
         None => anyhow::bail!("no checkpoint below {} holds", dir.display()),
     }
+}
+
+/// Refuses what is not there at all. Of an object store its own answer tells.
+pub fn check_there(dir: &Path) -> Result<()> {
+    if storage::is_remote(dir) || dir.exists() {
+        return Ok(());
+    }
+    Err(Usage(format!(
+        "{}: there is no such folder; name a checkpoint such as step-00000100, or the folder that a run's checkpoints lie in \
+         (checkpoint.path, by default JOB_OUTPUT/checkpoints)",
+        dir.display()
+    ))
+    .into())
 }
 
 /// Held by a coordinator beside its directory of checkpoints.

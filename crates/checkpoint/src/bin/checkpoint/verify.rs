@@ -10,7 +10,7 @@ use crate::{
     DONE, FAILED,
     print::print,
     progress::Progress,
-    target::{is_one, none_there},
+    target::{check_there, is_one, none_there},
 };
 
 /// What `verify` has to tell.
@@ -34,6 +34,7 @@ struct Refused {
 }
 
 pub fn verify(dir: &Path, json: bool) -> Result<u8> {
+    check_there(dir)?;
     let outcome = if is_one(dir) {
         verify_one(dir)?
     } else {
