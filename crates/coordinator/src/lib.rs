@@ -35,7 +35,7 @@ mod numbers;
 mod objective;
 pub mod observer;
 mod only;
-pub mod output;
+mod output;
 mod phases;
 #[cfg(feature = "local")]
 pub mod plan;

@@ -15,6 +15,21 @@ use crate::{
     summary::{Summary, Totals},
 };
 
+/// How the export is used.
+const USAGE: &str = r#"## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this card lies
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+```
+"#;
+
 /// A completed run's card. Displays as Markdown with YAML front matter.
 pub struct ModelCard<'a> {
     /// The run's configuration.
@@ -45,7 +60,7 @@ impl fmt::Display for ModelCard<'_> {
             self.losses(f)?;
         }
         self.versions(f)?;
-        self.usage(f)
+        f.write_str(USAGE)
     }
 }
 
@@ -357,25 +372,6 @@ impl ModelCard<'_> {
             "The run's digest is that of the configuration which defines it, and stands as `caldpo_run` in the metadata of \
              the weights' files.\n"
         )
-    }
-
-    fn usage(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            r#"## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # where this card lies
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-print(tokenizer.decode(tokens[0], skip_special_tokens=True))
-```"#
-        )?;
-        Ok(())
     }
 
     /// Name of the model that the run began with.
