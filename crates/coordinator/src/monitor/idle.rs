@@ -1,7 +1,7 @@
 //! Workers without a pair. A step shares its pairs out, and a pair is not cut: whoever gets none waits for the others, and only
 //! keeps its share of the optimizer's state.
 
-use crate::numbers::grouped;
+use crate::numbers::{counted, grouped};
 
 /// Workers of a job, and the pairs of its steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,15 +27,10 @@ impl Shares {
         Some(format!(
             "a step has {} (train.batch_pairs) for {} workers ({key}): of so many {} have nothing to compute in any step and wait for \
              the others; set {key} to at most {}, or raise train.batch_pairs",
-            count(pairs, "pair"),
+            counted(pairs, "pair"),
             grouped(u64::from(workers)),
             grouped(u64::from(workers) - pairs),
             grouped(pairs),
         ))
     }
-}
-
-fn count(count: u64, what: &str) -> String {
-    let many = if count == 1 { "" } else { "s" };
-    format!("{} {what}{many}", grouped(count))
 }

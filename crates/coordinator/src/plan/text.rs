@@ -8,23 +8,28 @@ use worker::machine::LimitBy;
 use worker::plan::{Cure, HostMemory, Moment, WorkerMemory};
 
 use super::{Disk, GpuMemory, Memory, Plan, Time};
-use crate::numbers::{bytes, duration, grouped, plain};
+use crate::numbers::{bytes, counted, duration, grouped, plain};
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let run = &self.run;
         writeln!(
             f,
-            "{}: {} pairs, {} held out; {}{} steps of {} pairs, {} epochs, {} tokens; {} parameters",
+            "{}: {}, {} held out; {}{} of {}, {} {}, {}; {}",
             self.name,
-            grouped(run.pairs),
+            counted(run.pairs, "pair"),
             grouped(run.held_out_pairs),
             if self.may_stop_early { "at most " } else { "" },
-            grouped(run.steps),
-            run.batch_pairs,
+            counted(run.steps, "step"),
+            counted(run.batch_pairs, "pair"),
             plain(run.epochs),
-            grouped(run.tokens),
-            grouped(run.parameters),
+            if plain(run.epochs) == "1" {
+                "epoch"
+            } else {
+                "epochs"
+            },
+            counted(run.tokens, "token"),
+            counted(run.parameters, "parameter"),
         )?;
         match (&self.memory, &self.gpu) {
             (Some(memory), _) => write_memory(f, memory)?,

@@ -58,7 +58,15 @@ fn a_submission_is_repeated_safely_by_its_key_and_a_name_is_taken_until_its_job_
         Err(SubmitError::KeyTaken { .. })
     ));
     let again = play.submit(new_job("a", 1)).expect_err("the name is taken");
-    assert!(again.to_string().contains("queued; cancel it"), "{again}");
+    let said = again.to_string();
+    for part in [
+        "queued",
+        "another job.name",
+        "coordinator cancel a",
+        "--key",
+    ] {
+        assert!(said.contains(part), "no `{part}` in: {said}");
+    }
     play.join(1);
     play.end("a", Outcome::Completed, 3);
     // The key still answers for what it did; without one the run directory is gone on with.
