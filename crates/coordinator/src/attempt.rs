@@ -131,10 +131,12 @@ impl<'a> Attempt<'a> {
                 "the journal's last record was torn and is cut off"
             );
         }
-        for difference in replaced {
+        if !replaced.is_empty() {
+            let replaced: Vec<String> = replaced.iter().map(ToString::to_string).collect();
             tracing::warn!(
-                "{} held a run that had not committed a step, and begins anew: {difference}",
-                config.job.output.display()
+                "{} held a run that had not committed a step, and begins anew: {}",
+                config.job.output.display(),
+                replaced.join("; ")
             );
         }
         let owner = Owner {
