@@ -17,15 +17,20 @@ fn checkpoint(command: &str, path: &Path, more: &[&str]) -> Output {
     output.expect("the program starts")
 }
 
-#[test]
-fn c2_a_flipped_byte_is_named_and_the_next_start_steps_back_to_what_holds() {
+/// A run without faults, and the same killed when it had two checkpoints.
+fn whole_and_killed() -> (Run, Run) {
     let whole = Run::new(SMALL);
     whole.complete();
-
     let run = Run::new(SMALL);
     let mut coordinator = run.start();
     coordinator.wait_until("two checkpoints", || run.checkpoints().len() >= 2);
     coordinator.kill_everything();
+    (whole, run)
+}
+
+#[test]
+fn c2_a_flipped_byte_is_named_and_the_next_start_steps_back_to_what_holds() {
+    let (whole, run) = whole_and_killed();
     let steps = run.checkpoints();
     let newest = run.checkpoint(steps[steps.len() - 1]);
     let output = checkpoint("verify", &run.path("checkpoints"), &[]);
@@ -85,13 +90,7 @@ fn a_folder_of_checkpoints_is_one_runs_alone() {
 
 #[test]
 fn checkpoints_that_are_not_where_they_were_are_asked_for_and_nothing_is_rewound() {
-    let whole = Run::new(SMALL);
-    whole.complete();
-
-    let run = Run::new(SMALL);
-    let mut coordinator = run.start();
-    coordinator.wait_until("two checkpoints", || run.checkpoints().len() >= 2);
-    coordinator.kill_everything();
+    let (whole, run) = whole_and_killed();
     let journal = fs::read(run.path("journal.log")).expect("a journal");
     let moved = run.folder().join("moved");
     fs::rename(run.path("checkpoints"), &moved).expect("move");

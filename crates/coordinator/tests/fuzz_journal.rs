@@ -103,6 +103,7 @@ fn whole() -> Vec<Vec<u8>> {
             1,
             vec![
                 Record::Opened,
+                Record::Anew,
                 formed(1, &[11, 12]),
                 Record::Facts { facts },
                 evaluated(0, None),

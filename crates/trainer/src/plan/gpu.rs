@@ -276,10 +276,18 @@ pub(crate) fn check(
     let Some([free, total]) = device.available_and_total() else {
         return Ok(());
     };
+    judge(
+        &workload(spec, train, held_out)?,
+        peers,
+        free + loaded,
+        total,
+    )
+    .map_err(|refusal| TrainError::Gpu(Box::new(refusal)))
+}
+
+fn workload(spec: &Spec, train: &[Pair], held_out: &[Pair]) -> Result<Workload, TrainError> {
     let config = ModelConfig::load(&spec.model.path)?;
-    let workload = Workload::new(spec, config, train, held_out)?;
-    judge(&workload, peers, free + loaded, total)
-        .map_err(|refusal| TrainError::Gpu(Box::new(refusal)))
+    Workload::new(spec, config, train, held_out)
 }
 
 /// Fewest workers of a job, at most as many as `peers`, among whom it has room on the GPU `device`, of which `loaded` bytes are its
@@ -298,9 +306,11 @@ pub(crate) fn workers_min(
     let Some([free, _]) = device.available_and_total() else {
         return Ok(0);
     };
-    let config = ModelConfig::load(&spec.model.path)?;
-    let workload = Workload::new(spec, config, train, held_out)?;
-    Ok(fewest(&workload, peers, free + loaded))
+    Ok(fewest(
+        &workload(spec, train, held_out)?,
+        peers,
+        free + loaded,
+    ))
 }
 
 /// Whatever fits among two or more fits among still more, whose shards are smaller. One alone may fit where two do not, which hold
