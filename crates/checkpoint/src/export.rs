@@ -245,9 +245,9 @@ pub fn export_watched(
 }
 
 /// Copies the small files of `model_dir` that an export needs (config and tokenizer) to [`SOURCE`] below `checkpoints`, with the
-/// types and shapes of its tensors, so that it can be made where the model is not. A file that the run used for its `chat_template` takes the
-/// place of the model's own, in every export of these checkpoints. Files that are there already with the same content stay
-/// untouched.
+/// types and shapes of its tensors, so that it can be made where the model is not. The file of a `chat_template` that the run used
+/// takes the place of the model's own, in every export of these checkpoints. Files that are there already with the same content
+/// stay untouched.
 ///
 /// # Errors
 /// `model_dir` is no model directory, or something cannot be written.
@@ -262,6 +262,9 @@ pub fn keep_source(
         names.retain(|name| name != source::CHAT_TEMPLATE);
         let content = fs::read(template).map_err(at("read", template))?;
         keep(&folder, source::CHAT_TEMPLATE, &content)?;
+    } else if !names.iter().any(|name| name == source::CHAT_TEMPLATE) {
+        // Of a run that had another one, and ended before it saved anything.
+        folder.remove(source::CHAT_TEMPLATE)?;
     }
     names.push(source::CONFIG.into());
     for name in names {

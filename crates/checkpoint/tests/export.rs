@@ -359,6 +359,11 @@ fn every_tensor_keeps_the_type_that_it_has_in_the_source() {
     keep_source(&model, Some(&given), &checkpoints).unwrap();
     export(&path, &model, &out, ExportDtype::Source).unwrap();
     assert_eq!(template(), "the run's");
+    // A run without one that takes the folder over does not inherit it.
+    fs::remove_file(model.join("chat_template.jinja")).unwrap();
+    keep_source(&model, None, &checkpoints).unwrap();
+    export(&path, &model, &out, ExportDtype::Source).unwrap();
+    assert!(!out.join("chat_template.jinja").exists());
 
     // The same from what is kept of it, and another type on demand.
     keep_source(&model, None, &checkpoints).unwrap();

@@ -112,8 +112,8 @@ impl AttemptError {
 }
 
 impl<'a> Attempt<'a> {
-    /// Opens the run directory, claims the folder of its checkpoints, and looks for what to go on from: the newest checkpoint, or
-    /// also what its workers may be `holding`.
+    /// Opens the run directory, sees that the folder of its checkpoints is no other run's, and looks for what to go on from: the
+    /// newest checkpoint, or also what its workers may be `holding`. The folder is claimed when the run is driven on.
     ///
     /// # Errors
     /// Directories that are another run's or held by another coordinator; damage; checkpoints that are gone.
@@ -225,7 +225,7 @@ impl<'a> Attempt<'a> {
             config_toml: config.training_toml(),
             checkpoint_dir: config.checkpoint.path.display().to_string(),
             probe: probe.name.clone(),
-            secret: random::bytes()?,
+            secret: random::bytes().context("read random bytes")?,
             fence: self.directory.take_over()?,
             recovery: self.recovery.clone(),
             resume: self.resume.as_ref().map(|path| path.display().to_string()),
@@ -351,7 +351,8 @@ impl Probe {
                 storage::remove_file(&entry.path())?;
             }
         }
-        let name = format!("{PROBE}{}", random::hexadecimal::<8>()?);
+        let number = random::hexadecimal::<8>().context("read random bytes")?;
+        let name = format!("{PROBE}{number}");
         let path = folder.join(&name);
         storage::atomic_write(&path, b"workers look for this file\n")?;
         let path = Some(path);

@@ -69,7 +69,10 @@ pub enum ClaimError {
 pub fn check(folder: &Path, own: &Owner) -> Result<(), ClaimError> {
     let folder = Folder::open(folder)?;
     match owner(&folder)? {
-        Some(owner) if owner.run != own.run => Err(taken(&folder, owner)),
+        Some(owner) if owner.run != own.run => Err(ClaimError::Taken {
+            folder: folder.path(),
+            output: owner.output,
+        }),
         _ => Ok(()),
     }
 }
@@ -97,14 +100,11 @@ pub fn check_newest(folder: &Path, run_digest: &str, newest: &Newest) -> Result<
 /// # Errors
 /// [`ClaimError::Taken`].
 pub fn claim(folder: &Path, own: &Owner) -> Result<(), ClaimError> {
-    let folder = Folder::open(folder)?;
     let text = serde_json::to_string(own).expect("an owner is JSON");
-    let written = folder.put(OWNER, format!("{text}\n").as_bytes(), Condition::Absent)?;
-    match owner(&folder)? {
-        Some(owner) if written == Put::Refused && owner.run != own.run => {
-            Err(taken(&folder, owner))
-        }
-        _ => Ok(()),
+    let content = format!("{text}\n");
+    match Folder::open(folder)?.put(OWNER, content.as_bytes(), Condition::Absent)? {
+        Put::Done => Ok(()),
+        Put::Refused => check(folder, own),
     }
 }
 
@@ -129,13 +129,6 @@ fn owner(folder: &Folder) -> Result<Option<Owner>, ClaimError> {
         path: folder.path().join(OWNER),
         reason: error.to_string(),
     })
-}
-
-fn taken(folder: &Folder, owner: Owner) -> ClaimError {
-    ClaimError::Taken {
-        folder: folder.path(),
-        output: owner.output,
-    }
 }
 
 #[cfg(test)]

@@ -67,6 +67,9 @@ const REPLACED_FILES: [&str; 7] = [
     "trackers.json",
 ];
 
+/// Where trackers write by default: they would take what lies there for another run's.
+const REPLACED_FOLDERS: [&str; 3] = ["tensorboard", "wandb", "mlruns"];
+
 /// A run's directory, held by this process alone.
 pub struct RunDirectory {
     path: PathBuf,
@@ -127,6 +130,9 @@ impl RunDirectory {
             records.push(Record::Anew);
             for name in REPLACED_FILES {
                 storage::remove_file(&path.join(name))?;
+            }
+            for name in REPLACED_FOLDERS {
+                storage::remove_directory(&path.join(name))?;
             }
             run = RunFile::new(identity, run.id().to_owned());
             run.write(&path.join("run.json"))?;

@@ -219,6 +219,8 @@ fn a_run_that_committed_no_step_gives_its_place_to_another_and_one_that_did_neve
     };
     opened.directory.event(UNIX_EPOCH, &note).unwrap();
     fs::write(path.join("trackers.json"), "{}").unwrap();
+    fs::create_dir(path.join("tensorboard")).unwrap();
+    fs::write(path.join("tensorboard/events.out"), "of another id").unwrap();
     drop(opened);
 
     let other = json!({"job": {"seed": 7}, "objective": {"kind": "cal_dpo", "beta": 0.2}, "data": {"train": ["b"]}});
@@ -229,7 +231,9 @@ fn a_run_that_committed_no_step_gives_its_place_to_another_and_one_that_did_neve
     assert_eq!(opened.directory.id(), id, "its claims stay its own");
     assert!(opened.directory.evaluations().is_empty() && opened.directory.samples().is_empty());
     assert_eq!(read(&folder, "events.jsonl"), "");
-    assert!(!path.join("trackers.json").exists());
+    for gone in ["trackers.json", "tensorboard"] {
+        assert!(!path.join(gone).exists(), "{gone}");
+    }
     assert_eq!(read(&folder, "config.toml"), "# other\n");
     let run: Value = serde_json::from_str(&read(&folder, "run.json")).unwrap();
     assert_eq!((&run["identity"], &run["facts"]), (&other, &Value::Null));

@@ -162,7 +162,8 @@ pub enum RecoveryError {
     },
     /// A checkpoint knows a commit that the journal does not (invariant M2).
     #[error(
-        "a checkpoint holds step {checkpoint}, but the journal ends at step {committed}: it is not this run's journal; restore the journal, or choose another checkpoint.path"
+        "a checkpoint holds step {checkpoint}, but the journal ends at step {committed}: it is not this run's \
+         journal; restore the journal, or choose another checkpoint.path"
     )]
     CheckpointAhead {
         /// The checkpoint's step.
